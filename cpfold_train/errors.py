@@ -1,0 +1,9 @@
+"""Errors whose text is meant for the person at the keyboard."""
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message is one sentence that says what to type instead."""
+
+
+class DataError(ValueError):
+    """Input data that cannot be used. The message names the file or sample and what is wrong with it."""
