@@ -1,0 +1,36 @@
+"""``python -m cpfold_train SUBCOMMAND``. A subcommand's code is imported only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from cpfold_train.errors import ConfigError, DataError
+
+SUBCOMMANDS = {
+    "prepare": ("cpfold_train.data.prepare", "turn structure files and alignments into training shards"),
+}
+"""Name of each subcommand: module with ``add_arguments(parser)`` and ``run(args)``, and a line of help."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand and return the exit code: 2 where the person at the keyboard has to change something."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m cpfold_train")
+    commands = parser.add_subparsers(dest="command", metavar="SUBCOMMAND", required=True)
+    for name, (module, summary) in SUBCOMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if argv[:1] == [name]:
+            importlib.import_module(module).add_arguments(command)
+    args = parser.parse_args(argv)
+    try:
+        importlib.import_module(SUBCOMMANDS[args.command][0]).run(args)
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

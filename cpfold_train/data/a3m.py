@@ -1,0 +1,191 @@
+"""Read a3m alignments and lay them on an entity's full sequence.
+
+In an a3m file upper-case letters and ``-`` are the query's columns; lower-case letters are residues inserted between
+two columns. An insertion is recorded at the column that follows it, as the number of residues there ("deletion", seen
+from the query, which lacks them); insertions after the last column have no place and are not counted.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cpfold_train.data.align import align
+from cpfold_train.data.residues import GAP, letter_table
+from cpfold_train.errors import DataError
+from cpfold_train.parallel.random import key_of
+
+UNPAIRED = -1
+MIN_IDENTITY = 0.9
+_SPECIES = (
+    re.compile(r"\bOX=(\d+)"),
+    re.compile(r"\bTaxID=(\d+)"),
+    re.compile(r"^UniRef\w+?_\w+_(\d+)/"),
+    re.compile(r"^(?:sp|tr)\|\w+\|\w+_([A-Z0-9]+)"),
+)
+_PAIRED_FILE = re.compile(r"(^|[_.-])pair(ed|ing)?([_.-]|$)")
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """D rows over the L residues of an entity; row 0 is the entity itself.
+
+    Attributes:
+        tokens: (D, L) int8.
+        deletions: (D, L) uint8 inserted residues before each column, 255 standing for more.
+        keys: (D,) int64; rows of different chains with the same key belong to one organism. -1: unknown.
+    """
+
+    tokens: np.ndarray
+    deletions: np.ndarray
+    keys: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def take(self, rows: np.ndarray) -> Alignment:
+        return Alignment(self.tokens[rows], self.deletions[rows], self.keys[rows])
+
+
+def chains_of(path: Path) -> tuple[str, str, str]:
+    """Read ``4hhb_AC_uniref.a3m.gz`` as entry, chain letters and label."""
+    stem = path.name.removesuffix(".gz").removesuffix(".a3m")
+    entry, chains, label = [*stem.split("_", 2), "", ""][:3]
+    return entry.lower(), chains, label
+
+
+def read_a3m(path: Path) -> tuple[list[str], list[str]]:
+    """Headers (without ``>``) and sequences of a plain or gzipped a3m file."""
+    data = path.read_bytes()
+    text = (gzip.decompress(data) if path.name.endswith(".gz") else data).decode().replace("\0", "")
+    headers, sequences = [], []
+    for line in text.splitlines():
+        if line.startswith(">"):
+            headers.append(line[1:].strip())
+            sequences.append("")
+        elif headers and not line.startswith("#"):
+            sequences[-1] += line.strip()
+    if not headers:
+        raise DataError(f"{path.name} holds no sequence")
+    return headers, sequences
+
+
+def species_key(header: str) -> int:
+    """Key of the organism that a header names (UniProt, UniRef or taxonomy id), ``UNPAIRED`` where it names none."""
+    for pattern in _SPECIES:
+        match = pattern.search(header)
+        if match:
+            return abs(key_of("species", match[1]))
+    return UNPAIRED
+
+
+def read_alignment(path: Path, mol_type: int, letters: str, query: np.ndarray) -> Alignment:
+    """Read an a3m and lay it on an entity.
+
+    Args:
+        mol_type: of the entity.
+        letters: (L letters) the entity's sequence.
+        query: (L,) its tokens, which become row 0 whatever the file's own query says.
+
+    Raises:
+        DataError: the file's query is another sequence, or a row has another number of columns.
+    """
+    headers, sequences = read_a3m(path)
+    own_query = "".join(c for c in sequences[0] if c.isupper())
+    place = align(own_query, letters)
+    same = sum(own_query[i] == letters[p] for i, p in enumerate(place) if p >= 0)
+    identity = same / max(1, min(len(own_query), len(letters)))
+    if identity < MIN_IDENTITY:
+        raise DataError(
+            f"{path.name} does not belong to the sequence: {same} of its query's {len(own_query)} residues are found "
+            f"among the entity's {len(letters)}"
+        )
+    tokens, deletions = _encode(path, sequences, letter_table(mol_type))
+    query_columns = np.flatnonzero(np.frombuffer(_columns(sequences[0]), np.uint8) != ord("-"))
+    tokens, deletions = _lay(tokens, deletions, query_columns, place, len(letters))
+    tokens[0], deletions[0] = query, 0
+    keys = np.array([UNPAIRED] + [species_key(header) for header in headers[1:]], dtype=np.int64)
+    if _PAIRED_FILE.search(chains_of(path)[2]) and (keys == UNPAIRED).all():
+        # Such files of one entry correspond row by row and name no organism.
+        keys[1:] = [abs(key_of("row", row)) for row in range(1, len(keys))]
+    return Alignment(tokens, deletions, keys)
+
+
+def _columns(sequence: str) -> bytes:
+    return "".join(c for c in sequence if not c.islower() and c != ".").encode()
+
+
+def _encode(path: Path, sequences: list[str], table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    width = len(_columns(sequences[0]))
+    tokens = np.empty((len(sequences), width), dtype=np.int8)
+    inserted = np.empty((len(sequences), width), dtype=np.int32)
+    for row, sequence in enumerate(sequences):
+        letters = np.frombuffer(sequence.replace(".", "").encode(), np.uint8)
+        lower = (letters >= ord("a")) & (letters <= ord("z"))
+        columns = np.flatnonzero(~lower)
+        if len(columns) != width:
+            raise DataError(f"{path.name}: row {row + 1} has {len(columns)} columns and the query {width}")
+        tokens[row] = table[letters[columns]]
+        inserted[row] = np.diff(np.cumsum(lower)[columns], prepend=0)
+    return tokens, inserted
+
+
+def _lay(
+    tokens: np.ndarray, inserted: np.ndarray, query_columns: np.ndarray, place: np.ndarray, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Move columns to their places in the entity; residues in columns without a place count as insertions."""
+    columns, targets = query_columns[place >= 0], place[place >= 0]
+    out = np.full((len(tokens), length), GAP, dtype=np.int8)
+    out[:, targets] = tokens[:, columns]
+    residues = inserted + (tokens != GAP)
+    before = np.cumsum(residues, axis=1)
+    up_to = before[:, columns]
+    since_last = np.diff(up_to, axis=1, prepend=0) - (tokens[:, columns] != GAP)
+    deletions = np.zeros((len(tokens), length), dtype=np.uint8)
+    deletions[:, targets] = np.minimum(since_last, 255)
+    return out, deletions
+
+
+def merge(alignments: list[Alignment], max_depth: int) -> Alignment:
+    """Concatenate alignments of one entity, drop repeated rows and cap the depth.
+
+    A row without a key is a repetition if an earlier row has the same residues; a row with a key only if that row has
+    the same key too, because the same sequence may pair with different partners. Rows with keys come first, and take at
+    most half of the depth where there are others to fill the rest.
+    """
+    joined = Alignment(*(np.concatenate([getattr(a, f) for a in alignments]) for f in ("tokens", "deletions", "keys")))
+    keyed = joined.keys != UNPAIRED
+    order = np.concatenate([[0], np.flatnonzero(keyed), 1 + np.flatnonzero(~keyed[1:])])
+    seen: set[bytes] = set()
+    kept: list[int] = []
+    for row in order.tolist():
+        content = joined.tokens[row].tobytes() + joined.deletions[row].tobytes()
+        with_key = content + int(joined.keys[row]).to_bytes(8, "little", signed=True)
+        if (with_key if keyed[row] else content) in seen or (row and (joined.tokens[row] == GAP).all()):
+            continue
+        seen.update((content, with_key))
+        kept.append(row)
+    paired = [row for row in kept if keyed[row]]
+    others = [row for row in kept if not keyed[row]]
+    n_paired = min(len(paired), max(max_depth // 2, max_depth - len(others)))
+    rows = [0, *paired[:n_paired], *others[1 : max_depth - n_paired]]
+    return joined.take(np.array(rows))
+
+
+def pack_alignments(alignments: dict[int, Alignment]) -> dict[str, np.ndarray]:
+    """Arrays ``tokens_E``, ``deletions_E`` and ``keys_E`` of each entity E."""
+    return {
+        f"{field}_{entity}": getattr(alignment, field)
+        for entity, alignment in sorted(alignments.items())
+        for field in ("tokens", "deletions", "keys")
+    }
+
+
+def unpack_alignments(arrays: dict[str, np.ndarray]) -> dict[int, Alignment]:
+    """The inverse of :func:`pack_alignments`."""
+    entities = sorted(int(name.removeprefix("tokens_")) for name in arrays if name.startswith("tokens_"))
+    return {e: Alignment(*(arrays[f"{field}_{e}"] for field in ("tokens", "deletions", "keys"))) for e in entities}

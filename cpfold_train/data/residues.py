@@ -1,0 +1,100 @@
+"""The alphabet: residue tokens, molecule types and representative atoms, numbered as Boltz-2 numbers them."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+PROTEIN, DNA, RNA, NONPOLYMER = range(4)
+MOL_TYPES = ("protein", "dna", "rna", "nonpolymer")
+
+_AMINO_ACIDS = "ALA ARG ASN ASP CYS GLN GLU GLY HIS ILE LEU LYS MET PHE PRO SER THR TRP TYR VAL UNK"
+AMINO_ACIDS = tuple(_AMINO_ACIDS.split())
+NUCLEOTIDES = ("A", "G", "C", "U", "N", "DA", "DG", "DC", "DT", "DN")
+TOKENS = ("<pad>", "-", *AMINO_ACIDS, *NUCLEOTIDES)
+TOKEN_IDS = {name: i for i, name in enumerate(TOKENS)}
+GAP = TOKEN_IDS["-"]
+UNKNOWN = {PROTEIN: TOKEN_IDS["UNK"], DNA: TOKEN_IDS["DN"], RNA: TOKEN_IDS["N"]}
+_OF_PROTEIN = frozenset(AMINO_ACIDS)
+_OF_NUCLEIC = frozenset(NUCLEOTIDES)
+
+CENTER_ATOM = np.array(["", ""] + ["CA"] * len(AMINO_ACIDS) + ["C1'"] * len(NUCLEOTIDES), dtype="S4")
+"""Atom that stands for a token's place, by token."""
+
+DISTO_ATOM = np.array(
+    ["", ""]
+    + ["CA" if name == "GLY" else "CB" for name in AMINO_ACIDS]
+    + [{"A": "C4", "G": "C4", "N": "C1'"}.get(name[-1], "C2") for name in NUCLEOTIDES],
+    dtype="S4",
+)
+"""Atom whose distances the distogram predicts, by token: C-beta, C4 of purines, C2 of pyrimidines."""
+
+THREE_LETTERS = dict(zip("ARNDCQEGHILKMFPSTWYV", AMINO_ACIDS))
+
+METHODS = {
+    "md": 0,
+    "x-ray diffraction": 1,
+    "electron microscopy": 2,
+    "solution nmr": 3,
+    "afdb": 5,
+    "boltz-1": 6,
+}
+OTHER_METHOD = 4
+
+
+def method_id(method: str | None) -> int:
+    """Class of the experiment for ``method_feature``; an entry that does not say is taken for X-ray diffraction."""
+    return METHODS["x-ray diffraction"] if not method else METHODS.get(method.lower(), OTHER_METHOD)
+
+
+def letter_table(mol_type: int) -> np.ndarray:
+    """(256,) int8: token of each upper-case letter of an alignment of such a molecule; ``-`` and ``.`` are gaps."""
+    table = np.full(256, UNKNOWN[mol_type], dtype=np.int8)
+    table[[ord("-"), ord(".")]] = GAP
+    if mol_type == PROTEIN:
+        names = THREE_LETTERS
+    else:
+        prefix, last = ("D", "DT") if mol_type == DNA else ("", "U")
+        names = {"A": prefix + "A", "G": prefix + "G", "C": prefix + "C", "T": last, "U": last}
+    for letter, name in names.items():
+        table[ord(letter)] = TOKEN_IDS[name]
+    return table
+
+
+@cache
+def token_of(residue: str, mol_type: int) -> tuple[int, bool]:
+    """Token of a residue name in a polymer, and whether the residue is a modified one.
+
+    A modified residue gets the token of its parent in the Chemical Component Dictionary, or the unknown token.
+    """
+    standard = _OF_PROTEIN if mol_type == PROTEIN else _OF_NUCLEIC
+    if residue in standard:
+        return TOKEN_IDS[residue], False
+    parent = _parent(residue)
+    return (TOKEN_IDS[parent] if parent in standard else UNKNOWN[mol_type]), True
+
+
+def _parent(residue: str) -> str | None:
+    parents = _component_column("mon_nstd_parent_comp_id")
+    return parents.get(residue, "").split(",")[0].strip() or None
+
+
+@cache
+def _component_column(name: str) -> dict[str, str]:
+    # Imported here: the dictionary takes a second to load and only `prepare` needs it, never a data worker.
+    from biotite.structure.info.ccd import get_ccd
+
+    components = get_ccd()["chem_comp"]
+    return dict(zip(components["id"].as_array(str).tolist(), components[name].as_array(str).tolist()))
+
+
+@cache
+def polymer_type(residue: str) -> int | None:
+    """Molecule type that a residue is a link of, by the Chemical Component Dictionary; None for ligands."""
+    kind = _component_column("type").get(residue, "").upper()
+    if "PEPTIDE LINKING" in kind or kind.startswith(("L-PEPTIDE", "D-PEPTIDE")):
+        return PROTEIN
+    if "DNA" in kind:
+        return DNA
+    return RNA if "RNA" in kind else None
