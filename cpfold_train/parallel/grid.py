@@ -36,9 +36,13 @@ class Grid:
 
     def __post_init__(self) -> None:
         if min(self.rows, self.cols, self.dp) < 1:
-            raise ConfigError(f"a grid needs at least one row, column and replica, not {self.dp} x {self}: try cp.grid=1x1 dp=1")
+            raise ConfigError(
+                f"a grid needs at least one row, column and replica, not {self.dp} x {self}: try cp.grid=1x1 dp=1"
+            )
         if not 0 <= self.rank < self.world_size:
-            raise ConfigError(f"rank {self.rank} is outside a world of {self.world_size} ranks (dp={self.dp}, cp.grid={self})")
+            raise ConfigError(
+                f"rank {self.rank} is outside a world of {self.world_size} ranks (dp={self.dp}, cp.grid={self})"
+            )
 
     def __str__(self) -> str:
         return f"{self.rows}x{self.cols}"
@@ -109,7 +113,9 @@ def parse_grid(text: str) -> tuple[int, int]:
     """
     match = re.fullmatch(r"(\d+)x(\d+)", str(text).strip().lower())
     if match is None:
-        raise ConfigError(f"cp.grid={text} is not ROWSxCOLUMNS: type for example cp.grid=2x2, cp.grid=1x4 or cp.grid=auto")
+        raise ConfigError(
+            f"cp.grid={text} is not ROWSxCOLUMNS: type for example cp.grid=2x2, cp.grid=1x4 or cp.grid=auto"
+        )
     rows, cols = int(match[1]), int(match[2])
     if rows < 1 or cols < 1:
         raise ConfigError(f"cp.grid={text} has no ranks: rows and columns start at 1, for example cp.grid=1x2")
@@ -139,13 +145,14 @@ def resolve_grid(text: str, dp: int | str, ranks: int | None) -> tuple[int, int,
         replicas = 1 if dp == "auto" else int(dp)
         available = replicas if ranks is None else ranks
         if available % replicas:
-            raise ConfigError(f"{ranks} ranks do not divide into dp={replicas} replicas: type a dp that divides {ranks}, for example dp=1")
+            raise ConfigError(
+                f"{ranks} ranks do not divide into dp={replicas} replicas: "
+                f"type a dp that divides {ranks}, for example dp=1"
+            )
         return replicas, *squarest(available // replicas)
     rows, cols = parse_grid(text)
-    if dp == "auto":
-        replicas = 1 if ranks is None else max(1, ranks // (rows * cols))
-    else:
-        replicas = int(dp)
+    fitting = 1 if ranks is None else max(1, ranks // (rows * cols))
+    replicas = fitting if dp == "auto" else int(dp)
     world = replicas * rows * cols
     if ranks is not None and world != ranks:
         fits = "x".join(map(str, squarest(ranks // replicas))) if ranks % replicas == 0 else "auto"

@@ -1,0 +1,49 @@
+"""Distogram loss (AlphaFold 2, supplementary section 1.9.8; ``boltz/model/loss/distogramv2.py``), tile by tile."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from cpfold_train.ops.recompute import by_rows
+from cpfold_train.parallel.context import ContextParallel
+
+BLOCK_PAIRS = 1 << 17
+"""Pairs whose log-probabilities are held at a time."""
+
+
+def distogram_loss(pdistogram: DTensor | Tensor, feats: dict[str, Tensor | DTensor], cp: ContextParallel) -> Tensor:
+    """This rank's share of each sample's loss; the sum over the ranks of the replica is the loss.
+
+    Cross-entropy against the mean over K conformers of the one-hot distance, over all ordered pairs of two different
+    resolved tokens, computed in fp32 (or fp64).
+
+    Args:
+        pdistogram: logits (B, N, N, 1, bins), tiled.
+        feats: ``disto_target`` (B, N, N, K) bin indices, tiled; ``token_disto_mask`` (B, N), replicated.
+        cp: the running grid.
+
+    Returns:
+        (B,).
+    """
+    logits, target, resolved = (
+        x.to_local() if isinstance(x, DTensor) else x
+        for x in (pdistogram, feats["disto_target"], feats["token_disto_mask"])
+    )
+    logits = logits.squeeze(3)
+    n = resolved.shape[1]
+    rows, cols = cp.grid.row_tokens(n), cp.grid.col_tokens(n)
+    position = torch.arange(n, device=logits.device)
+    resolved = resolved.to(torch.promote_types(logits.dtype, torch.float32))
+    pairs = resolved.sum(1).square() - resolved.square().sum(1)
+
+    mask = resolved[:, slice(*rows), None] * resolved[:, None, slice(*cols)]
+    mask = mask * (position[slice(*rows), None] != position[slice(*cols)])
+
+    def errors(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        log_p = logits.to(mask.dtype).log_softmax(-1)
+        return -(log_p.gather(-1, target.long()).mean(-1) * mask).sum(-1)
+
+    block = max(1, BLOCK_PAIRS // logits.shape[2])
+    return by_rows(errors, block, logits, target, mask).sum(1) / (1e-5 + pairs)

@@ -1,0 +1,13 @@
+"""Sizes of Boltz-2's vocabularies (``boltz/data/const.py``)."""
+
+NUM_TOKENS = 33
+"""Residue types: pad, gap, 20 amino acids, unknown, and the nucleotides with theirs."""
+
+NUM_METHODS = 12
+"""Experimental methods."""
+
+NUM_MOLECULE_TYPES = 4
+"""Protein, DNA, RNA, non-polymer."""
+
+NUM_BOND_TYPES = 6
+"""Kinds of bonds between tokens; 0 in ``type_bonds`` is no bond."""

@@ -1,0 +1,158 @@
+"""From features to the first single and pair representations.
+
+Boltz-2's names and arithmetic: ``boltz/model/modules/trunkv2.py`` (InputEmbedder, ContactConditioning) and
+``encodersv2.py`` (RelativePositionEncoder, FourierEmbedding).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from cpfold_train.model.constants import NUM_METHODS, NUM_MOLECULE_TYPES, NUM_TOKENS
+from cpfold_train.model.layers import linear
+from cpfold_train.ops.recompute import by_rows
+from cpfold_train.parallel.context import ContextParallel
+
+BLOCK_PAIRS = 1 << 17
+"""Pairs embedded at a time, so that the wide intermediates of an embedding stay small beside the tile."""
+
+
+class InputEmbedder(nn.Module):
+    """s_inputs from what is known of each token. Local: every rank holds all tokens."""
+
+    def __init__(self, token_s: int) -> None:
+        super().__init__()
+        self.res_type_encoding = linear(NUM_TOKENS, token_s, "default")
+        self.msa_profile_encoding = linear(NUM_TOKENS + 1, token_s, "default")
+        self.method_conditioning_init = nn.Embedding(NUM_METHODS, token_s)
+        self.modified_conditioning_init = nn.Embedding(2, token_s)
+        self.cyclic_conditioning_init = linear(1, token_s, "zero")
+        self.mol_type_conditioning_init = nn.Embedding(NUM_MOLECULE_TYPES, token_s)
+        for table in (self.method_conditioning_init, self.modified_conditioning_init, self.mol_type_conditioning_init):
+            nn.init.zeros_(table.weight)
+
+    def forward(self, feats: dict[str, Tensor]) -> Tensor:
+        """(B, N, token_s) from the token features ``res_type``, ``profile``, ``deletion_mean``, ``method_feature``,
+        ``modified``, ``cyclic_period`` and ``mol_type``."""
+        dtype = self.res_type_encoding.weight.dtype
+        profile = torch.cat([feats["profile"], feats["deletion_mean"][..., None]], -1)
+        s = self.res_type_encoding(feats["res_type"].to(dtype)) + self.msa_profile_encoding(profile.to(dtype))
+        s = s + self.method_conditioning_init(feats["method_feature"])
+        s = s + self.modified_conditioning_init(feats["modified"])
+        s = s + self.cyclic_conditioning_init(feats["cyclic_period"].clamp(max=1)[..., None].to(dtype))
+        return s + self.mol_type_conditioning_init(feats["mol_type"])
+
+
+class RelativePositionEncoder(nn.Module):
+    """Where two tokens stand to each other in sequence, residue and chain (AlphaFold 3, Algorithm 3).
+
+    Of the 139 one-hot features [residue 66, token 66, same entity 1, chain 6] a pair has at most four that are not
+    zero, so the linear layer is a sum of look-ups. Two tokens of different entities share the chain bin "other", and
+    residue offsets wrap around in cyclic chains.
+    """
+
+    R_MAX, S_MAX = 32, 2
+
+    def __init__(self, token_z: int) -> None:
+        super().__init__()
+        self.linear_layer = linear(4 * (self.R_MAX + 1) + 2 * (self.S_MAX + 1) + 1, token_z, "default")
+
+    def forward(self, feats: dict[str, Tensor], cp: ContextParallel) -> Tensor:
+        """Tile (B, N/R, N/C, token_z) from ``asym_id``, ``residue_index``, ``entity_id``, ``token_index``, ``sym_id``
+        and ``cyclic_period`` (B, N)."""
+        names = ("asym_id", "residue_index", "entity_id", "token_index", "sym_id", "cyclic_period")
+        n = feats["asym_id"].shape[1]
+        rows, cols = slice(*cp.grid.row_tokens(n)), slice(*cp.grid.col_tokens(n))
+        of_cols = {name: feats[name][:, None, cols] for name in names}
+
+        def encode(*of_rows: Tensor) -> Tensor:
+            return self._encode({name: x[:, :, None] for name, x in zip(names, of_rows)}, of_cols)
+
+        return by_rows(
+            encode, max(1, BLOCK_PAIRS // (cols.stop - cols.start)), *(feats[name][:, rows] for name in names)
+        )
+
+    def _encode(self, i: dict[str, Tensor], j: dict[str, Tensor]) -> Tensor:
+        same_chain = i["asym_id"] == j["asym_id"]
+        same_residue = same_chain & (i["residue_index"] == j["residue_index"])
+        same_entity = i["entity_id"] == j["entity_id"]
+
+        period = j["cyclic_period"]
+        period = torch.where(period > 0, period, 10000)
+        offset = i["residue_index"] - j["residue_index"]
+        offset = (offset - period * torch.round(offset / period)).long()
+        residue = _bin(offset, self.R_MAX, same_chain)
+        token = _bin(i["token_index"] - j["token_index"], self.R_MAX, same_residue)
+        chain = _bin(i["sym_id"] - j["sym_id"], self.S_MAX, same_entity)
+
+        bins = 2 * (self.R_MAX + 1)
+        by_residue, by_token, by_entity, by_chain = self.linear_layer.weight.T.split(
+            [bins, bins, 1, 2 * (self.S_MAX + 1)]
+        )
+        by_entity = torch.cat([torch.zeros_like(by_entity), by_entity])
+        return (
+            embedding(residue, by_residue)
+            + embedding(token, by_token)
+            + embedding(same_entity.long(), by_entity)
+            + embedding(chain, by_chain)
+        )
+
+
+def _bin(offset: Tensor, most: int, comparable: Tensor) -> Tensor:
+    """Clipped offset as 0 ... 2 most, or 2 most + 1 where the two tokens cannot be compared."""
+    return torch.where(comparable, (offset + most).clamp(0, 2 * most), 2 * most + 1)
+
+
+class FourierEmbedding(nn.Module):
+    """``cos(2 pi (w x + b))`` with frozen random w and b (AlphaFold 3, Algorithm 22)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(1, dim)
+        nn.init.normal_(self.proj.weight)
+        nn.init.normal_(self.proj.bias)
+        self.proj.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(...) to (..., dim)."""
+        return torch.cos(2 * math.pi * self.proj(x[..., None]))
+
+
+class ContactConditioning(nn.Module):
+    """What the user says about a pair: nothing, not chosen, or in contact below a threshold."""
+
+    UNSPECIFIED, UNSELECTED, FIRST_CONTACT = 0, 1, 2
+    NUM_CONTACTS = 3
+    CUTOFF_MIN, CUTOFF_MAX = 4.0, 20.0
+
+    def __init__(self, token_z: int) -> None:
+        super().__init__()
+        self.fourier_embedding = FourierEmbedding(token_z)
+        self.encoder = linear(self.NUM_CONTACTS + 1 + token_z, token_z, "default", bias=True)
+        self.encoding_unspecified = nn.Parameter(torch.zeros(token_z))
+        self.encoding_unselected = nn.Parameter(torch.zeros(token_z))
+
+    def forward(self, feats: dict[str, Tensor]) -> Tensor:
+        """Tile (B, N/R, N/C, token_z) from the tiles ``contact_conditioning`` (class 0-4) and ``contact_threshold`` (in
+        angstrom), (B, N/R, N/C)."""
+        kind, threshold = feats["contact_conditioning"], feats["contact_threshold"]
+        return by_rows(self._encode, max(1, BLOCK_PAIRS // kind.shape[2]), kind, threshold)
+
+    def _encode(self, kind: Tensor, threshold: Tensor) -> Tensor:
+        dtype = self.encoder.weight.dtype
+        threshold = ((threshold - self.CUTOFF_MIN) / (self.CUTOFF_MAX - self.CUTOFF_MIN)).to(dtype)
+        by_kind, by_threshold = self.encoder.weight.split(
+            [self.NUM_CONTACTS, self.encoder.in_features - self.NUM_CONTACTS], 1
+        )
+        x = torch.cat([threshold[..., None], self.fourier_embedding(threshold)], -1)
+        x = nn.functional.linear(x, by_threshold, self.encoder.bias)
+        x = x + embedding((kind - self.FIRST_CONTACT).clamp(min=0), by_kind.T)
+        return (
+            x * (kind >= self.FIRST_CONTACT)[..., None]
+            + self.encoding_unspecified * (kind == self.UNSPECIFIED)[..., None]
+            + self.encoding_unselected * (kind == self.UNSELECTED)[..., None]
+        )

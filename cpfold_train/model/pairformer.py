@@ -1,0 +1,100 @@
+"""The Pairformer (AlphaFold 3, Algorithm 17; ``boltz/model/layers/pairformer.py`` and ``attentionv2.py``)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from cpfold_train.model.config import PairformerConfig
+from cpfold_train.model.layers import Transition, linear, without_autocast
+from cpfold_train.model.pair_stack import PairStack
+from cpfold_train.ops.attention_pair_bias import attention_pair_bias
+from cpfold_train.ops.recompute import recompute
+from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.parallel.random import Draws
+
+
+class AttentionPairBias(nn.Module):
+    """Gated attention of the single representation with a bias from z; only the queries have a bias."""
+
+    def __init__(self, c_s: int, c_z: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.proj_q = linear(c_s, c_s, "default", bias=True)
+        self.proj_k = linear(c_s, c_s, "default")
+        self.proj_v = linear(c_s, c_s, "default")
+        self.proj_g = linear(c_s, c_s, "default")
+        self.proj_z = nn.Sequential(nn.LayerNorm(c_z), linear(c_z, num_heads, "default"))
+        self.proj_o = linear(c_s, c_s, "zero")
+
+    def forward(self, s: Tensor, z: Tensor, token_mask: Tensor, cp: ContextParallel) -> Tensor:
+        """Update for s (B, N, c_s), the same on all ranks; z is a tile (B, N/R, N/C, c_z), token_mask (B, N)."""
+        q, k, v = (p(s).unflatten(-1, (self.num_heads, -1)) for p in (self.proj_q, self.proj_k, self.proj_v))
+        o = attention_pair_bias(q * q.shape[-1] ** -0.5, k, v, self.proj_z(z), token_mask, cp)
+        return self.proj_o(self.proj_g(s).sigmoid() * o.flatten(-2))
+
+
+class PairformerLayer(PairStack):
+    """One block: the pair stack, then attention and transition of s, which reads the updated z."""
+
+    def __init__(
+        self,
+        token_s: int,
+        token_z: int,
+        num_heads: int,
+        dropout: float,
+        pairwise_head_width: int,
+        pairwise_num_heads: int,
+    ) -> None:
+        super().__init__(token_z, dropout, pairwise_head_width, pairwise_num_heads)
+        self.pre_norm_s = nn.LayerNorm(token_s)
+        self.attention = AttentionPairBias(token_s, token_z, num_heads)
+        self.transition_s = Transition(token_s, 4 * token_s)
+
+    def forward(
+        self, s: Tensor, z: Tensor, token_mask: Tensor, cp: ContextParallel, draws: Draws | None
+    ) -> tuple[Tensor, Tensor]:
+        """New s and z.
+
+        Args:
+            s: (B, N, token_s), the same on all ranks.
+            z: tile (B, N/R, N/C, token_z).
+            token_mask: (B, N).
+            cp: the running grid.
+            draws: dropout of this block; None in evaluation.
+        """
+        z = self.update_pairs(z, token_mask, cp, draws)
+        # The single track is an fp32 island whatever the precision of z: its values grow over the blocks.
+        with without_autocast(s):
+            dtype = self.pre_norm_s.weight.dtype
+            s, z_wide = s.to(dtype), z.to(dtype)
+            s = s + self.attention(self.pre_norm_s(s), z_wide, token_mask, cp)
+            s = s + self.transition_s(s)
+        return s, z
+
+
+class PairformerModule(nn.Module):
+    """All blocks."""
+
+    def __init__(self, token_s: int, token_z: int, config: PairformerConfig, checkpoint_blocks: bool) -> None:
+        super().__init__()
+        self.checkpoint_blocks = checkpoint_blocks
+        self.layers = nn.ModuleList(
+            PairformerLayer(
+                token_s,
+                token_z,
+                config.num_heads,
+                config.dropout,
+                config.pairwise_head_width,
+                config.pairwise_num_heads,
+            )
+            for _ in range(config.num_blocks)
+        )
+
+    def forward(
+        self, s: Tensor, z: Tensor, token_mask: Tensor, cp: ContextParallel, draws: Draws | None
+    ) -> tuple[Tensor, Tensor]:
+        """New s and z; shapes as :meth:`PairformerLayer.forward`."""
+        for i, layer in enumerate(self.layers):
+            args = s, z, token_mask, cp, None if draws is None else draws.at("pairformer", i)
+            s, z = recompute(layer, *args) if self.checkpoint_blocks else layer(*args)
+        return s, z

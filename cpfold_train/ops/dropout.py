@@ -1,0 +1,32 @@
+"""Dropout whose masks do not depend on the grid (AlphaFold 3, Algorithms 11 and 17: DropoutRowwise, DropoutColumnwise).
+
+A mask is drawn for whole rows or whole columns at their global positions, in fp32 as Boltz does.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cpfold_train.parallel.grid import Interval
+from cpfold_train.parallel.random import Draws
+
+
+def drop_rows(x: Tensor, p: float, rows: Interval, draws: Draws | None) -> Tensor:
+    """Zero each row of a tile with probability ``p`` and scale the others by 1 / (1 - p).
+
+    Args:
+        x: (B, rows, ..., ...), a pair tile or an MSA block.
+        p: probability.
+        rows: global positions of the rows in ``x``.
+        draws: streams of this site; None leaves ``x`` as it is.
+    """
+    return x if draws is None or p == 0 else x * _mask(p, rows, draws)[:, :, None, None].to(x.dtype)
+
+
+def drop_cols(x: Tensor, p: float, cols: Interval, draws: Draws | None) -> Tensor:
+    """As :func:`drop_rows`, for the columns (dim 2)."""
+    return x if draws is None or p == 0 else x * _mask(p, cols, draws)[:, None, :, None].to(x.dtype)
+
+
+def _mask(p: float, positions: Interval, draws: Draws) -> Tensor:
+    return (draws.uniform(*positions) >= p) / (1 - p)

@@ -1,0 +1,98 @@
+"""The running grid: device mesh, process groups and ledger behind a :class:`~cpfold_train.parallel.grid.Grid`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from cpfold_train.parallel.grid import Grid
+from cpfold_train.parallel.ledger import Ledger
+
+REPLICATED: tuple[Placement, ...] = (Replicate(), Replicate())
+"""Placement of single and token features over (cp_row, cp_col)."""
+
+TILED: tuple[Placement, ...] = (Shard(1), Shard(2))
+"""Placement of pair and MSA features over (cp_row, cp_col)."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The ranks that this rank exchanges with along one axis of the mesh.
+
+    Attributes:
+        name: ``cp_row``, ``cp_col`` or ``cp`` (both, row by row).
+        size: number of ranks.
+        index: this rank's place among them.
+        ranks: their global ranks, in order.
+        group: their process group.
+    """
+
+    name: str
+    size: int
+    index: int
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup
+
+
+class ContextParallel:
+    """The context-parallel side of this rank: what the ops take as ``cp``.
+
+    Attributes:
+        grid: geometry, and this rank's coordinates.
+        mesh: device mesh with axes ``("dp", "cp_row", "cp_col")``.
+        row: ranks of the same column; moving along it changes the tile's row (mesh axis ``cp_row``).
+        col: ranks of the same row; moving along it changes the tile's column (mesh axis ``cp_col``).
+        all: every rank of the replica.
+        ledger: what this rank sent and waited for.
+    """
+
+    def __init__(self, grid: Grid, device_type: str = "cpu", timeout: timedelta = timedelta(minutes=30)) -> None:
+        """Build the mesh on the default process group; a world of one rank starts its own group.
+
+        Args:
+            grid: the grid; its ``world_size`` must be the size of the default process group.
+            device_type: ``"cpu"`` or ``"cuda"``.
+            timeout: how long an exchange may take before it is an error.
+        """
+        if not dist.is_initialized():
+            backend = "nccl" if device_type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        if dist.get_world_size() != grid.world_size:
+            raise ValueError(f"the grid has {grid.world_size} ranks, the process group {dist.get_world_size()}")
+        self.grid = grid
+        self.ledger = Ledger()
+        ranks = torch.arange(grid.world_size).reshape(grid.dp, grid.rows, grid.cols)
+        self.mesh = DeviceMesh(device_type, ranks, mesh_dim_names=("dp", "cp_row", "cp_col"))
+        self.cp_mesh = self.mesh["cp_row", "cp_col"]
+        own = ranks[grid.dp_index]
+        self.row = self._axis("cp_row", self.mesh["cp_row"].get_group(), own[:, grid.col])
+        self.col = self._axis("cp_col", self.mesh["cp_col"].get_group(), own[grid.row])
+        self.all = self._axis("cp", self.cp_mesh._flatten("cp").get_group(), own.flatten())
+        for axis in (self.row, self.col, self.all):
+            # Groups made by a mesh keep the default of 30 minutes whatever the world's timeout is.
+            dist.distributed_c10d._set_pg_timeout(timeout, axis.group)
+
+    def _axis(self, name: str, group: dist.ProcessGroup, ranks: Tensor) -> Axis:
+        members = tuple(ranks.tolist())
+        return Axis(name, len(members), members.index(self.grid.rank), members, group)
+
+    def tiled(self, tile: Tensor) -> DTensor:
+        """Wrap this rank's tile (B, N/R, N/C, ...) or MSA block (B, S/R, N/C, ...) as a DTensor, Shard(1) x Shard(2).
+
+        The DTensor lives on the (cp_row, cp_col) part of the mesh: replicas hold different samples of different sizes,
+        so there is no global tensor over ``dp``.
+        """
+        return DTensor.from_local(tile, self.cp_mesh, TILED, run_check=False)
+
+    def replicated(self, value: Tensor) -> DTensor:
+        """Wrap a value (B, N, ...) that every rank of the replica holds whole as a DTensor, Replicate x Replicate.
+
+        Its gradient on a rank is that rank's share, not the sum: nothing is reduced when it flows back.
+        """
+        return DTensor.from_local(value, self.cp_mesh, REPLICATED, run_check=False)

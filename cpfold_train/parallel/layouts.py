@@ -1,0 +1,63 @@
+"""The layouts that sharded tensors take: which box of (rows, columns) each rank holds.
+
+Every function lists all ranks of a replica in the order of ``cp.all``, row of the grid by row of the grid; "rows" and
+"cols" are those of the tensor at hand: tokens x tokens for the pair representation, sequences x tokens for the MSA.
+"""
+
+from __future__ import annotations
+
+from cpfold_train.parallel.grid import Grid, Interval, split
+from cpfold_train.parallel.redistribute import Layout
+
+
+def tiles(grid: Grid, rows: int, cols: int) -> Layout:
+    """Rank (I, J) holds the I-th of R parts of the rows and the J-th of C parts of the columns: how z and m lie."""
+    return tuple((r, c) for r in split(rows, grid.rows) for c in split(cols, grid.cols))
+
+
+def mirrored_tiles(grid: Grid, n: int) -> Layout:
+    """Rank (I, J) holds the tile that, transposed, covers its own tile of an n x n tensor."""
+    return tuple((c, r) for r, c in tiles(grid, n, n))
+
+
+def whole_rows(grid: Grid, rows: int, cols: int) -> Layout:
+    """Each rank holds complete rows, the J-th of C parts of the rows of its tile."""
+    size = rows // grid.cp_size
+    return tuple(((p * size, (p + 1) * size), (0, cols)) for p in range(grid.cp_size))
+
+
+def whole_cols(grid: Grid, rows: int, cols: int) -> Layout:
+    """Each rank holds complete columns, the I-th of R parts of the columns of its tile."""
+    size = cols // grid.cp_size
+    first = [col * grid.rows + row for row in range(grid.rows) for col in range(grid.cols)]
+    return tuple(((0, rows), (f * size, (f + 1) * size)) for f in first)
+
+
+def row_bands(grid: Grid, rows: int, cols: int) -> Layout:
+    """Rank (I, J) holds all columns of the I-th of R parts of the rows."""
+    return tuple((r, (0, cols)) for r in split(rows, grid.rows) for _ in range(grid.cols))
+
+
+def bands_of_tile_cols(grid: Grid, n: int) -> Layout:
+    """Rank (I, J) holds, of an n x n tensor, all columns of those rows whose tokens are its tile's columns."""
+    return tuple((c, (0, n)) for _, c in tiles(grid, n, n))
+
+
+def all_rows_of_tile_rows(grid: Grid, rows: int, n: int) -> Layout:
+    """Rank (I, J) holds, of a rows x n tensor, all rows of those tokens that are the rows of its pair tile."""
+    return tuple(((0, rows), r) for r, _ in tiles(grid, n, n))
+
+
+def all_rows_of_tile_cols(grid: Grid, rows: int, n: int) -> Layout:
+    """Rank (I, J) holds, of a rows x n tensor, all rows of those tokens that are the columns of its pair tile."""
+    return tuple(((0, rows), c) for _, c in tiles(grid, n, n))
+
+
+def everything(grid: Grid, rows: int, cols: int) -> Layout:
+    """Every rank holds all of it."""
+    return (((0, rows), (0, cols)),) * grid.cp_size
+
+
+def with_dim(intervals: tuple[Interval, ...], layout: Layout) -> Layout:
+    """Boxes with one more dim in front: ``intervals[p]`` for rank p."""
+    return tuple((interval, *box) for interval, box in zip(intervals, layout))

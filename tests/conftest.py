@@ -1,0 +1,17 @@
+"""Shared fixtures: one pool of ranks for the whole session."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+
+from tests.ranks import RankPool
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """Nine processes that any test can use as a world of up to nine ranks."""
+    pool = RankPool(9, tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.close()

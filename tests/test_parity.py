@@ -1,0 +1,193 @@
+"""Every op and block gives the same on any grid as on 1x1, forward and backward, in fp64."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from cpfold_train.losses.distogram import distogram_loss
+from cpfold_train.model.config import ModelConfig, MSAConfig, PairformerConfig
+from cpfold_train.model.msa import MSALayer, OuterProductMean, PairWeightedAveraging
+from cpfold_train.model.pair_stack import (
+    TriangleAttentionEndingNode,
+    TriangleAttentionStartingNode,
+    TriangleMultiplicationIncoming,
+    TriangleMultiplicationOutgoing,
+)
+from cpfold_train.model.pairformer import AttentionPairBias, PairformerLayer
+from cpfold_train.model.trunk import DistogramModule, Trunk
+from cpfold_train.ops.outer_product_mean import pair_counts
+from cpfold_train.parallel.context import TILED, ContextParallel
+from cpfold_train.parallel.grid import Grid
+from cpfold_train.parallel.random import Draws
+from tests.parity import DEPTHS, GRIDS, LENGTHS, check, cut, pad, randomise
+
+C_S, C_Z, C_M = 16, 10, 12
+
+
+def random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+N, S, B = max(LENGTHS), max(DEPTHS), len(LENGTHS)
+TOKEN_MASK = torch.stack([torch.arange(N) < n for n in LENGTHS]).double()
+MSA_MASK = torch.stack([torch.arange(S) < s for s in DEPTHS]).double()[:, :, None] * TOKEN_MASK[:, None]
+MSA_MASK[0, 3, 4:7] = 0
+INPUTS = {
+    "z": (random(B, N, N, C_Z, seed=1), "pair"),
+    "s": (random(B, N, C_S, seed=2), "token"),
+    "m": (random(B, S, N, C_M, seed=3), "msa"),
+    "token_mask": (TOKEN_MASK, "token"),
+    "msa_mask": (MSA_MASK, "msa"),
+}
+
+
+def pair_mask(x, cp):
+    n = x["token_mask"].shape[1]
+    rows, cols = slice(*cp.grid.row_tokens(n)), slice(*cp.grid.col_tokens(n))
+    return x["token_mask"][:, rows, None] * x["token_mask"][:, None, cols]
+
+
+def draws():
+    return Draws(torch.tensor([3, 4]))
+
+
+def multiplication(module, x, cp):
+    return module(x["z"], pair_mask(x, cp), cp)
+
+
+def attention(module, x, cp):
+    return module(x["z"], x["token_mask"], cp)
+
+
+def single_attention(module, x, cp):
+    return module(x["s"], x["z"], x["token_mask"], cp)
+
+
+def averaging(module, x, cp):
+    return module(x["m"], x["z"], x["token_mask"], cp)
+
+
+def outer_product(module, x, cp):
+    return module(x["m"], x["msa_mask"], pair_counts(x["msa_mask"], cp), cp)
+
+
+def distogram(module, x, cp):
+    return module(x["z"], cp)
+
+
+def msa_layer_z(module, x, cp):
+    count = pair_counts(x["msa_mask"], cp)
+    return module(x["z"], x["m"], x["token_mask"], x["msa_mask"], count, cp, draws())[0]
+
+
+def msa_layer_m(module, x, cp):
+    count = pair_counts(x["msa_mask"], cp)
+    return module(x["z"], x["m"], x["token_mask"], x["msa_mask"], count, cp, draws())[1]
+
+
+def pairformer_s(module, x, cp):
+    return module(x["s"], x["z"], x["token_mask"], cp, draws())[0]
+
+
+def double(cls, *args, **kwargs):
+    return cls(*args, **kwargs).double()
+
+
+MSA = MSAConfig(C_M, 1, 0.15, 0.25, 6, 2)
+CASES = {
+    "triangle multiplication outgoing": (
+        partial(double, TriangleMultiplicationOutgoing, C_Z), multiplication, ["z", "token_mask"], "pair"),
+    "triangle multiplication incoming": (
+        partial(double, TriangleMultiplicationIncoming, C_Z), multiplication, ["z", "token_mask"], "pair"),
+    "triangle attention starting": (
+        partial(double, TriangleAttentionStartingNode, C_Z, 6, 2), attention, ["z", "token_mask"], "pair"),
+    "triangle attention ending": (
+        partial(double, TriangleAttentionEndingNode, C_Z, 6, 2), attention, ["z", "token_mask"], "pair"),
+    "attention pair bias": (
+        partial(double, AttentionPairBias, C_S, C_Z, 4), single_attention, ["s", "z", "token_mask"], "token"),
+    "pair weighted averaging": (
+        partial(double, PairWeightedAveraging, C_M, C_Z), averaging, ["m", "z", "token_mask"], "msa"),
+    "outer product mean": (partial(double, OuterProductMean, C_M, C_Z), outer_product, ["m", "msa_mask"], "pair"),
+    "distogram head": (partial(double, DistogramModule, C_Z, 8), distogram, ["z"], "pair"),
+    "msa block, z": (partial(double, MSALayer, MSA, C_Z), msa_layer_z, ["m", "z", "token_mask", "msa_mask"], "pair"),
+    "msa block, m": (partial(double, MSALayer, MSA, C_Z), msa_layer_m, ["m", "z", "token_mask", "msa_mask"], "msa"),
+    "pairformer block": (
+        partial(double, PairformerLayer, C_S, C_Z, 4, 0.25, 6, 2), pairformer_s, ["s", "z", "token_mask"], "token"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g[0]}x{g[1]}")
+@pytest.mark.parametrize("case", CASES)
+def test_grid_parity(ranks, case, grid):
+    build, call, names, out_placement = CASES[case]
+    inputs = {name: INPUTS[name][0] for name in names}
+    placements = {name: INPUTS[name][1] for name in names}
+    check(ranks, *grid, build, call, inputs, placements, out_placement)
+
+
+def features(grid) -> dict[str, torch.Tensor]:
+    """A batch of two made-up complexes as one rank gets it, with every input that the trunk reads."""
+    draw = torch.Generator().manual_seed(7)
+
+    def integers(high, *shape):
+        return torch.randint(0, high, shape, generator=draw)
+
+    def numbers(*shape):
+        return torch.rand(*shape, generator=draw, dtype=torch.float64)
+
+    index = torch.arange(N).expand(B, N)
+    whole = {
+        "token_index": index, "residue_index": index // 2, "asym_id": index // 5, "entity_id": index // 10,
+        "sym_id": index // 5 % 2, "mol_type": integers(4, B, N), "method_feature": integers(12, B, N),
+        "modified": integers(2, B, N), "token_pad_mask": TOKEN_MASK, "token_disto_mask": TOKEN_MASK * (index != 4),
+        "cyclic_period": torch.where(index // 5 == 1, 5.0, 0.0).double(), "deletion_mean": numbers(B, N),
+        "res_type": torch.nn.functional.one_hot(integers(33, B, N), 33).double(), "profile": numbers(B, N, 33),
+    }  # fmt: skip
+    pair = {
+        "token_bonds": integers(2, B, N, N, 1).double(), "type_bonds": integers(7, B, N, N),
+        "contact_conditioning": integers(5, B, N, N), "contact_threshold": 4 + 16 * numbers(B, N, N),
+        "disto_target": integers(8, B, N, N, 2),
+    }  # fmt: skip
+    msa = {
+        "msa": integers(33, B, S, N), "msa_mask": MSA_MASK, "has_deletion": integers(2, B, S, N).double(),
+        "deletion_value": numbers(B, S, N), "msa_paired": integers(2, B, S, N).double(),
+    }  # fmt: skip
+    parts = [(whole, "token"), (pair, "pair"), (msa, "msa")]
+    return {name: cut(pad(x, kind, grid), kind, grid) for group, kind in parts for name, x in group.items()}
+
+
+def train_step(cp: ContextParallel) -> tuple[torch.Tensor, dict[str, torch.Tensor], list]:
+    """Loss shares, gradients and placements of a small trunk: dropout on, one recycling, blocks recomputed."""
+    config = ModelConfig(C_S, C_Z, 8, 1, True, MSA, PairformerConfig(1, 4, 0.25, 6, 2))
+    trunk = Trunk(config).double()
+    randomise(trunk)
+    feats = features(cp.grid)
+    out = trunk(feats, cp, recycling_steps=1, draws=draws())
+    loss = distogram_loss(out["pdistogram"], feats, cp)
+    loss.sum().backward()
+    grads = {name: p.grad for name, p in trunk.named_parameters() if p.grad is not None}
+    return loss.detach(), grads, [(x.placements, x.shape) for x in out.values()]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g[0]}x{g[1]}")
+def test_training_step_of_the_trunk(ranks, grid):
+    ((loss, grads, _),) = ranks.run(train_step, 1, 1)
+    parts = ranks.run(train_step, *grid)
+    torch.testing.assert_close(sum(part[0] for part in parts), loss, rtol=1e-10, atol=0)
+    assert len(grads) > 50
+    for name, grad in grads.items():
+        total = sum(part[1][name] for part in parts)
+        torch.testing.assert_close(total, grad, rtol=1e-7, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+    n = Grid(*grid).pad_tokens(N)
+    for placements, shape in (parts[0][2][1], parts[0][2][2]):
+        assert placements == TILED and shape[1:3] == (n, n)
+
+
+def test_dropout_is_positioned():
+    wide = draws().uniform(0, 1000)
+    assert torch.equal(wide[:, 300:310], draws().uniform(300, 310))
+    assert (wide[0] != wide[1]).all() and abs(wide.mean() - 0.5) < 0.03
+    assert not torch.equal(draws().at("a").uniform(0, 9), draws().at("b").uniform(0, 9))
