@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import gzip
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from cpfold_train.data.align import align
+from cpfold_train.data.alignment import UNPAIRED, Alignment
 from cpfold_train.data.residues import GAP, letter_table
 from cpfold_train.errors import DataError
 from cpfold_train.parallel.random import key_of
 
-UNPAIRED = -1
 MIN_IDENTITY = 0.9
 _SPECIES = (
     re.compile(r"\bOX=(\d+)"),
@@ -28,27 +27,6 @@ _SPECIES = (
     re.compile(r"^(?:sp|tr)\|\w+\|\w+_([A-Z0-9]+)"),
 )
 _PAIRED_FILE = re.compile(r"(^|[_.-])pair(ed|ing)?([_.-]|$)")
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """D rows over the L residues of an entity; row 0 is the entity itself.
-
-    Attributes:
-        tokens: (D, L) int8.
-        deletions: (D, L) uint8 inserted residues before each column, 255 standing for more.
-        keys: (D,) int64; rows of different chains with the same key belong to one organism. -1: unknown.
-    """
-
-    tokens: np.ndarray
-    deletions: np.ndarray
-    keys: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def take(self, rows: np.ndarray) -> Alignment:
-        return Alignment(self.tokens[rows], self.deletions[rows], self.keys[rows])
 
 
 def chains_of(path: Path) -> tuple[str, str, str]:
@@ -174,18 +152,3 @@ def merge(alignments: list[Alignment], max_depth: int) -> Alignment:
     n_paired = min(len(paired), max(max_depth // 2, max_depth - len(others)))
     rows = [0, *paired[:n_paired], *others[1 : max_depth - n_paired]]
     return joined.take(np.array(rows))
-
-
-def pack_alignments(alignments: dict[int, Alignment]) -> dict[str, np.ndarray]:
-    """Arrays ``tokens_E``, ``deletions_E`` and ``keys_E`` of each entity E."""
-    return {
-        f"{field}_{entity}": getattr(alignment, field)
-        for entity, alignment in sorted(alignments.items())
-        for field in ("tokens", "deletions", "keys")
-    }
-
-
-def unpack_alignments(arrays: dict[str, np.ndarray]) -> dict[int, Alignment]:
-    """The inverse of :func:`pack_alignments`."""
-    entities = sorted(int(name.removeprefix("tokens_")) for name in arrays if name.startswith("tokens_"))
-    return {e: Alignment(*(arrays[f"{field}_{e}"] for field in ("tokens", "deletions", "keys"))) for e in entities}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from cpfold_train.data.structure import Structure
-from cpfold_train.errors import ConfigError
+
+CROPS = ("spatial", "contiguous")
 
 INTERFACE_DISTANCE = 15.0
 """Angstrom between center atoms below which two chains are in contact (AlphaFold 3)."""
@@ -17,7 +18,7 @@ def crop_tokens(structure: Structure, size: int, kind: str, interface: float, rn
     """Tokens of one crop; the whole sample where it has no more than ``size`` tokens.
 
     Args:
-        kind: ``spatial`` or ``contiguous``.
+        kind: one of ``CROPS``.
         interface: probability that a spatial crop is centred on an interface.
 
     Returns:
@@ -25,11 +26,9 @@ def crop_tokens(structure: Structure, size: int, kind: str, interface: float, rn
     """
     if len(structure) <= size:
         return np.arange(len(structure))
-    if kind == "spatial":
-        return spatial_crop(structure.center, structure.resolved, structure.asym_id, size, interface, rng)
     if kind == "contiguous":
         return contiguous_crop(structure.asym_id, size, rng)
-    raise ConfigError(f"crop kind {kind} is not known: type spatial or contiguous")
+    return spatial_crop(structure.center, structure.resolved, structure.asym_id, size, interface, rng)
 
 
 def spatial_crop(

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from cpfold_train.data import msa
-from cpfold_train.data.a3m import Alignment
+from cpfold_train.data.alignment import Alignment
 from cpfold_train.data.crop import crop_tokens
 from cpfold_train.data.residues import TOKENS, method_id
 from cpfold_train.data.structure import Structure
-from cpfold_train.parallel.grid import Grid
+from cpfold_train.parallel.grid import Grid, Interval
 from cpfold_train.parallel.random import key_of, numpy_generator
 
 DISTO_BOUNDARIES = np.linspace(2.0, 22.0, 63, dtype=np.float32)
@@ -106,7 +106,7 @@ def tile_features(crop: Crop, grid: Grid, n: int, s: int) -> dict[str, Any]:
     token = token_features(crop, n)
     return {
         **token,
-        **pair_features(token["disto_center"][slice(*rows)], token["disto_center"][slice(*columns)]),
+        **pair_features(token["disto_center"], token["token_disto_mask"], rows, columns),
         **msa.tile(crop.rows, grid.msa_rows(s), columns),
         "sample_key": np.int64(crop.sample_key),
         "num_tokens": np.int64(len(crop.tokens)),
@@ -118,7 +118,6 @@ def token_features(crop: Crop, n: int) -> dict[str, np.ndarray]:
     """Features of all tokens of the crop, padded to ``n`` with zeros. ``disto_center`` (n, 3) is in Angstrom."""
     structure, tokens = crop.structure, crop.tokens
     asym_id = structure.asym_id[tokens].astype(np.int64)
-    real = np.ones(len(tokens))
     center, known = structure.disto_center()
     profile, deletion_mean = msa.profile(crop.rows)
     features = {
@@ -130,7 +129,7 @@ def token_features(crop: Crop, n: int) -> dict[str, np.ndarray]:
         "mol_type": structure.chains["mol_type"][asym_id],
         "method_feature": np.full(len(tokens), method_id(structure.meta["method"])),
         "modified": structure.modified[tokens].astype(np.int64),
-        "token_pad_mask": real.astype(np.float32),
+        "token_pad_mask": np.ones(len(tokens), dtype=np.float32),
         "token_disto_mask": known[tokens].astype(np.float32),
         "cyclic_period": np.zeros(len(tokens), dtype=np.float32),
         "deletion_mean": deletion_mean,
@@ -141,28 +140,34 @@ def token_features(crop: Crop, n: int) -> dict[str, np.ndarray]:
     return {name: _pad(value, n) for name, value in features.items()}
 
 
-def pair_features(row_center: np.ndarray, column_center: np.ndarray) -> dict[str, np.ndarray]:
+def pair_features(center: np.ndarray, known: np.ndarray, rows: Interval, columns: Interval) -> dict[str, np.ndarray]:
     """Features of one tile of token pairs.
 
     Args:
-        row_center: (n_r, 3) Angstrom.
-        column_center: (n_c, 3) Angstrom.
+        center: (n, 3) representative atoms in Angstrom.
+        known: (n,) which of them are resolved.
+        rows: tokens of the tile's rows.
+        columns: tokens of its columns.
 
     Returns:
         ``token_bonds`` (n_r, n_c, 1) and ``contact_threshold`` float32, ``type_bonds`` and ``contact_conditioning``
-        (classes, n_r, n_c) int64, ``disto_target`` (n_r, n_c, K = 1) int64 bins. Bonds are those that the sequence does
-        not imply, and polymers have none.
+        (classes, n_r, n_c) int64, ``disto_target`` (n_r, n_c, K = 1) int64 bins, 0 where unresolved. Bonds are those
+        that the sequence does not imply, and polymers have none.
     """
-    shape = (len(row_center), len(column_center))
-    # Component by component, so that an element of the tile is the same number whatever the tile's shape.
-    square = sum((row_center[:, None, x] - column_center[None, :, x]) ** 2 for x in range(3))
+    shape = (rows[1] - rows[0], columns[1] - columns[0])
+    first, second = center[slice(*rows)], center[slice(*columns)]
+    # Component by component, so that an element is the same number whatever the tile's shape.
+    square = sum((first[:, None, x] - second[None, :, x]) ** 2 for x in range(3))
+    # The bin is the number of boundaries below the distance.
+    target = np.searchsorted(DISTO_BOUNDARIES, np.sqrt(square), side="left")
+    target[known[slice(*rows)] == 0] = 0
+    target[:, known[slice(*columns)] == 0] = 0
     return {
         "token_bonds": np.zeros((*shape, 1), dtype=np.float32),
         "type_bonds": np.zeros(shape, dtype=np.int64),
         "contact_conditioning": np.full(shape, UNSPECIFIED, dtype=np.int64),
         "contact_threshold": np.zeros(shape, dtype=np.float32),
-        # bin = number of boundaries below the distance
-        "disto_target": np.searchsorted(DISTO_BOUNDARIES, np.sqrt(square), side="left")[..., None].astype(np.int64),
+        "disto_target": target[..., None].astype(np.int64, copy=False),
     }
 
 

@@ -18,6 +18,7 @@ import torch
 import webdataset as wds
 from torch.utils.data import get_worker_info
 
+from cpfold_train.data.crop import CROPS
 from cpfold_train.data.features import PLACEMENTS, Crop, make_crop, tile_features
 from cpfold_train.data.shards import Entry, open_shards, read_sample
 from cpfold_train.errors import ConfigError
@@ -49,8 +50,8 @@ class TileLoader:
         prefetch_factor: batches that each worker prepares ahead.
         start_method: how workers start, ``fork``, ``spawn`` or ``forkserver``; the platform's default if None.
 
-    Iterating again after a whole pass goes on to the next epoch. ``state_dict`` taken between two batches resumes
-    exactly there, also on another grid or with another number of workers or replicas.
+    Iterating again begins the next epoch, also where the last one was left early. ``state_dict`` taken between two
+    batches resumes exactly there, also on another grid or with another number of workers or replicas.
     """
 
     def __init__(
@@ -71,41 +72,45 @@ class TileLoader:
         prefetch_factor: int = 2,
         start_method: str | None = None,
     ) -> None:
-        if min(crop_size, max_msa_rows, batch_size, samples_per_epoch or 1) < 1 or num_workers < 0:
-            raise ConfigError("crop_size, max_msa_rows, batch_size and samples_per_epoch start at 1, num_workers at 0")
-        if crop not in ("spatial", "contiguous"):
-            raise ConfigError(f"crop={crop} is not known: type crop=spatial or crop=contiguous")
         self.entries = open_shards(list(shards))
+        samples = len(self.entries) if samples_per_epoch is None else samples_per_epoch
+        if min(crop_size, max_msa_rows, batch_size, samples) < 1 or num_workers < 0:
+            raise ConfigError("crop_size, max_msa_rows, batch_size and samples_per_epoch start at 1, num_workers at 0")
+        if crop not in CROPS:
+            raise ConfigError(f"crop={crop} is not known: type crop={' or crop='.join(CROPS)}")
         self.grid, self.seed, self.batch_size, self.shuffle = grid, seed, batch_size, shuffle
         self.num_workers, self.start_method, self.pin_memory = num_workers, start_method, pin_memory
         self.prefetch_factor = prefetch_factor
         self.make = partial(_crop, crop_size=crop_size, max_msa_rows=max_msa_rows, crop=crop, interface=interface)
-        samples = samples_per_epoch or len(self.entries)
         self.batches = -(-samples // (grid.dp * batch_size))
         self.epoch = 0
         self.position = 0
+        """Batch of the epoch that comes next."""
+        self.resumed = False
 
     def __len__(self) -> int:
         """Batches of an epoch, equal on all replicas."""
         return self.batches
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch; no effect within that epoch."""
+        """Go to the start of an epoch; no effect while in it, so that a resumed one is not lost."""
         if epoch != self.epoch:
-            self.epoch, self.position = epoch, 0
+            self.epoch, self.position, self.resumed = epoch, 0, False
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, and position of the next sample over all replicas."""
         return {"epoch": self.epoch, "position": self.position * self.batch_size * self.grid.dp}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where :meth:`state_dict` was taken, without reading the samples before it."""
+        """Let the next iteration continue where :meth:`state_dict` was taken; samples before it are not read."""
         self.epoch = state["epoch"]
-        self.position = min(state["position"] // (self.batch_size * self.grid.dp), self.batches)
+        self.position = state["position"] // (self.batch_size * self.grid.dp)
+        self.resumed = True
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        if self.position >= self.batches:
+        if self.position >= self.batches or (self.position and not self.resumed):
             self.epoch, self.position = self.epoch + 1, 0
+        self.resumed = False
         dataset = wds.DataPipeline(
             partial(
                 _draws,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cpfold_train.data.a3m import UNPAIRED, Alignment
+from cpfold_train.data.alignment import UNPAIRED, Alignment
 from cpfold_train.data.residues import GAP, TOKENS
 from cpfold_train.data.structure import Structure
 from cpfold_train.parallel.grid import Interval

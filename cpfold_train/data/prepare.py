@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from cpfold_train.data.a3m import Alignment, chains_of, merge, pack_alignments, read_alignment
+from cpfold_train.data.a3m import chains_of, merge, read_alignment
+from cpfold_train.data.alignment import Alignment, pack_alignments
 from cpfold_train.data.parse import SUFFIXES, entry_id, read_structure
 from cpfold_train.data.residues import AMINO_ACIDS, MOL_TYPES, THREE_LETTERS, TOKENS
 from cpfold_train.data.shards import write_shard

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpfold_train.data.a3m import Alignment, unpack_alignments
+from cpfold_train.data.alignment import Alignment, unpack_alignments
 from cpfold_train.data.structure import FORMAT_VERSION, Structure, unpack_arrays, unpack_structure
 from cpfold_train.errors import ConfigError, DataError
 
