@@ -10,6 +10,7 @@ from cpfold_train.errors import ConfigError, DataError
 
 SUBCOMMANDS = {
     "prepare": ("cpfold_train.data.prepare", "turn structure files and alignments into training shards"),
+    "bench": ("cpfold_train.bench.command", "time an op on a grid of ranks, and count what it sends and holds"),
 }
 """Name of each subcommand: module with ``add_arguments(parser)`` and ``run(args)``, and a line of help."""
 

@@ -53,7 +53,8 @@ class ContextParallel:
     """
 
     def __init__(self, grid: Grid, device_type: str = "cpu", timeout: timedelta = timedelta(minutes=30)) -> None:
-        """Build the mesh on the default process group; a world of one rank starts its own group.
+        """Build the mesh on the default process group, which is started where there is none: on its own for a world of
+        one rank, else from the launcher's environment variables.
 
         Args:
             grid: the grid; its ``world_size`` must be the size of the default process group.
@@ -62,7 +63,8 @@ class ContextParallel:
         """
         if not dist.is_initialized():
             backend = "nccl" if device_type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if grid.world_size == 1 else {}
+            dist.init_process_group(backend, timeout=timeout, **alone)
         if dist.get_world_size() != grid.world_size:
             raise ValueError(f"the grid has {grid.world_size} ranks, the process group {dist.get_world_size()}")
         self.grid = grid

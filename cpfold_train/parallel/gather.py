@@ -29,3 +29,9 @@ def gather_figures(cp: ContextParallel, figures: Sequence[float]) -> Tensor:
     pieces = [torch.empty_like(row) for _ in range(cp.grid.world_size)]
     dist.all_gather(pieces, row)
     return torch.stack(pieces).cpu()
+
+
+def barrier(cp: ContextParallel) -> None:
+    """Wait until every rank of the world is here."""
+    if cp.grid.world_size > 1:
+        dist.barrier()

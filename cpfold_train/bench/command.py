@@ -1,0 +1,195 @@
+"""``python -m cpfold_train bench OP``: forward and backward of one op at Boltz-2's widths, with what it costs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean
+
+import torch
+import torch.multiprocessing as mp
+from rich.console import Console
+from rich.table import Table
+
+from cpfold_train.bench.cases import CASES, make_inputs, randomise
+from cpfold_train.bench.measure import MIB, machine, measure
+from cpfold_train.errors import ConfigError
+from cpfold_train.model.config import ModelConfig
+from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.parallel.gather import barrier
+from cpfold_train.parallel.grid import Grid, parse_grid
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the subcommand."""
+    widths = ModelConfig()
+    parser.add_argument("op", choices=CASES, metavar="OP", help=", ".join(CASES))
+    parser.add_argument("--n", type=int, default=384, help="tokens (default: 384)")
+    parser.add_argument("--grid", default="1x1", metavar="RxC", help="grid of ranks (default: 1x1)")
+    parser.add_argument("--msa-depth", type=int, default=128, metavar="S", help="MSA sequences (default: 128)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="precision (default: fp32)")
+    parser.add_argument("--token-z", type=int, default=widths.token_z, help="width of z (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps, of which the median counts (default: 3)")
+    parser.add_argument("--threads", type=int, help="threads a rank (default: cores / ranks, at least 1)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda runs one rank a GPU over NCCL")
+    parser.add_argument("--against", choices=["boltz"], help="also time the stock package's serial module in this call")
+    parser.add_argument(
+        "--boltz-python",
+        default=os.environ.get("BOLTZ_PYTHON"),
+        metavar="PATH",
+        help="interpreter of an environment with the boltz package (default: the variable BOLTZ_PYTHON)",
+    )
+    parser.add_argument("--boltz-threads", type=int, default=os.cpu_count(), help="its threads (default: all cores)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Time the op and print the figures.
+
+    Raises:
+        ConfigError: for options that cannot work together.
+    """
+    rows, cols = parse_grid(args.grid)
+    grid = Grid(rows, cols)
+    n, depth = grid.pad_tokens(args.n), grid.pad_rows(args.msa_depth)
+    threads = args.threads or max(1, (os.cpu_count() or 1) // grid.cp_size)
+    if args.device == "cuda" and grid.cp_size > torch.cuda.device_count():
+        raise ConfigError(
+            f"--grid {grid} needs {grid.cp_size} GPUs and there are {torch.cuda.device_count()}: type a smaller --grid"
+        )
+    if args.against and not args.boltz_python:
+        raise ConfigError("--against boltz needs an interpreter that has the package: type --boltz-python PATH")
+
+    with tempfile.TemporaryDirectory() as folder:
+        job = {**vars(args), "n": n, "msa_depth": depth, "threads": threads, "folder": folder, "port": _free_port()}
+        # Ranks must not start with more threads than they get: OpenMP reads this once.
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        mp.spawn(_rank, (rows, cols, job), grid.cp_size)
+        ranks = [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(grid.cp_size)]
+        result = _summary(ranks, args, grid, n, depth, threads)
+        if args.against:
+            result["against"] = _stock(args, folder, n, depth)
+            result["against"]["time_ratio"] = result["wall_s"] / result["against"]["wall_s"]
+            result["against"]["memory_ratio"] = max(result["peak_mib_per_rank"]) / result["against"]["peak_mib"]
+    if args.json:
+        print(json.dumps(result, indent=1))
+    else:
+        _print(result)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _rank(rank: int, rows: int, cols: int, job: dict) -> None:
+    """One rank of the benchmark, in a process of its own."""
+    torch.set_num_threads(job["threads"])
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(rows * cols)}
+    device = torch.device(job["device"], rank) if job["device"] == "cuda" else torch.device("cpu")
+    cp = ContextParallel(Grid(rows, cols, 1, rank), device.type)
+
+    torch.manual_seed(rank)
+    config = ModelConfig(token_z=job["token_z"])
+    case = CASES[job["op"]]
+    module = case.build(config)
+    randomise(module)
+    if rank == 0 and job["against"]:
+        torch.save(module.state_dict(), Path(job["folder"]) / "state.pt")
+    module = module.to(device, DTYPES[job["dtype"]])
+    x = make_inputs(case.inputs, config, job["n"], job["msa_depth"], cp.grid, DTYPES[job["dtype"]], device)
+    grads = [torch.randn_like(out) for out in case.call(module, x, cp)]
+
+    def step() -> None:
+        cp.ledger.reset()
+        torch.autograd.backward(case.call(module, x, cp), grads)
+
+    figures = measure(step, job["repeats"], device, lambda: barrier(cp))
+    ops = {op: asdict(entry) for op, entry in cp.ledger.by_op().items()}
+    (Path(job["folder"]) / f"rank{rank}.json").write_text(json.dumps({**asdict(figures), "ops": ops}))
+
+
+def _summary(ranks: list[dict], args: argparse.Namespace, grid: Grid, n: int, depth: int, threads: int) -> dict:
+    tile = (n // grid.rows) * (n // grid.cols) * args.token_z * DTYPES[args.dtype].itemsize
+    sent = [sum(entry["sent_bytes"] for entry in rank["ops"].values()) for rank in ranks]
+    by_op = {
+        op: {
+            "sent_tiles": mean(rank["ops"][op]["sent_bytes"] for rank in ranks) / tile,
+            "messages": mean(rank["ops"][op]["messages"] for rank in ranks),
+            "exposed_comm_s": mean(rank["ops"][op]["waited_s"] for rank in ranks),
+        }
+        for op in ranks[0]["ops"]
+    }
+    return {
+        "op": args.op,
+        "n": n,
+        "msa_depth": depth,
+        "grid": str(grid),
+        "dtype": args.dtype,
+        "threads_per_rank": threads,
+        "repeats": args.repeats,
+        "wall_s": max(rank["wall_s"] for rank in ranks),
+        "cpu_s_total": sum(rank["cpu_s"] for rank in ranks),
+        "peak_mib_per_rank": [rank["peak_mib"] for rank in ranks],
+        "sent_mib_per_rank": [sent_bytes / MIB for sent_bytes in sent],
+        "tile_mib": tile / MIB,
+        "sent_tiles": mean(sent) / tile,
+        "exposed_comm_s": mean(sum(entry["waited_s"] for entry in rank["ops"].values()) for rank in ranks),
+        "by_op": by_op,
+        "machine": machine(),
+    }
+
+
+def _stock(args: argparse.Namespace, folder: str, n: int, depth: int) -> dict:
+    """Figures of the stock package's module, with the weights of ours."""
+    config = ModelConfig(token_z=args.token_z)
+    source, target = Path(folder) / "stock-in.pt", Path(folder) / "stock-out.pt"
+    widths = {"token_s": config.token_s, "token_z": config.token_z, "msa_s": config.msa.msa_s}
+    given = {"op": args.op, "n": n, "depth": depth, "widths": widths, "repeats": args.repeats}
+    given |= {"threads": args.boltz_threads, "dtype": DTYPES[args.dtype]}
+    torch.save({**given, "state": torch.load(Path(folder) / "state.pt", weights_only=True)}, source)
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(args.boltz_threads)}
+    script = Path(__file__).with_name("stock.py")
+    done = subprocess.run(
+        [args.boltz_python, str(script), str(source), str(target)], env=environment, stdout=sys.stderr
+    )
+    if done.returncode:
+        raise ConfigError(f"{args.boltz_python} could not run the stock module: type --boltz-python with boltz in it")
+    return {"package": "boltz", "threads": args.boltz_threads, **torch.load(target, weights_only=True)}
+
+
+def _print(result: dict) -> None:
+    console = Console()
+    title = f"{result['op']}, N = {result['n']}, grid {result['grid']}, {result['dtype']}, forward and backward"
+    table = Table("figure", "value", title=title)
+    table.add_row("wall time", f"{result['wall_s']:.3f} s")
+    table.add_row("CPU time, all ranks", f"{result['cpu_s_total']:.3f} s")
+    table.add_row("peak memory a rank", ", ".join(f"{mib:.0f}" for mib in result["peak_mib_per_rank"]) + " MiB")
+    table.add_row("sent a rank", f"{mean(result['sent_mib_per_rank']):.1f} MiB = {result['sent_tiles']:.2f} tiles")
+    table.add_row("waiting for messages", f"{result['exposed_comm_s']:.3f} s")
+    if against := result.get("against"):
+        table.add_row("stock boltz", f"{against['wall_s']:.3f} s, {against['peak_mib']:.0f} MiB")
+        table.add_row("ratio to it", f"{against['time_ratio']:.2f} time, {against['memory_ratio']:.2f} memory")
+    console.print(table)
+    if result["by_op"]:
+        ops = Table("operation", "tiles sent", "messages", "waiting, s")
+        for op, entry in result["by_op"].items():
+            ops.add_row(op, f"{entry['sent_tiles']:.2f}", f"{entry['messages']:.0f}", f"{entry['exposed_comm_s']:.3f}")
+        console.print(ops)
+    spec = result["machine"]
+    console.print(
+        f"{spec.get('gpu', spec['cpu'])}, {spec['cores']} cores, {result['threads_per_rank']} threads a rank, "
+        f"torch {spec['torch']}, median of {result['repeats']}"
+    )

@@ -1,0 +1,95 @@
+"""Wall time, CPU time and peak memory of a repeated step, in this process. Needs nothing but torch."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+MIB = 2**20
+
+
+@dataclass
+class Figures:
+    """Medians over the repeats, and the peak above the baseline before the first step.
+
+    Attributes:
+        wall_s: seconds a step.
+        cpu_s: user and system seconds of this process a step.
+        peak_mib: highest memory during the steps above what the process held before them.
+    """
+
+    wall_s: float
+    cpu_s: float
+    peak_mib: float
+
+
+def measure(step: Callable[[], None], repeats: int, device: torch.device, barrier: Callable[[], None]) -> Figures:
+    """Run ``step`` once to warm up and ``repeats`` times for the figures.
+
+    On CPU the peak is the kernel's high-water mark of resident memory, on CUDA the allocator's.
+    """
+    before = _reset_peak(device)
+    step()
+    walls, cpus = [], []
+    for _ in range(repeats):
+        barrier()
+        wall, cpu = time.perf_counter(), _cpu_seconds()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        barrier()
+        walls.append(time.perf_counter() - wall)
+        cpus.append(_cpu_seconds() - cpu)
+    return Figures(statistics.median(walls), statistics.median(cpus), (_peak(device) - before) / MIB)
+
+
+def machine() -> dict[str, str | int]:
+    """What the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {"cpu": cpu, "cores": os.cpu_count() or 1, "torch": torch.__version__, "system": platform.platform(), **gpu}
+
+
+def _cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"the kernel does not report {field}")
+
+
+def _reset_peak(device: torch.device) -> int:
+    """Start counting the peak afresh; returns the bytes held now."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    # Memory that malloc keeps for later would count as held before the step and hide its use.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")
