@@ -23,7 +23,7 @@ def align(query: Sequence[str], target: Sequence[str]) -> np.ndarray:
         GeneralSequence(alphabet, query),
         GeneralSequence(alphabet, target),
         SubstitutionMatrix(alphabet, alphabet, scores),
-        gap_penalty=(-10, -1),
+        gap_penalty=(-3, 0),  # unresolved stretches are long, and the short pieces between them still count
         terminal_penalty=False,
         max_number=1,
     )[0].trace

@@ -23,7 +23,7 @@ def read_pdb(text: str) -> Entry:
     for name in dict.fromkeys(atoms.chain_id.tolist()):
         chain = atoms[atoms.chain_id == name]
         starts = struc.get_residue_starts(chain, add_exclusive_stop=True)
-        names = chain.res_name[starts[:-1]].tolist()
+        names, numbers = chain.res_name[starts[:-1]].tolist(), chain.res_id[starts[:-1]]
         sequence = seqres.get(name)
         if sequence is None:
             # Without SEQRES a single residue is a ligand or a free amino acid rather than a chain.
@@ -33,10 +33,8 @@ def read_pdb(text: str) -> Entry:
             places = dict(zip(linked, range(len(linked))))
         else:
             linked = [i for i, residue in enumerate(names) if residue in sequence]
-            matched = align([names[i] for i in linked], sequence)
-            places = {
-                i: place for i, place in zip(linked, matched.tolist()) if place >= 0 and names[i] == sequence[place]
-            }
+            matched = _match([names[i] for i in linked], numbers[linked], sequence).tolist()
+            places = {i: place for i, place in zip(linked, matched) if place >= 0 and names[i] == sequence[place]}
         mol_type = majority_type(sequence)
         residue = np.repeat(np.arange(len(names)), np.diff(starts))
         kept = np.isin(residue, list(places))
@@ -45,6 +43,19 @@ def read_pdb(text: str) -> Entry:
             place = np.array([places[i] for i in residue[kept].tolist()])
             entry.polymers.append(Polymer(name, name, mol_type, sequence, chain[kept], place))
     return entry
+
+
+def _match(names: list[str], numbers: np.ndarray, sequence: list[str]) -> np.ndarray:
+    """Place of each observed residue in the sequence, -1 where it has none.
+
+    Residue numbers that follow the sequence settle the ends of a gap, which an alignment can place in several ways.
+    """
+    if len(np.unique(numbers)) == len(numbers) and len(numbers):
+        observed, full = np.array(names), np.array(sequence)
+        for shift in range(-int(numbers.min()), len(sequence) - int(numbers.max())):
+            if (full[numbers + shift] == observed).all():
+                return numbers + shift
+    return align(names, sequence)
 
 
 def _sequences(text: str) -> dict[str, list[str]]:
