@@ -1,0 +1,165 @@
+"""The loader: order, resume and errors."""
+
+import itertools
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cpfold_train.data.loader import PLACEMENTS, TileLoader
+from cpfold_train.errors import ConfigError, DataError
+from cpfold_train.parallel.grid import Grid
+
+SHARDS = ["data/shards/train-*.tar"]
+
+
+def loader(grid=None, **settings):
+    settings = {"crop_size": 64, "max_msa_rows": 16, "batch_size": 2, "samples_per_epoch": 20, "seed": 5} | settings
+    return TileLoader(settings.pop("shards", SHARDS), grid or Grid(), **settings)
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name] == b[name] if name == "id" else torch.equal(a[name], b[name]), name
+
+
+def draws(batches):
+    return [pair for batch in batches for pair in zip(batch["id"], batch["sample_key"].tolist())]
+
+
+def test_batch_shapes():
+    grid = Grid(2, 3, 1, 4)
+    batch = next(iter(loader(grid, crop_size=100)))
+    n, s = grid.pad_tokens(100), 16
+    assert batch["res_type"].shape == (2, n, 33) and batch["token_bonds"].shape == (2, n // 2, n // 3, 1)
+    assert batch["disto_target"].shape == (2, n // 2, n // 3, 1) and batch["msa"].shape == (2, s // 2, n // 3)
+    assert set(batch) == {*PLACEMENTS, "id"} and batch["num_tokens"].tolist() == [100, 100]
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_workers_change_nothing(start_method):
+    serial = list(loader())
+    parallel = list(loader(num_workers=2, start_method=start_method))
+    assert len(serial) == len(parallel) == 10
+    for a, b in zip(serial, parallel):
+        same(a, b)
+
+
+def test_grid_changes_nothing():
+    expected = draws(loader())
+    for rank in range(6):
+        assert draws(loader(Grid(2, 3, 1, rank))) == expected
+
+
+def test_every_sample_once_and_keys_are_unique():
+    one_pass = draws(loader(samples_per_epoch=None, batch_size=3))
+    assert len({key for key, _ in one_pass}) == len(one_pass) == 9
+    many = draws(loader(samples_per_epoch=60))
+    assert len({draw for _, draw in many}) == 60
+
+
+def test_replicas_share_out_the_samples():
+    parts = [draws(loader(Grid(1, 1, 3, rank), samples_per_epoch=None, batch_size=1)) for rank in range(3)]
+    assert [len(part) for part in parts] == [3, 3, 3]
+    assert len({key for part in parts for key, _ in part}) == 9
+    serial = draws(loader(samples_per_epoch=None, batch_size=1))
+    assert [draw for turn in zip(*parts) for draw in turn] == serial
+    same_replica = [draws(loader(Grid(1, 2, 2, rank))) for rank in range(4)]
+    assert same_replica[0] == same_replica[1] != same_replica[2] == same_replica[3]
+
+
+def test_tail_is_filled_up():
+    """9 samples over 2 replicas with batches of 2: three batches each, three draws more than there are samples."""
+    loaders = [loader(Grid(1, 1, 2, rank), samples_per_epoch=None) for rank in range(2)]
+    parts = [draws(each) for each in loaders]
+    assert [len(each) for each in loaders] == [3, 3]
+    assert [len(part) for part in parts] == [6, 6] and len({key for part in parts for key, _ in part}) == 9
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_exact_resume(workers):
+    """A state taken after three batches continues with the fourth, and with the next epoch's first after the last."""
+    whole = loader(num_workers=workers)
+    first, second = list(whole), list(whole)
+    stopped = loader(num_workers=workers)
+    list(itertools.islice(iter(stopped), 3))
+    state = json.loads(json.dumps(stopped.state_dict()))
+    resumed = loader()
+    resumed.load_state_dict(state)
+    resumed.set_epoch(0)
+    for a, b in zip(first[3:], resumed, strict=True):
+        same(a, b)
+    for a, b in zip(second, resumed, strict=True):
+        same(a, b)
+
+
+def test_resume_reads_nothing_before_its_place(tmp_path, monkeypatch):
+    from cpfold_train.data import loader as module
+
+    read = []
+    real = module.read_sample
+    monkeypatch.setattr(module, "read_sample", lambda entry: read.append(entry.key) or real(entry))
+    resumed = loader()
+    resumed.load_state_dict({"epoch": 0, "position": 16})
+    assert len(list(resumed)) == 2 and len(read) == 4
+
+
+def test_resume_with_other_replicas():
+    state = loader().state_dict() | {"position": 8}
+    parts = []
+    for rank in range(2):
+        resumed = loader(Grid(1, 1, 2, rank), batch_size=1)
+        resumed.load_state_dict(state)
+        parts.append(draws(resumed))
+    assert [draw for turn in zip(*parts) for draw in turn] == draws(loader(batch_size=1))[8:]
+
+
+def test_epochs():
+    """Training draws anew in each epoch, also after a pass that was left early; validation is always the same."""
+    training = loader()
+    epochs = [draws(itertools.islice(iter(training), 2)) for _ in range(3)]
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    again = loader()
+    again.set_epoch(2)
+    assert draws(itertools.islice(iter(again), 2)) == epochs[2]
+    validation = loader(shuffle=False)
+    assert draws(itertools.islice(iter(validation), 2)) == draws(itertools.islice(iter(validation), 2))
+
+
+def test_missing_shards():
+    with pytest.raises(ConfigError, match=r"no shard matches nowhere/x-\*.tar: type .* python -m cpfold_train prepare"):
+        loader(shards=["nowhere/x-*.tar"])
+    with pytest.raises(ConfigError, match="crop=round is not known: type crop=spatial or crop=contiguous"):
+        loader(crop="round")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_corrupt_sample_is_named(tmp_path, workers):
+    for path in Path("data/shards").glob("val-000000.*"):
+        shutil.copy(path, tmp_path)
+    tar = tmp_path / "val-000000.tar"
+    index = json.loads((tmp_path / "val-000000.index.json").read_text())
+    sample = next(each for each in index["samples"] if each["key"] == "5zyh")
+    offset, size = sample["members"]["structure.npz"]
+    data = bytearray(tar.read_bytes())
+    data[offset + 100 : offset + size] = bytes(size - 100)
+    tar.write_bytes(data)
+    with pytest.raises(DataError, match=r"val-000000.tar: sample 5zyh cannot be read"):
+        list(loader(shards=[str(tar)], num_workers=workers))
+
+
+def test_data_errors_survive_a_worker():
+    assert str(pickle.loads(pickle.dumps(DataError("one sentence")))) == "one sentence"
+
+
+def test_workers_import_nothing_heavy():
+    script = "import sys, cpfold_train.data.loader; print([m for m in sys.argv[1:] if m in sys.modules])"
+    heavy = ["lightning", "hydra", "biotite", "rich", "scipy", "matplotlib", "cpfold_train.model", "cpfold_train.ops"]
+    result = subprocess.run([sys.executable, "-c", script, *heavy], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
