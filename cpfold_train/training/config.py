@@ -1,0 +1,112 @@
+"""The schema of a run: every key, its type and its meaning. The values people see and edit are in ``conf``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from cpfold_train.model.config import ModelConfig
+
+
+@dataclass
+class ContextParallelConfig:
+    """How one sample is shared: ``grid`` "RxC" or "auto"; ``timeout_s`` seconds a rank waits for another."""
+
+    grid: str = MISSING
+    timeout_s: float = MISSING
+
+
+@dataclass
+class DataConfig:
+    """Where the shards are and how they are read; see ``conf/data``."""
+
+    train: list[str] = MISSING
+    val: list[str] = MISSING
+    samples_per_epoch: int | None = MISSING
+    crop: str = MISSING
+    interface: float = MISSING
+    max_msa_rows: int = MISSING
+    num_workers: int = MISSING
+
+
+@dataclass
+class OptimConfig:
+    """AdamW, its schedule and the moving average of the weights; see ``conf/optim``."""
+
+    lr: float = MISSING
+    warmup_steps: int = MISSING
+    decay: float = MISSING
+    decay_every: int = MISSING
+    betas: tuple[float, float] = MISSING
+    eps: float = MISSING
+    weight_decay: float = MISSING
+    ema_decay: float = MISSING
+
+
+@dataclass
+class CheckpointConfig:
+    """``every_n_steps`` optimizer steps between checkpoints; the last one is always written."""
+
+    every_n_steps: int = MISSING
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases; see ``conf/train.yaml``."""
+
+    enabled: bool = MISSING
+    project: str = MISSING
+    name: str | None = MISSING
+    entity: str | None = MISSING
+
+
+@dataclass
+class TrainerConfig:
+    """Arguments of ``lightning.Trainer`` under their own names; ``Any`` where Lightning takes several types."""
+
+    accelerator: str = MISSING
+    num_nodes: int = MISSING
+    precision: Any = MISSING
+    fast_dev_run: Any = MISSING
+    max_epochs: int | None = MISSING
+    min_epochs: int | None = MISSING
+    max_steps: int = MISSING
+    min_steps: int | None = MISSING
+    max_time: Any = MISSING
+    limit_train_batches: Any = MISSING
+    limit_val_batches: Any = MISSING
+    overfit_batches: Any = MISSING
+    val_check_interval: Any = MISSING
+    check_val_every_n_epoch: int | None = MISSING
+    num_sanity_val_steps: int | None = MISSING
+    log_every_n_steps: int = MISSING
+    enable_progress_bar: bool = MISSING
+    enable_model_summary: bool = MISSING
+    accumulate_grad_batches: int = MISSING
+    gradient_clip_val: float | None = MISSING
+    gradient_clip_algorithm: str | None = MISSING
+    deterministic: Any = MISSING
+    benchmark: bool | None = MISSING
+    inference_mode: bool = MISSING
+    profiler: str | None = MISSING
+    detect_anomaly: bool = MISSING
+
+
+@dataclass
+class TrainConfig:
+    """One run."""
+
+    crop_size: int = MISSING
+    batch_size: int = MISSING
+    dp: Any = MISSING
+    seed: int = MISSING
+    ckpt_path: str | None = MISSING
+    cp: ContextParallelConfig = field(default_factory=ContextParallelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -1,0 +1,48 @@
+"""Weights & Biases, for those who ask for it."""
+
+from __future__ import annotations
+
+import netrc
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import WandbLogger
+
+from cpfold_train.errors import ConfigError
+from cpfold_train.training.config import WandbConfig
+
+
+def require_wandb() -> None:
+    """Raise ConfigError where the package is absent."""
+    if find_spec("wandb") is None:
+        raise ConfigError("wandb.enabled=true needs the wandb package: type pip install 'cpfold-train[wandb]'")
+
+
+def wandb_logger(config: WandbConfig, run_dir: Path, record: dict[str, Any]) -> WandbLogger:
+    """A logger that writes into the run directory; offline where there is no key and ``WANDB_MODE`` is not set.
+
+    Args:
+        config: project, name and entity.
+        run_dir: receives ``wandb/``; an offline run is uploaded with ``wandb sync``.
+        record: the configuration of the run.
+    """
+    offline = os.environ.get("WANDB_MODE", "online" if _has_key() else "offline") != "online"
+    return WandbLogger(
+        name=config.name or run_dir.name,
+        project=config.project,
+        entity=config.entity,
+        save_dir=run_dir,
+        offline=offline,
+        config=record,
+    )
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,73 @@
+"""The data side of Lightning: loaders of tiles, and batches as dicts of DTensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+
+from cpfold_train.data.loader import PLACEMENTS, TileLoader
+from cpfold_train.training.config import DataConfig
+
+_PLAIN = ("sample_key", "num_tokens")
+"""Figures of a sample, not features of the model: they stay plain tensors."""
+
+
+class TileData(LightningDataModule):
+    """Loaders for this rank's place in the grid; each rank builds only its own tiles.
+
+    Args:
+        data: what to read and how.
+        crop_size: most tokens of a sample.
+        batch_size: samples a step and replica.
+        seed: of order, crops and MSA rows.
+    """
+
+    def __init__(self, data: DataConfig, crop_size: int, batch_size: int, seed: int) -> None:
+        super().__init__()
+        self._data = data
+        self._common = {"crop_size": crop_size, "batch_size": batch_size, "seed": seed}
+
+    def train_dataloader(self) -> TileLoader:
+        return self._loader(self._data.train, shuffle=True, samples_per_epoch=self._data.samples_per_epoch)
+
+    def val_dataloader(self) -> FromStart | list:
+        return FromStart(self._loader(self._data.val, shuffle=False)) if self._data.val else []
+
+    def _loader(self, shards: list[str], **settings: Any) -> TileLoader:
+        strategy = self.trainer.strategy
+        return TileLoader(
+            shards,
+            strategy.cp.grid,
+            crop=self._data.crop,
+            interface=self._data.interface,
+            max_msa_rows=self._data.max_msa_rows,
+            num_workers=self._data.num_workers,
+            pin_memory=strategy.root_device.type == "cuda",
+            **self._common,
+            **settings,
+        )
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Name what each rank holds: tiles and replicated features become DTensors, without communication."""
+        cp = self.trainer.strategy.cp
+        wrap = {"tile": cp.tiled, "replicate": cp.replicated}
+        return {
+            name: value if name in _PLAIN or name not in PLACEMENTS else wrap[PLACEMENTS[name]](value)
+            for name, value in batch.items()
+        }
+
+
+class FromStart:
+    """Every pass over a loader starts at its first batch, also where the last one was cut short."""
+
+    def __init__(self, loader: TileLoader) -> None:
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._loader.load_state_dict({"epoch": 0, "position": 0})
+        return iter(self._loader)

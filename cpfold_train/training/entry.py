@@ -1,0 +1,114 @@
+"""The command line: Hydra composes the configuration, then a run or a sweep starts."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+import psutil
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cpfold_train.errors import ConfigError, DataError
+from cpfold_train.training import sweep
+from cpfold_train.training.check import check
+from cpfold_train.training.config import TrainConfig
+from cpfold_train.training.launch import is_first_rank, plan_world
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main() -> None:
+    """Run what the command line asks for. Input that cannot work ends with one sentence and exit code 2."""
+    # Let Hydra raise its errors instead of printing them, so that they are told like all others.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    register()
+    try:
+        _composed()
+    except (HydraException, OmegaConfBaseException) as error:
+        _refuse(explain(error))
+
+
+def register() -> None:
+    """Tell Hydra the schema and the resolvers that ``conf`` uses."""
+    ConfigStore.instance().store(name="schema", node=TrainConfig)
+    OmegaConf.register_new_resolver("run_stamp", run_stamp, use_cache=True, replace=True)
+
+
+@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")
+def _composed(config: DictConfig) -> float | None:
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode is RunMode.MULTIRUN:
+        job_dir = Path(hydra_config.runtime.output_dir)
+        return sweep.run_job(ROOT / "train.py", list(hydra_config.overrides.task), job_dir)
+    try:
+        start(config, Path(hydra_config.runtime.output_dir))
+    except (ConfigError, DataError) as error:
+        _refuse(str(error))
+    return None
+
+
+def start(config: DictConfig, run_dir: Path) -> None:
+    """Check a composed configuration and run it.
+
+    Raises:
+        ConfigError, DataError: before any other process is started, where it cannot work.
+    """
+    typed: TrainConfig = OmegaConf.to_object(config)
+    check(typed)
+    world = plan_world(typed.cp.grid, typed.dp, typed.trainer.num_nodes, typed.trainer.accelerator)
+    if is_first_rank():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(config, run_dir / "resolved.yaml", resolve=True)
+    # Lightning takes seconds to import; a wrong key is to be told at once.
+    from cpfold_train.training.run import run
+
+    run(typed, world, run_dir, OmegaConf.to_container(config, resolve=True))
+
+
+def run_stamp() -> str:
+    """Name of the run directory, the same on every rank: DATE/TIME, or the job's number under SLURM.
+
+    The ranks that torchrun starts compose their configurations seconds apart; what they share is their parent.
+    """
+    if "SLURM_JOB_ID" in os.environ and "SLURM_PROCID" in os.environ:
+        return f"slurm-{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_STEP_ID', 0)}"
+    started = psutil.Process(os.getppid()).create_time() if "TORCHELASTIC_RUN_ID" in os.environ else time.time()
+    return time.strftime("%Y-%m-%d/%H-%M-%S", time.localtime(started))
+
+
+def explain(error: Exception) -> str:
+    """One sentence on an error of Hydra or OmegaConf."""
+    text = str(error)
+    if unknown := re.search(r"Could not override '([^']+)'", text):
+        key = unknown[1]
+        schema = OmegaConf.structured(TrainConfig)
+        near = difflib.get_close_matches(key, list(_keys(schema)), n=1, cutoff=0.5)
+        return f"there is no key {key}: " + (f"did you mean {near[0]}?" if near else "conf/train.yaml lists them all")
+    cause = error.__cause__ or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip() and "object_type" not in line]
+    return " ".join(lines).replace("full_key: ", "in ")
+
+
+def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in node:
+        yield prefix + key
+        if OmegaConf.is_dict(node) and not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
+            yield from _keys(node[key], f"{prefix}{key}.")
+
+
+def _refuse(sentence: str) -> NoReturn:
+    if is_first_rank():
+        print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)

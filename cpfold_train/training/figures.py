@@ -1,0 +1,108 @@
+"""The figures of each step: measured on every rank, combined over the grid, sent to the loggers and the progress bar."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from cpfold_train.parallel.gather import gather_figures
+from cpfold_train.training.memory import peak_mib
+
+
+class StepFigures(Callback):
+    """One row of figures every ``log_every_n_steps`` optimizer steps, and the validation's figures beside it.
+
+    Losses are summed over the grid and averaged over the replicas, so a curve does not depend on the grid. Tokens are
+    those of all replicas. Memory is that of the fullest rank since the start; bytes sent and exposed communication are
+    means over ranks within the step.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._ended = time.perf_counter()
+        self._start_step(trainer)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Any], batch_idx: int
+    ) -> None:
+        self._started = time.perf_counter()
+        self._waited += self._started - self._ended
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Lightning clips after this hook: the norm is that of the gradient as it came."""
+        if self._due(trainer, trainer.global_step + 1):
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            self._grad_norm = torch.nn.utils.get_total_norm(gradients)
+            self._lr = optimizer.param_groups[0]["lr"]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: dict, batch: dict[str, Any], batch_idx: int
+    ) -> None:
+        self._batches.append((outputs["loss_share"], outputs["tokens"]))
+        if trainer.global_step > self._step:
+            if self._due(trainer, trainer.global_step):
+                self._log_step(trainer)
+            self._start_step(trainer)
+        now = time.perf_counter()
+        self._worked += now - self._started
+        self._ended = now
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._ended = time.perf_counter()
+        for logger in trainer.loggers:
+            logger.log_metrics(pl_module.validation, step=trainer.global_step)
+
+    def _start_step(self, trainer: Trainer) -> None:
+        self._step, self._batches, self._waited, self._worked = trainer.global_step, [], 0.0, 0.0
+        self._sent = trainer.strategy.cp.ledger.total()
+
+    @staticmethod
+    def _due(trainer: Trainer, step: int) -> bool:
+        return step % trainer.log_every_n_steps == 0
+
+    def _log_step(self, trainer: Trainer) -> None:
+        cp = trainer.strategy.cp
+        shares, tokens = (torch.stack(values).double().sum().item() for values in zip(*self._batches))
+        self._worked += time.perf_counter() - self._started
+        sent = cp.ledger.total()
+        figures = gather_figures(
+            cp,
+            [
+                shares / len(self._batches),
+                tokens / cp.grid.cp_size,
+                self._worked,
+                self._waited,
+                peak_mib(trainer.strategy.root_device),
+                (sent.sent_bytes - self._sent.sent_bytes) / 2**20,
+                sent.waited_s - self._sent.waited_s,
+            ],
+        )
+        total, mean, highest = figures.sum(0).tolist(), figures.mean(0).tolist(), figures.amax(0).tolist()
+        row = {
+            "train/loss": total[0] / cp.grid.dp,
+            "lr": self._lr,
+            "grad_norm": self._grad_norm.item(),
+            "tokens": round(total[1]),
+            "step_s": mean[2],
+            "data_wait_s": highest[3],
+            "peak_memory_mib": highest[4],
+            "sent_mib": mean[5],
+            "exposed_comm_s": mean[6],
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(row | _by_op(trainer), step=trainer.global_step)
+        shown = {"loss": "train/loss", "tokens": "tokens", "s/step": "step_s", "MiB": "peak_memory_mib"}
+        shown |= {"comm_s": "exposed_comm_s"}
+        self.log_dict({name: float(row[key]) for name, key in shown.items()}, prog_bar=True, logger=False)
+
+
+def _by_op(trainer: Trainer) -> dict[str, float]:
+    """What this rank has sent and waited for since the start, by operation."""
+    figures = {}
+    for op, entry in trainer.strategy.cp.ledger.by_op().items():
+        figures[f"comm/{op}/sent_mib"] = entry.sent_bytes / 2**20
+        figures[f"comm/{op}/exposed_s"] = entry.waited_s
+    return figures

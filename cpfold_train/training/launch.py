@@ -1,0 +1,76 @@
+"""How many ranks there are to be, from the configuration and from whoever starts the processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cpfold_train.errors import ConfigError
+from cpfold_train.parallel.grid import Grid, resolve_grid
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run: their grid, and how they lie on machines."""
+
+    grid: Grid
+    num_nodes: int
+    devices: int
+
+
+def plan_world(grid: str, dp: int | str, num_nodes: int, accelerator: str, env: Mapping[str, str] = os.environ) -> World:
+    """Decide the world before any process is started.
+
+    torchrun and SLURM fix the number of ranks. A plain ``python train.py`` starts as many as the grid asks for: any
+    number on CPU, one per GPU on GPUs.
+
+    Args:
+        grid: ``"RxC"`` or ``"auto"``.
+        dp: number of replicas or ``"auto"``.
+        num_nodes: machines, where no launcher says so.
+        accelerator: Lightning's name for the kind of device.
+        env: the environment.
+
+    Raises:
+        ConfigError: where the ranks do not fit.
+    """
+    gpus = 0 if accelerator == "cpu" else _gpus()
+    started, nodes = _started_ranks(env)
+    nodes = nodes or num_nodes
+    open_ended = "auto" in (grid, str(dp))
+    ranks = started or (gpus * nodes if gpus and open_ended else None)
+    replicas, rows, cols = resolve_grid(grid, dp, ranks)
+    world = replicas * rows * cols
+    if world % nodes:
+        raise ConfigError(f"{world} ranks do not divide over {nodes} nodes: type a cp.grid and dp whose product is a multiple")
+    devices = world // nodes
+    if gpus and devices > gpus:
+        fits = Grid(*resolve_grid("auto", 1, gpus)[1:])
+        raise ConfigError(
+            f"cp.grid={rows}x{cols} with dp={replicas} needs {devices} GPUs a node and there are {gpus}: "
+            f"type cp.grid={fits} dp=1 or trainer.accelerator=cpu"
+        )
+    return World(Grid(rows, cols, replicas), nodes, devices)
+
+
+def _started_ranks(env: Mapping[str, str]) -> tuple[int | None, int | None]:
+    """World size and number of nodes that torchrun or SLURM has fixed; None where none has."""
+    if "TORCHELASTIC_RUN_ID" in env:
+        world = int(env["WORLD_SIZE"])
+        return world, world // int(env["LOCAL_WORLD_SIZE"])
+    if "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        return int(env["SLURM_NTASKS"]), int(env.get("SLURM_NNODES", 1))
+    return None, None
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def is_first_rank(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the one that speaks to the user, before any process group exists."""
+    rank = next((env[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in env), "0")
+    return int(rank) == 0

@@ -1,0 +1,87 @@
+"""``metrics.csv``: one row an optimizer step, appended to when a run resumes in the same directory."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+COLUMNS = (
+    "step",
+    "train/loss",
+    "lr",
+    "grad_norm",
+    "tokens",
+    "step_s",
+    "data_wait_s",
+    "peak_memory_mib",
+    "sent_mib",
+    "exposed_comm_s",
+    "val/loss",
+    "val/contact_precision",
+    "val/distance_lddt",
+)
+
+
+class MetricsCSV(Logger):
+    """Writes the columns above and leaves out every other metric.
+
+    Rows of the file from the first step logged on are dropped: what an earlier run in the directory did beyond the
+    checkpoint that this one resumes from. Metrics of one step that come in several calls share a row.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self._row: dict[str, Any] = {}
+        self._start = 0
+
+    @property
+    def name(self) -> None:
+        return None
+
+    @property
+    def version(self) -> None:
+        return None
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the configuration has a file of its own."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if not self._row:
+            self._begin(step)
+        if self._row.get("step") == step:
+            self._row |= metrics
+        else:
+            self._row = {"step": step} | metrics
+            self._start = self._path.stat().st_size
+        with self._path.open("r+", newline="") as file:
+            file.seek(self._start)
+            file.write(_line([self._row.get(column, "") for column in COLUMNS]))
+            file.truncate()
+
+    def _begin(self, step: int) -> None:
+        earlier = read_metrics(self._path) if self._path.exists() else []
+        kept = [[row[column] for column in COLUMNS] for row in earlier if int(row["step"]) < step]
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text("".join(map(_line, [COLUMNS, *kept])), newline="")
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The rows of a ``metrics.csv`` as text by column; empty where a step has no such figure."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _line(values: list[Any] | tuple[str, ...]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerow(values)
+    return buffer.getvalue()

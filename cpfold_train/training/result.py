@@ -1,0 +1,75 @@
+"""The end of a run: what ``result.json`` says."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from cpfold_train.parallel.gather import gather_figures
+from cpfold_train.training.memory import now_mib, peak_mib, reset_peak
+from cpfold_train.training.metrics_csv import read_metrics
+from cpfold_train.training.result_file import write_result
+
+class Result(Callback):
+    """Writes the result at the end, whether good or bad, and measures memory from the first step on.
+
+    Lists hold one figure per rank: ``peak_memory_mib``, the same above what the process used before the first step,
+    ``sent_mib`` and ``exposed_comm_s`` of the whole run.
+
+    Args:
+        run_dir: where ``metrics.csv`` is and the result goes.
+        seed: for the record.
+    """
+
+    def __init__(self, run_dir: Path, seed: int) -> None:
+        self._run_dir = run_dir
+        self._seed = seed
+        self._started = time.time()
+        self._per_rank: dict[str, list[float]] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Weights, optimizer and gradient buckets are in place; activations are not."""
+        device = trainer.strategy.root_device
+        reset_peak(device)
+        self._baseline = now_mib(device)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        cp = trainer.strategy.cp
+        peak, total = peak_mib(trainer.strategy.root_device), cp.ledger.total()
+        figures = [peak, peak - self._baseline, total.sent_bytes / 2**20, total.waited_s]
+        names = ("peak_memory_mib", "peak_memory_above_baseline_mib", "sent_mib", "exposed_comm_s")
+        self._per_rank = dict(zip(names, gather_figures(cp, figures).T.tolist()))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer, {"status": "completed"})
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
+        self._write(trainer, {"status": status, "error": f"{type(exception).__name__}: {exception}"})
+
+    def _write(self, trainer: Trainer, outcome: dict[str, str]) -> None:
+        if not trainer.is_global_zero:
+            return
+        grid = trainer.strategy.grid
+        result = outcome | {
+            "steps": trainer.global_step,
+            **_last_figures(self._run_dir / "metrics.csv"),
+            "seconds": round(time.time() - self._started, 1),
+            "grid": str(grid),
+            "dp": grid.dp,
+            "world_size": grid.world_size,
+            "seed": self._seed,
+            **self._per_rank,
+        }
+        write_result(self._run_dir, result)
+
+
+def _last_figures(path: Path) -> dict[str, Any]:
+    """``last_losses`` of up to ten steps, and the last figure of each validation metric."""
+    rows = read_metrics(path) if path.exists() else []
+    losses = [float(row["train/loss"]) for row in rows if row["train/loss"]]
+    validation = {name: float(row[name]) for row in rows for name in row if name.startswith("val/") and row[name]}
+    return {"train/loss": losses[-1] if losses else None, "last_losses": losses[-10:], **validation}

@@ -1,0 +1,84 @@
+"""One run: from a configuration to a trained checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import Logger
+
+from cpfold_train.training.config import TrainConfig
+from cpfold_train.training.datamodule import TileData
+from cpfold_train.training.figures import StepFigures
+from cpfold_train.training.launch import World
+from cpfold_train.training.metrics_csv import MetricsCSV
+from cpfold_train.training.module import CoFoldingModule
+from cpfold_train.training.optim import MovingAverage
+from cpfold_train.training.picture import Pictures
+from cpfold_train.training.result import Result
+from cpfold_train.training.strategy import GridStrategy
+
+
+def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]) -> None:
+    """Train, on this rank and on those that it starts.
+
+    Args:
+        config: what the user asked for.
+        world: the ranks.
+        run_dir: receives checkpoints, figures and pictures.
+        record: the configuration as plain containers, for W&B.
+    """
+    pl.seed_everything(config.seed, verbose=False)
+    timeout = timedelta(seconds=config.cp.timeout_s)
+    trainer = pl.Trainer(
+        **dataclasses.asdict(config.trainer) | {"num_nodes": world.num_nodes},
+        strategy=GridStrategy(world.grid.rows, world.grid.cols, world.grid.dp, timeout),
+        devices=world.devices,
+        logger=_loggers(config, run_dir, record),
+        callbacks=_callbacks(config, run_dir),
+        default_root_dir=run_dir,
+        # The loader divides the samples itself, over replicas only.
+        use_distributed_sampler=False,
+    )
+    module = CoFoldingModule(config.model, config.optim, config.seed)
+    data = TileData(config.data, config.crop_size, config.batch_size, config.seed)
+    try:
+        # Checkpoints hold optimizer, loops and loader beside tensors: read only those that you trust.
+        trainer.fit(module, data, ckpt_path=config.ckpt_path, weights_only=False)
+    finally:
+        if config.wandb.enabled:
+            import wandb
+
+            wandb.finish()
+
+
+def _callbacks(config: TrainConfig, run_dir: Path) -> list[Callback]:
+    folder = run_dir / "checkpoints"
+    every = config.checkpoint.every_n_steps
+    callbacks = [
+        MovingAverage(config.optim.ema_decay),
+        StepFigures(),
+        Pictures(run_dir),
+        Result(run_dir, config.seed),
+        ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=every, enable_version_counter=False),
+    ]
+    if config.data.val and config.trainer.limit_val_batches != 0:
+        callbacks.append(
+            ModelCheckpoint(folder, "best-{step}", monitor="val/loss", mode="min", enable_version_counter=False)
+        )
+    if config.trainer.enable_progress_bar:
+        callbacks.append(TQDMProgressBar(leave=True))
+    return callbacks
+
+
+def _loggers(config: TrainConfig, run_dir: Path, record: dict[str, Any]) -> list[Logger]:
+    loggers: list[Logger] = [MetricsCSV(run_dir / "metrics.csv")]
+    if config.wandb.enabled:
+        from cpfold_train.training.dashboard import wandb_logger
+
+        loggers.append(wandb_logger(config.wandb, run_dir, record))
+    return loggers
