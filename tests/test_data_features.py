@@ -10,7 +10,7 @@ import torch
 from cpfold_train.data import msa
 from cpfold_train.data.alignment import UNPAIRED, Alignment
 from cpfold_train.data.crop import INTERFACE_DISTANCE, contiguous_crop, spatial_crop
-from cpfold_train.data.features import make_crop, tile_features
+from cpfold_train.data.features import make_crop, pair_features, tile_features
 from cpfold_train.data.loader import PLACEMENTS
 from cpfold_train.data.residues import GAP
 from cpfold_train.data.shards import open_shards, read_sample
@@ -82,6 +82,21 @@ def test_distogram_against_brute_force(samples):
     atoms = slice(structure.atom_start[first], structure.atom_start[first + 1])
     wanted = structure.coords[atoms][structure.atom_name[atoms] == b"CB"][0]
     np.testing.assert_array_equal(features["disto_center"][np.flatnonzero(known.numpy())[0]], wanted)
+
+
+def test_a_distance_on_a_boundary_belongs_to_the_nearer_bin():
+    center = np.array([[0, 0, 0], [2, 0, 0], [2.001, 0, 0], [22.001, 0, 0]], np.float32)
+    target = pair_features(center, np.ones(4, np.float32), (0, 1), (0, 4))["disto_target"]
+    assert target[0, :, 0].tolist() == [0, 0, 1, 63]
+
+
+def test_each_draw_has_its_own_crop_and_rows(samples):
+    first, again, other = (crop_of(samples, "4hhb", draw=(0, 1, position)) for position in (2, 2, 3))
+    np.testing.assert_array_equal(first.tokens, again.tokens)
+    np.testing.assert_array_equal(first.rows.sampled, again.rows.sampled)
+    assert not np.array_equal(first.tokens, other.tokens)
+    whole, another = (crop_of(samples, "4hhb", crop_size=10_000, draw=(0, 1, position)) for position in (2, 3))
+    assert not np.array_equal(whole.rows.sampled, another.rows.sampled)
 
 
 def test_token_features(samples):

@@ -56,7 +56,7 @@ def write_mmcif(path, chains, sequences, types, extra=()):
 
 @pytest.fixture
 def tiny(tmp_path):
-    """Two copies of a peptide with a gap, a modified residue and two alternative places, DNA, and a water."""
+    """Two copies of a peptide (one listed backwards) with a gap, a modified residue and two alternative places, DNA, and a water."""
     peptide = ["ACE", "MSE", "GLY", "SEP", "ALA", "XXX"]
     path = tmp_path / "tiny.cif"
     seen = [(2, "MSE"), (3, "GLY"), (4, "SEP"), (5, "ALA")]
@@ -66,7 +66,7 @@ def tiny(tmp_path):
     ]
     write_mmcif(
         path,
-        [("A", 1, seen), ("B", 1, seen[:3]), ("C", 2, [(1, "DA"), (2, "DC")]), ("D", 3, [(1, "HOH")])],
+        [("A", 1, seen[::-1]), ("B", 1, seen[:3]), ("C", 2, [(1, "DA"), (2, "DC")]), ("D", 3, [(1, "HOH")])],
         {1: peptide, 2: ["DA", "DC"]},
         {1: "polypeptide(L)", 2: "polydeoxyribonucleotide"},
         alternatives,
