@@ -56,7 +56,7 @@ def write_mmcif(path, chains, sequences, types, extra=()):
 
 @pytest.fixture
 def tiny(tmp_path):
-    """Two copies of a peptide (one listed backwards) with a gap, a modified residue and two alternative places, DNA, and a water."""
+    """Two copies of a peptide (one listed backwards) with a gap and a modified residue, DNA, and a water."""
     peptide = ["ACE", "MSE", "GLY", "SEP", "ALA", "XXX"]
     path = tmp_path / "tiny.cif"
     seen = [(2, "MSE"), (3, "GLY"), (4, "SEP"), (5, "ALA")]
