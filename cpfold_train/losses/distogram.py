@@ -6,11 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from cpfold_train.ops.recompute import by_rows
+from cpfold_train.ops.by_rows import by_rows, rows_per_block
 from cpfold_train.parallel.context import ContextParallel
-
-BLOCK_PAIRS = 1 << 17
-"""Pairs whose log-probabilities are held at a time."""
 
 
 def distogram_loss(pdistogram: DTensor | Tensor, feats: dict[str, Tensor | DTensor], cp: ContextParallel) -> Tensor:
@@ -41,9 +38,11 @@ def distogram_loss(pdistogram: DTensor | Tensor, feats: dict[str, Tensor | DTens
     mask = resolved[:, slice(*rows), None] * resolved[:, None, slice(*cols)]
     mask = mask * (position[slice(*rows), None] != position[slice(*cols)])
 
-    def errors(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-        log_p = logits.to(mask.dtype).log_softmax(-1)
-        return -(log_p.gather(-1, target.long()).mean(-1) * mask).sum(-1)
+    rows_at_once = rows_per_block(logits[:, :1].numel() * mask.element_size())
+    return by_rows(_errors, rows_at_once, (logits, target, mask), ()).sum(1) / (1e-5 + pairs)
 
-    block = max(1, BLOCK_PAIRS // logits.shape[2])
-    return by_rows(errors, block, logits, target, mask).sum(1) / (1e-5 + pairs)
+
+def _errors(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Rows (B, r, N/C, ...) to each row's sum of masked cross-entropies (B, r)."""
+    log_p = logits.to(mask.dtype).log_softmax(-1)
+    return -(log_p.gather(-1, target.long()).mean(-1) * mask).sum(-1)

@@ -11,14 +11,12 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
+from torch.nn.functional import linear as linear_of
 
 from cpfold_train.model.constants import NUM_METHODS, NUM_MOLECULE_TYPES, NUM_TOKENS
 from cpfold_train.model.layers import linear
-from cpfold_train.ops.recompute import by_rows
+from cpfold_train.ops.by_rows import by_rows, rows_per_block
 from cpfold_train.parallel.context import ContextParallel
-
-BLOCK_PAIRS = 1 << 17
-"""Pairs embedded at a time, so that the wide intermediates of an embedding stay small beside the tile."""
 
 
 class InputEmbedder(nn.Module):
@@ -56,6 +54,7 @@ class RelativePositionEncoder(nn.Module):
     """
 
     R_MAX, S_MAX = 32, 2
+    FEATURES = ("asym_id", "residue_index", "entity_id", "token_index", "sym_id", "cyclic_period")
 
     def __init__(self, token_z: int) -> None:
         super().__init__()
@@ -64,25 +63,23 @@ class RelativePositionEncoder(nn.Module):
     def forward(self, feats: dict[str, Tensor], cp: ContextParallel) -> Tensor:
         """Tile (B, N/R, N/C, token_z) from ``asym_id``, ``residue_index``, ``entity_id``, ``token_index``, ``sym_id``
         and ``cyclic_period`` (B, N)."""
-        names = ("asym_id", "residue_index", "entity_id", "token_index", "sym_id", "cyclic_period")
         n = feats["asym_id"].shape[1]
         rows, cols = slice(*cp.grid.row_tokens(n)), slice(*cp.grid.col_tokens(n))
-        of_cols = {name: feats[name][:, None, cols] for name in names}
+        i = tuple(feats[name][:, rows, None] for name in self.FEATURES)
+        j = tuple(feats[name][:, None, cols] for name in self.FEATURES)
+        weight = self.linear_layer.weight
+        row_bytes = j[0].numel() * weight.shape[0] * weight.element_size()
+        return by_rows(self._encode, rows_per_block(row_bytes), i, (weight, *j))
 
-        def encode(*of_rows: Tensor) -> Tensor:
-            return self._encode({name: x[:, :, None] for name, x in zip(names, of_rows)}, of_cols)
-
-        return by_rows(
-            encode, max(1, BLOCK_PAIRS // (cols.stop - cols.start)), *(feats[name][:, rows] for name in names)
-        )
-
-    def _encode(self, i: dict[str, Tensor], j: dict[str, Tensor]) -> Tensor:
+    def _encode(self, *inputs: Tensor) -> Tensor:
+        """Features of rows (B, r, 1), weight (token_z, 139), features of columns (B, 1, N/C) to (B, r, N/C, token_z)."""
+        count = len(self.FEATURES)
+        i, weight, j = dict(zip(self.FEATURES, inputs)), inputs[count], dict(zip(self.FEATURES, inputs[count + 1 :]))
         same_chain = i["asym_id"] == j["asym_id"]
         same_residue = same_chain & (i["residue_index"] == j["residue_index"])
         same_entity = i["entity_id"] == j["entity_id"]
 
-        period = j["cyclic_period"]
-        period = torch.where(period > 0, period, 10000)
+        period = torch.where(j["cyclic_period"] > 0, j["cyclic_period"], 10000)
         offset = i["residue_index"] - j["residue_index"]
         offset = (offset - period * torch.round(offset / period)).long()
         residue = _bin(offset, self.R_MAX, same_chain)
@@ -90,9 +87,7 @@ class RelativePositionEncoder(nn.Module):
         chain = _bin(i["sym_id"] - j["sym_id"], self.S_MAX, same_entity)
 
         bins = 2 * (self.R_MAX + 1)
-        by_residue, by_token, by_entity, by_chain = self.linear_layer.weight.T.split(
-            [bins, bins, 1, 2 * (self.S_MAX + 1)]
-        )
+        by_residue, by_token, by_entity, by_chain = weight.T.split([bins, bins, 1, 2 * (self.S_MAX + 1)])
         by_entity = torch.cat([torch.zeros_like(by_entity), by_entity])
         return (
             embedding(residue, by_residue)
@@ -108,7 +103,7 @@ def _bin(offset: Tensor, most: int, comparable: Tensor) -> Tensor:
 
 
 class FourierEmbedding(nn.Module):
-    """``cos(2 pi (w x + b))`` with frozen random w and b (AlphaFold 3, Algorithm 22)."""
+    """Frozen random frequencies and phases of ``cos(2 pi (w x + b))`` (AlphaFold 3, Algorithm 22)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -116,10 +111,6 @@ class FourierEmbedding(nn.Module):
         nn.init.normal_(self.proj.weight)
         nn.init.normal_(self.proj.bias)
         self.proj.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(...) to (..., dim)."""
-        return torch.cos(2 * math.pi * self.proj(x[..., None]))
 
 
 class ContactConditioning(nn.Module):
@@ -140,19 +131,36 @@ class ContactConditioning(nn.Module):
         """Tile (B, N/R, N/C, token_z) from the tiles ``contact_conditioning`` (class 0-4) and ``contact_threshold`` (in
         angstrom), (B, N/R, N/C)."""
         kind, threshold = feats["contact_conditioning"], feats["contact_threshold"]
-        return by_rows(self._encode, max(1, BLOCK_PAIRS // kind.shape[2]), kind, threshold)
-
-    def _encode(self, kind: Tensor, threshold: Tensor) -> Tensor:
-        dtype = self.encoder.weight.dtype
-        threshold = ((threshold - self.CUTOFF_MIN) / (self.CUTOFF_MAX - self.CUTOFF_MIN)).to(dtype)
-        by_kind, by_threshold = self.encoder.weight.split(
-            [self.NUM_CONTACTS, self.encoder.in_features - self.NUM_CONTACTS], 1
+        proj = self.fourier_embedding.proj
+        shared = (
+            self.encoder.weight,
+            self.encoder.bias,
+            self.encoding_unspecified,
+            self.encoding_unselected,
+            proj.weight,
+            proj.bias,
         )
-        x = torch.cat([threshold[..., None], self.fourier_embedding(threshold)], -1)
-        x = nn.functional.linear(x, by_threshold, self.encoder.bias)
+        row_bytes = kind[:, :1].numel() * self.encoder.in_features * self.encoder.weight.element_size()
+        return by_rows(self._encode, rows_per_block(row_bytes), (kind, threshold), shared)
+
+    def _encode(
+        self,
+        kind: Tensor,
+        threshold: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        unspecified: Tensor,
+        unselected: Tensor,
+        fourier_weight: Tensor,
+        fourier_bias: Tensor,
+    ) -> Tensor:
+        threshold = ((threshold - self.CUTOFF_MIN) / (self.CUTOFF_MAX - self.CUTOFF_MIN)).to(weight.dtype)[..., None]
+        waves = torch.cos(2 * math.pi * linear_of(threshold, fourier_weight, fourier_bias))
+        by_kind, by_threshold = weight.split([self.NUM_CONTACTS, weight.shape[1] - self.NUM_CONTACTS], 1)
+        x = linear_of(torch.cat([threshold, waves], -1), by_threshold, bias)
         x = x + embedding((kind - self.FIRST_CONTACT).clamp(min=0), by_kind.T)
         return (
             x * (kind >= self.FIRST_CONTACT)[..., None]
-            + self.encoding_unspecified * (kind == self.UNSPECIFIED)[..., None]
-            + self.encoding_unselected * (kind == self.UNSELECTED)[..., None]
+            + unspecified * (kind == self.UNSPECIFIED)[..., None]
+            + unselected * (kind == self.UNSELECTED)[..., None]
         )

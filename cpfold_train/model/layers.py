@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.functional import layer_norm
 
-from cpfold_train.ops.recompute import by_rows
-
-BLOCK_ELEMENTS = 1 << 24
-"""Hidden activations of a transition held at a time: 64 MiB in fp32."""
+from cpfold_train.ops.by_rows import by_rows, rows_per_block
 
 
 def linear(c_in: int, c_out: int, init: str = "lecun", bias: bool = False) -> nn.Linear:
@@ -45,14 +44,15 @@ class Transition(nn.Module):
         self.fc3 = linear(hidden, dim, "zero")
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, rows, ..., dim) to the same; local. Large inputs are computed, and recomputed, some rows at a time."""
-        hidden_per_row = x[:, :1].numel() // x.shape[-1] * self.fc1.out_features
-        rows = max(1, BLOCK_ELEMENTS // hidden_per_row)
-        return self._update(x) if rows >= x.shape[1] else by_rows(self._update, rows, x)
+        """(B, rows, ..., dim) to the same; local, a few rows at a time."""
+        shared = self.norm.weight, self.norm.bias, self.fc1.weight, self.fc2.weight, self.fc3.weight
+        hidden_bytes = x[:, :1].numel() // x.shape[-1] * self.fc1.out_features * x.element_size()
+        return by_rows(_transition, rows_per_block(hidden_bytes), (x,), shared)
 
-    def _update(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        return self.fc3(nn.functional.silu(self.fc1(x)) * self.fc2(x))
+
+def _transition(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, fc1: Tensor, fc2: Tensor, fc3: Tensor) -> Tensor:
+    x = layer_norm(x, norm_weight.shape, norm_weight, norm_bias)
+    return F.linear(F.silu(F.linear(x, fc1)) * F.linear(x, fc2), fc3)
 
 
 def without_autocast(x: Tensor) -> torch.autocast:

@@ -7,26 +7,21 @@ triangular_attention/, pairformer.py).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from torch import Tensor, nn
 
 from cpfold_train.model.layers import Transition, linear
-from cpfold_train.ops.biased_attention import biased_attention
+from cpfold_train.ops import triangle_attention as attention
+from cpfold_train.ops import triangle_multiplication as multiplication
 from cpfold_train.ops.dropout import drop_cols, drop_rows
-from cpfold_train.ops.triangle_attention import Attend, triangle_attention_ending, triangle_attention_starting
-from cpfold_train.ops.triangle_multiplication import (
-    triangle_multiplication_incoming,
-    triangle_multiplication_outgoing,
-)
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.random import Draws
 
 
 class TriangleMultiplication(nn.Module):
-    """Gated projections around the triangle multiplication; subclasses say which edges they ``combine``."""
+    """Parameters of a triangle multiplication; subclasses say which edges are multiplied."""
 
-    combine: Callable[[Tensor, Tensor, ContextParallel], Tensor]
+    multiply: Callable[[Tensor, Tensor, multiplication.Weights, ContextParallel], Tensor]
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -38,57 +33,48 @@ class TriangleMultiplication(nn.Module):
         self.g_out = linear(dim, dim, "zero")
 
     def forward(self, z: Tensor, pair_mask: Tensor, cp: ContextParallel) -> Tensor:
-        """Update for a tile.
-
-        Args:
-            z: (B, N/R, N/C, c).
-            pair_mask: (B, N/R, N/C).
-            cp: the running grid.
-        """
-        x = self.norm_in(z)
-        a, b = (self.p_in(x) * self.g_in(x).sigmoid() * pair_mask[..., None].to(x.dtype)).chunk(2, -1)
-        return self.p_out(self.norm_out(self.combine(a, b, cp))) * self.g_out(x).sigmoid()
+        """Update for a tile (B, N/R, N/C, c); ``pair_mask`` is a tile (B, N/R, N/C)."""
+        weights = multiplication.Weights(
+            self.norm_in.weight,
+            self.norm_in.bias,
+            self.p_in.weight,
+            self.g_in.weight,
+            self.norm_out.weight,
+            self.norm_out.bias,
+            self.p_out.weight,
+            self.g_out.weight,
+        )
+        return self.multiply(z, pair_mask, weights, cp)
 
 
 class TriangleMultiplicationOutgoing(TriangleMultiplication):
     """AlphaFold 3, Algorithm 12."""
 
-    combine = staticmethod(triangle_multiplication_outgoing)
+    multiply = staticmethod(multiplication.triangle_multiplication_outgoing)
 
 
 class TriangleMultiplicationIncoming(TriangleMultiplication):
     """AlphaFold 3, Algorithm 13."""
 
-    combine = staticmethod(triangle_multiplication_incoming)
+    multiply = staticmethod(multiplication.triangle_multiplication_incoming)
 
 
 class RowAttention(nn.Module):
-    """Gated multi-head attention of complete rows (``boltz/model/layers/triangular_attention/primitives.py``)."""
+    """Parameters of the attention within rows (``boltz/model/layers/triangular_attention/primitives.py``)."""
 
     def __init__(self, dim: int, head_width: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
         self.linear_q = linear(dim, head_width * num_heads, "glorot")
         self.linear_k = linear(dim, head_width * num_heads, "glorot")
         self.linear_v = linear(dim, head_width * num_heads, "glorot")
         self.linear_o = linear(head_width * num_heads, dim, "zero")
         self.linear_g = linear(dim, head_width * num_heads, "zero")
 
-    def forward(self, x: Tensor, bias: Tensor, key_mask: Tensor) -> Tensor:
-        """Rows (B, r, N, c), bias (B, h, N, N) and mask (B, N) to (B, r, N, c)."""
-        q, k, v = (
-            layer(x).unflatten(-1, (self.num_heads, -1)).permute(0, 3, 1, 2, 4)
-            for layer in (self.linear_q, self.linear_k, self.linear_v)
-        )
-        o = biased_attention(q * q.shape[-1] ** -0.5, k, v, bias, key_mask)
-        o = o.permute(0, 2, 3, 1, 4).flatten(-2)
-        return self.linear_o(self.linear_g(x).sigmoid() * o)
-
 
 class TriangleAttention(nn.Module):
-    """Norm, triangle bias and row attention; subclasses say how tiles become rows to ``attend`` and come back."""
+    """Parameters of a triangle attention; subclasses say around which node."""
 
-    attend: Callable[[Tensor, Tensor, Attend, ContextParallel], Tensor]
+    attend: Callable[[Tensor, Tensor, attention.Weights, ContextParallel], Tensor]
 
     def __init__(self, dim: int, head_width: int, num_heads: int) -> None:
         super().__init__()
@@ -96,22 +82,31 @@ class TriangleAttention(nn.Module):
         self.linear = linear(dim, num_heads)
         self.mha = RowAttention(dim, head_width, num_heads)
 
-    def forward(self, z: Tensor, key_mask: Tensor, cp: ContextParallel) -> Tensor:
-        """Update for a tile (B, N/R, N/C, c); ``key_mask`` (B, N)."""
-        x = self.layer_norm(z)
-        return self.attend(x, self.linear(x), partial(self.mha, key_mask=key_mask), cp)
+    def forward(self, z: Tensor, token_mask: Tensor, cp: ContextParallel) -> Tensor:
+        """Update for a tile (B, N/R, N/C, c); ``token_mask`` (B, N)."""
+        weights = attention.Weights(
+            self.layer_norm.weight,
+            self.layer_norm.bias,
+            self.linear.weight,
+            self.mha.linear_q.weight,
+            self.mha.linear_k.weight,
+            self.mha.linear_v.weight,
+            self.mha.linear_g.weight,
+            self.mha.linear_o.weight,
+        )
+        return self.attend(z, token_mask, weights, cp)
 
 
 class TriangleAttentionStartingNode(TriangleAttention):
     """AlphaFold 3, Algorithm 14."""
 
-    attend = staticmethod(triangle_attention_starting)
+    attend = staticmethod(attention.triangle_attention_starting)
 
 
 class TriangleAttentionEndingNode(TriangleAttention):
     """AlphaFold 3, Algorithm 15."""
 
-    attend = staticmethod(triangle_attention_ending)
+    attend = staticmethod(attention.triangle_attention_ending)
 
 
 class PairStack(nn.Module):

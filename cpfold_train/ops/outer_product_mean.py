@@ -6,16 +6,13 @@ both are fetched from where they lie, about S N c (1/R + 1/C) elements, and the 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
-from cpfold_train.ops.recompute import by_rows
+from cpfold_train.ops.by_rows import by_rows, rows_per_block
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.layouts import all_rows_of_tile_cols, all_rows_of_tile_rows, tiles
 from cpfold_train.parallel.redistribute import Pending, finish, start
-
-BLOCK_ELEMENTS = 1 << 24
-"""Outer products held at a time: 64 MiB in fp32."""
 
 
 def outer_product_mean(
@@ -35,17 +32,15 @@ def outer_product_mean(
     """
     a_coming, b_coming = _fetch_rows(a, cp), _fetch_cols(b, cp)
     a, b = finish(a_coming), finish(b_coming)
-    batch, s, n_c, c = b.shape
-    b = b.reshape(batch, s, n_c * c)
+    rows = rows_per_block(b[:, 0].numel() * b.shape[3] * b.element_size())
+    return by_rows(_mean_rows, rows, (a.permute(0, 2, 3, 1), count), (b, weight, bias))
 
-    def project(a_rows: Tensor, count_rows: Tensor) -> Tensor:
-        rows = a_rows.shape[1]
-        outer = a_rows.reshape(batch, rows * c, s) @ b
-        outer = outer.reshape(batch, rows, c, n_c, c).transpose(2, 3).reshape(batch, rows, n_c, c * c)
-        return torch.nn.functional.linear(outer / count_rows[..., None].to(outer.dtype), weight, bias)
 
-    rows = max(1, BLOCK_ELEMENTS // (batch * n_c * c * c))
-    return by_rows(project, rows, a.permute(0, 2, 3, 1), count)
+def _mean_rows(a: Tensor, count: Tensor, b: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Rows a (B, r, c, S) and count (B, r, N/C), and all columns b (B, S, N/C, c), to (B, r, N/C, c_z)."""
+    outer = (a.flatten(1, 2) @ b.flatten(2)).unflatten(1, a.shape[1:3]).unflatten(3, b.shape[2:])
+    outer = outer.transpose(2, 3).flatten(3)
+    return linear(outer / count[..., None].to(outer.dtype), weight, bias)
 
 
 def pair_counts(msa_mask: Tensor, cp: ContextParallel) -> Tensor:
