@@ -10,7 +10,7 @@ from cpfold_train.training.config import TrainConfig
 
 
 def check(config: TrainConfig) -> None:
-    """Raise ConfigError, one sentence that says what to type instead, or DataError where shards are missing or broken."""
+    """Raise ConfigError or DataError, one sentence that says what to type instead."""
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
         raise ConfigError(f"ckpt_path={config.ckpt_path} does not exist: type the path of a .ckpt file or leave it out")
     for name, value in (("crop_size", config.crop_size), ("batch_size", config.batch_size)):

@@ -65,6 +65,8 @@ def start(config: DictConfig, run_dir: Path) -> None:
     Raises:
         ConfigError, DataError: before any other process is started, where it cannot work.
     """
+    if added := sorted(set(_keys(config)) - set(_keys(OmegaConf.structured(TrainConfig)))):
+        raise ConfigError(f"there is no key {added[0]}: conf/train.yaml lists them all")
     typed: TrainConfig = OmegaConf.to_object(config)
     check(typed)
     world = plan_world(typed.cp.grid, typed.dp, typed.trainer.num_nodes, typed.trainer.accelerator)
@@ -97,8 +99,9 @@ def explain(error: Exception) -> str:
         near = difflib.get_close_matches(key, list(_keys(schema)), n=1, cutoff=0.5)
         return f"there is no key {key}: " + (f"did you mean {near[0]}?" if near else "conf/train.yaml lists them all")
     cause = error.__cause__ or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip() and "object_type" not in line]
-    return " ".join(lines).replace("full_key: ", "in ")
+    lines = [line.strip() for line in str(cause).splitlines()]
+    told = [line for line in lines if line and not line.startswith(("object_type", "reference_type", "provider="))]
+    return " ".join(told).replace("full_key: ", "in ").replace(" Config search path:", "")
 
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The figures of each step: measured on every rank, combined over the grid, sent to the loggers and the progress bar."""
+"""The figures of each step: measured on every rank, combined, sent to the loggers and the progress bar."""
 
 from __future__ import annotations
 

@@ -19,7 +19,9 @@ class World:
     devices: int
 
 
-def plan_world(grid: str, dp: int | str, num_nodes: int, accelerator: str, env: Mapping[str, str] = os.environ) -> World:
+def plan_world(
+    grid: str, dp: int | str, num_nodes: int, accelerator: str, env: Mapping[str, str] = os.environ
+) -> World:
     """Decide the world before any process is started.
 
     torchrun and SLURM fix the number of ranks. A plain ``python train.py`` starts as many as the grid asks for: any
@@ -43,7 +45,9 @@ def plan_world(grid: str, dp: int | str, num_nodes: int, accelerator: str, env: 
     replicas, rows, cols = resolve_grid(grid, dp, ranks)
     world = replicas * rows * cols
     if world % nodes:
-        raise ConfigError(f"{world} ranks do not divide over {nodes} nodes: type a cp.grid and dp whose product is a multiple")
+        raise ConfigError(
+            f"{world} ranks do not divide over {nodes} nodes: type cp.grid and dp such that dp x rows x columns does"
+        )
     devices = world // nodes
     if gpus and devices > gpus:
         fits = Grid(*resolve_grid("auto", 1, gpus)[1:])

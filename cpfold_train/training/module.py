@@ -80,8 +80,8 @@ class CoFoldingModule(LightningModule):
         sums = gather_figures(self.cp, self._sums.tolist())[:: self.cp.grid.cp_size].sum(0)
         means = (sums[:-1] / sums[-1].clamp(min=1)).tolist()
         self.validation = dict(zip(VALIDATION, means))
-        # For the callbacks that watch a metric; equal everywhere, so there is nothing to reduce.
-        self.log_dict(self.validation, logger=False)
+        # For the callbacks that watch a metric. The values are equal on all ranks, and so is their mean.
+        self.log_dict(self.validation, logger=False, sync_dist=True)
 
     def configure_optimizers(self) -> dict:
         o = self._optim

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -67,9 +69,21 @@ class MovingAverage(WeightAveraging):
         def average(averaged: Tensor, current: Tensor, n: Tensor) -> Tensor:
             # 1 - (1 + n) / (10 + n), kept on the device: reading n on the host would stall it for every parameter.
             weight = (9 / (10 + n)).clamp(min=1 - decay)
-            return averaged.lerp(current, weight.to(averaged.dtype))
+            return averaged.lerp(current.to(averaged.dtype), weight.to(averaged.dtype))
 
         super().__init__(use_buffers=False, avg_fn=average)
+        self._under_training: list[Tensor] = []
 
-    def on_train_end(self, trainer, pl_module) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the average in place. To exchange the two, as the base class does, would round it to the weights' dtype."""
+        self._under_training = [parameter.detach().clone() for parameter in pl_module.parameters()]
+        self._copy_average_to_current(pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(pl_module.parameters(), self._under_training):
+                parameter.copy_(value)
+        self._under_training = []
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the weights under training in place: the last checkpoint is written after this and must resume."""

@@ -13,6 +13,7 @@ from cpfold_train.training.memory import now_mib, peak_mib, reset_peak
 from cpfold_train.training.metrics_csv import read_metrics
 from cpfold_train.training.result_file import write_result
 
+
 class Result(Callback):
     """Writes the result at the end, whether good or bad, and measures memory from the first step on.
 

@@ -20,6 +20,7 @@ from cpfold_train.training.module import CoFoldingModule
 from cpfold_train.training.optim import MovingAverage
 from cpfold_train.training.picture import Pictures
 from cpfold_train.training.result import Result
+from cpfold_train.training.signals import EndOnSigterm
 from cpfold_train.training.strategy import GridStrategy
 
 
@@ -45,6 +46,9 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
         use_distributed_sampler=False,
     )
     module = CoFoldingModule(config.model, config.optim, config.seed)
+    if config.trainer.precision == "64-true":
+        # Lightning converts the module after it has read the checkpoint, whose weights would be rounded to fp32.
+        module.double()
     data = TileData(config.data, config.crop_size, config.batch_size, config.seed)
     try:
         # Checkpoints hold optimizer, loops and loader beside tensors: read only those that you trust.
@@ -62,6 +66,7 @@ def _callbacks(config: TrainConfig, run_dir: Path) -> list[Callback]:
     callbacks = [
         MovingAverage(config.optim.ema_decay),
         StepFigures(),
+        EndOnSigterm(),
         Pictures(run_dir),
         Result(run_dir, config.seed),
         ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=every, enable_version_counter=False),

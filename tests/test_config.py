@@ -1,0 +1,133 @@
+"""The configuration tree, and what wrong input is answered with."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import hydra
+import lightning.pytorch as pl
+import pytest
+from omegaconf import OmegaConf
+
+from cpfold_train.errors import ConfigError
+from cpfold_train.training import entry
+from cpfold_train.training.config import TrainerConfig
+from cpfold_train.training.launch import plan_world
+
+NOT_FOR_USERS = {
+    "strategy": "follows from cp.grid and dp",
+    "devices": "follows from cp.grid and dp",
+    "logger": "metrics.csv always, wandb.enabled for W&B",
+    "callbacks": "made by the run",
+    "enable_checkpointing": "a run always leaves a checkpoint",
+    "default_root_dir": "hydra.run.dir",
+    "use_distributed_sampler": "the loader divides the samples itself",
+    "limit_test_batches": "there is no test loop",
+    "limit_predict_batches": "there is no predict loop",
+    "plugins": "objects, not values",
+    "barebones": "would switch off what a run directory holds",
+    "sync_batchnorm": "there is no batch norm",
+    "reload_dataloaders_every_n_epochs": "the loader goes through the epochs itself",
+    "enable_autolog_hparams": "resolved.yaml holds the configuration",
+    "model_registry": "belongs to a hosted service",
+}
+
+
+def compose(*overrides: str):
+    entry.register()
+    with hydra.initialize_config_dir(str(entry.ROOT / "conf"), version_base="1.3"):
+        return hydra.compose("train", list(overrides))
+
+
+def refusal(monkeypatch, capsys, *arguments: str) -> str:
+    """What the command says before it exits with code 2."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        entry.main()
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_every_trainer_argument_has_a_key():
+    arguments = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self"}
+    assert {field.name for field in fields(TrainerConfig)} == arguments - set(NOT_FOR_USERS)
+
+
+@pytest.mark.parametrize("group", ["model", "trainer", "data", "optim", "recipe"])
+def test_every_file_fits_the_schema(group):
+    for path in (entry.ROOT / "conf" / group).glob("*.yaml"):
+        config = compose(f"{group}={path.stem}")
+        OmegaConf.to_object(config)
+        assert not OmegaConf.missing_keys(config)
+
+
+def test_recipe_beats_the_defaults_and_the_command_line_beats_the_recipe():
+    assert compose("recipe=large_crop").crop_size == 3072
+    assert compose("recipe=large_crop", "crop_size=64").crop_size == 64
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("cp.grid=2x", ["cp.grid=2x2"]),
+        ("cp.grid=0x2", ["cp.grid=1x2"]),
+        ("dp=some", ["dp=auto"]),
+        ("trainer.max_step=3", ["trainer.max_steps"]),
+        ("+nothing=1", ["nothing"]),
+        ("trainer.max_steps=abc", ["trainer.max_steps", "'abc'"]),
+        ("model=nothing", ["quickstart", "boltz2"]),
+        ("ckpt_path=nothing.ckpt", ["nothing.ckpt"]),
+        ("data.train=[nothing/*.tar]", ["nothing/*.tar"]),
+        ("crop_size=0", ["crop_size=1"]),
+        ("cp.timeout_s=0", ["cp.timeout_s"]),
+    ],
+)
+def test_wrong_input_gets_one_sentence(monkeypatch, capsys, argument, words):
+    told = refusal(monkeypatch, capsys, argument)
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
+    for word in words:
+        assert word in told
+
+
+def test_wandb_absent(monkeypatch, capsys):
+    monkeypatch.setattr("cpfold_train.training.dashboard.find_spec", lambda name: None)
+    assert "pip install" in refusal(monkeypatch, capsys, "wandb.enabled=true")
+
+
+def test_world_follows_the_grid_or_the_launcher(monkeypatch):
+    world = plan_world("2x3", 2, 1, "cpu", {})
+    assert (str(world.grid), world.grid.dp, world.devices) == ("2x3", 2, 12)
+    assert plan_world("auto", 1, 1, "cpu", {}).devices == 1
+    elastic = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+    world = plan_world("auto", 2, 1, "cpu", elastic)
+    assert (str(world.grid), world.grid.dp, world.num_nodes, world.devices) == ("2x2", 2, 2, 4)
+    with pytest.raises(ConfigError, match="start 9 ranks"):
+        plan_world("3x3", 1, 1, "cpu", elastic)
+    slurm = {"SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "train"}
+    assert plan_world("2x2", "auto", 1, "cpu", slurm).grid.dp == 2
+    assert plan_world("2x2", 1, 1, "cpu", slurm | {"SLURM_JOB_NAME": "bash"}).devices == 4
+    with pytest.raises(ConfigError, match="do not divide over 2 nodes"):
+        plan_world("1x3", 1, 2, "cpu", {})
+    monkeypatch.setattr("cpfold_train.training.launch._gpus", lambda: 2)
+    with pytest.raises(ConfigError, match=r"needs 4 GPUs a node and there are 2: type cp.grid=1x2"):
+        plan_world("2x2", 1, 1, "gpu", {})
+    assert plan_world("auto", 1, 1, "gpu", {}).devices == 2
+
+
+def test_torchrun_ranks_share_a_run_directory(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert entry.run_stamp() == entry.run_stamp()
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    assert entry.run_stamp() == "slurm-12.0"
+
+
+def test_paths_of_the_quickstart_exist():
+    config = compose()
+    for pattern in (*config.data.train, *config.data.val):
+        assert list(Path(entry.ROOT).glob(pattern))

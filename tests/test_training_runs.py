@@ -1,0 +1,145 @@
+"""Whole runs through ``train.py``, in the processes that a user starts, on real structures and in fp64."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY = """
+    crop_size=24 data.max_msa_rows=4 data.samples_per_epoch=8 optim.warmup_steps=2
+    model.token_s=16 model.token_z=8 model.recycling_steps=1 model.msa.msa_s=8 model.msa.pairwise_head_width=4
+    model.pairformer.num_blocks=1 model.pairformer.pairwise_head_width=4
+    trainer.precision=64-true trainer.max_steps=6 trainer.accumulate_grad_batches=2 trainer.val_check_interval=6
+    trainer.limit_val_batches=2 trainer.num_sanity_val_steps=1 trainer.enable_progress_bar=false
+""".split()
+"""Dropout is on, an epoch has four steps, and validation runs after steps 3 and 6."""
+
+
+def train(*arguments: str, script: str = "train.py", launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    """Run ``train.py`` with a small model; one thread a rank, since the ranks share few cores."""
+    command = [*(launcher or (sys.executable,)), script, *TINY, *arguments]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200, check=False)
+
+
+def finished(*arguments: str, run_dir: Path, **kwargs) -> list[dict[str, str]]:
+    """The rows of ``metrics.csv`` of a run that must succeed."""
+    process = train(*arguments, f"hydra.run.dir={run_dir}", **kwargs)
+    assert process.returncode == 0, process.stderr[-5000:]
+    with (run_dir / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_curve(rows: list[dict[str, str]], reference: list[dict[str, str]], *names: str) -> None:
+    assert [row["step"] for row in rows] == [row["step"] for row in reference]
+    for row, expected in zip(rows, reference):
+        for name in names:
+            assert bool(row[name]) == bool(expected[name])
+            if row[name]:
+                assert float(row[name]) == pytest.approx(float(expected[name]), rel=1e-8)
+
+
+@pytest.fixture(scope="module")
+def run_dir_2x2(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("2x2")
+
+
+@pytest.fixture(scope="module")
+def rows_2x2(run_dir_2x2) -> list[dict[str, str]]:
+    return finished("cp.grid=2x2", run_dir=run_dir_2x2)
+
+
+def test_run_directory(rows_2x2, run_dir_2x2):
+    assert [int(row["step"]) for row in rows_2x2] == list(range(7))
+    losses = [float(row["train/loss"]) for row in rows_2x2[1:]]
+    assert losses[-1] < 0.8 * losses[0]
+    assert [row["step"] for row in rows_2x2 if row["val/loss"]] == ["0", "3", "6"]
+    for path in ("resolved.yaml", "checkpoints/last.ckpt", "checkpoints/best-step=6.ckpt", "pictures/loss.png"):
+        assert (run_dir_2x2 / path).stat().st_size > 0
+    assert (run_dir_2x2 / "pictures" / "distances_step000006.png").stat().st_size > 0
+    result = json.loads((run_dir_2x2 / "result.json").read_text())
+    expected = {"status": "completed", "steps": 6, "grid": "2x2", "dp": 1, "world_size": 4, "seed": 0}
+    assert {key: result[key] for key in expected} == expected
+    assert result["last_losses"] == losses
+    for name in ("peak_memory_mib", "peak_memory_above_baseline_mib", "sent_mib", "exposed_comm_s"):
+        assert len(result[name]) == 4
+        assert min(result[name]) > 0
+
+
+def test_grid_does_not_change_the_curve(rows_2x2, tmp_path):
+    rows = finished("cp.grid=1x1", run_dir=tmp_path)
+    assert_same_curve(
+        rows, rows_2x2, "train/loss", "grad_norm", "lr", "val/loss", "val/contact_precision", "val/distance_lddt"
+    )
+
+
+def test_resume_on_another_grid_gives_the_uninterrupted_curve(rows_2x2, tmp_path):
+    """Two steps, in the middle of an epoch, on 2x2; the rest on 1x2 in the same directory."""
+    finished("cp.grid=2x2", "trainer.max_steps=3", run_dir=tmp_path)
+    # A row that the checkpoint knows nothing of, as a crash leaves it.
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("4,1.0" + "," * 11 + "\n")
+    rows = finished("cp.grid=1x2", f"ckpt_path={tmp_path}/checkpoints/last.ckpt", run_dir=tmp_path)
+    assert_same_curve(rows, rows_2x2, "train/loss", "grad_norm", "lr", "val/loss", "val/distance_lddt")
+
+
+def test_torchrun_with_replicas_equals_accumulation(rows_2x2, tmp_path):
+    """Two replicas with one micro-batch each see what one replica sees in two micro-batches."""
+    rows = finished(
+        "dp=2",
+        "cp.grid=1x1",
+        "trainer.accumulate_grad_batches=1",
+        "trainer.val_check_interval=3",
+        run_dir=tmp_path,
+        launcher=(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29611"),
+    )
+    assert_same_curve(rows, rows_2x2, "train/loss", "grad_norm", "lr", "tokens")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["dp"], result["world_size"]) == (2, 2)
+
+
+def test_sweep_survives_a_failing_job(tmp_path):
+    process = train(
+        "-m", "crop_size=0,16", "cp.grid=1x1", "trainer.max_steps=1", "data.val=[]", f"hydra.sweep.dir={tmp_path}"
+    )
+    assert process.returncode == 1
+    assert "error: crop_size=0 is too small" in process.stderr
+    assert "1 of 2 jobs failed" in process.stderr
+    table = process.stdout
+    assert "failed (2)" in table
+    assert "completed" in table
+    assert json.loads((tmp_path / "1" / "result.json").read_text())["status"] == "completed"
+
+
+CRASH = """
+import os
+from cpfold_train.training import entry, module
+
+step = module.CoFoldingModule.training_step
+
+def crash(self, batch, batch_idx):
+    if os.environ["LOCAL_RANK"] == "1" and batch_idx == 1:
+        raise ArithmeticError("a fault on one rank")
+    return step(self, batch, batch_idx)
+
+module.CoFoldingModule.training_step = crash
+entry.main()
+"""
+
+
+def test_exception_on_one_rank_ends_all(tmp_path):
+    script = tmp_path / "crash.py"
+    script.write_text(CRASH)
+    start = time.monotonic()
+    process = train("cp.grid=1x2", "data.val=[]", f"hydra.run.dir={tmp_path / 'run'}", script=str(script))
+    assert process.returncode != 0
+    assert "ArithmeticError: a fault on one rank" in process.stderr
+    assert time.monotonic() - start < 120, "far less than cp.timeout_s"
