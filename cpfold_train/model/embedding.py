@@ -72,7 +72,7 @@ class RelativePositionEncoder(nn.Module):
         return by_rows(self._encode, rows_per_block(row_bytes), i, (weight, *j))
 
     def _encode(self, *inputs: Tensor) -> Tensor:
-        """Features of rows (B, r, 1), weight (token_z, 139), features of columns (B, 1, N/C) to (B, r, N/C, token_z)."""
+        """Features of rows (B, r, 1), weight (token_z, 139), features of columns (B, 1, N/C) to a tile's rows."""
         count = len(self.FEATURES)
         i, weight, j = dict(zip(self.FEATURES, inputs)), inputs[count], dict(zip(self.FEATURES, inputs[count + 1 :]))
         same_chain = i["asym_id"] == j["asym_id"]
