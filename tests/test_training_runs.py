@@ -107,11 +107,9 @@ def test_torchrun_with_replicas_equals_accumulation(rows_2x2, tmp_path):
 
 
 def test_sweep_survives_a_failing_job(tmp_path):
-    process = train(
-        "-m", "crop_size=0,16", "cp.grid=1x1", "trainer.max_steps=1", "data.val=[]", f"hydra.sweep.dir={tmp_path}"
-    )
-    assert process.returncode == 1
-    assert "error: crop_size=0 is too small" in process.stderr
+    process = train("batch_size=0,1", "cp.grid=1x1", "data.val=[]", f"hydra.sweep.dir={tmp_path}", "-m")
+    assert process.returncode == 1, process.stderr[-2000:]
+    assert "error: batch_size=0 is too small" in process.stderr
     assert "1 of 2 jobs failed" in process.stderr
     table = process.stdout
     assert "failed (2)" in table

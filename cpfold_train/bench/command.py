@@ -19,13 +19,14 @@ from rich.console import Console
 from rich.table import Table
 
 from cpfold_train.bench.cases import CASES, make_inputs, randomise
-from cpfold_train.bench.measure import MIB, machine, measure
+from cpfold_train.bench.measure import machine, measure
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.config import ModelConfig
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.gather import barrier
 from cpfold_train.parallel.grid import Grid, parse_grid
 
+MIB = 2**20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 

@@ -1,4 +1,4 @@
-"""Wall time, CPU time and peak memory of a repeated step, in this process. Needs nothing but torch."""
+"""Wall time, CPU time and peak memory of a repeated step, in this process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-MIB = 2**20
+from cpfold_train.memory import now_mib, peak_mib, reset_peak
 
 
 @dataclass
@@ -38,7 +38,12 @@ def measure(step: Callable[[], None], repeats: int, device: torch.device, barrie
 
     On CPU the peak is the kernel's high-water mark of resident memory, on CUDA the allocator's.
     """
-    before = _reset_peak(device)
+    gc.collect()
+    if device.type == "cpu":
+        # Memory that malloc keeps for later would count as held before the step and hide its use.
+        ctypes.CDLL(None).malloc_trim(0)
+    reset_peak(device)
+    before = now_mib(device)
     step()
     walls, cpus = [], []
     for _ in range(repeats):
@@ -50,7 +55,7 @@ def measure(step: Callable[[], None], repeats: int, device: torch.device, barrie
         barrier()
         walls.append(time.perf_counter() - wall)
         cpus.append(_cpu_seconds() - cpu)
-    return Figures(statistics.median(walls), statistics.median(cpus), (_peak(device) - before) / MIB)
+    return Figures(statistics.median(walls), statistics.median(cpus), peak_mib(device) - before)
 
 
 def machine() -> dict[str, str | int]:
@@ -69,27 +74,3 @@ def machine() -> dict[str, str | int]:
 def _cpu_seconds() -> float:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"the kernel does not report {field}")
-
-
-def _reset_peak(device: torch.device) -> int:
-    """Start counting the peak afresh; returns the bytes held now."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    # Memory that malloc keeps for later would count as held before the step and hide its use.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")

@@ -2,7 +2,8 @@
 
     python stock.py IN.pt OUT.pt
 
-IN.pt holds ``op``, ``state``, ``n``, ``depth``, ``widths``, ``repeats``, ``threads`` and ``dtype``; OUT.pt gets the figures.
+IN.pt holds ``op``, ``state``, ``n``, ``depth``, ``widths``, ``repeats``, ``threads`` and ``dtype``; OUT.pt gets the
+figures.
 """
 
 from __future__ import annotations

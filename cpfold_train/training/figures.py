@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from cpfold_train.parallel.gather import gather_figures
-from cpfold_train.training.memory import peak_mib
+from cpfold_train.memory import peak_mib
 
 
 class StepFigures(Callback):
@@ -42,13 +42,12 @@ class StepFigures(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: dict, batch: dict[str, Any], batch_idx: int
     ) -> None:
         self._batches.append((outputs["loss_share"], outputs["tokens"]))
+        self._ended = time.perf_counter()
+        self._worked += self._ended - self._started
         if trainer.global_step > self._step:
             if self._due(trainer, trainer.global_step):
                 self._log_step(trainer)
             self._start_step(trainer)
-        now = time.perf_counter()
-        self._worked += now - self._started
-        self._ended = now
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ended = time.perf_counter()
@@ -66,7 +65,6 @@ class StepFigures(Callback):
     def _log_step(self, trainer: Trainer) -> None:
         cp = trainer.strategy.cp
         shares, tokens = (torch.stack(values).double().sum().item() for values in zip(*self._batches))
-        self._worked += time.perf_counter() - self._started
         sent = cp.ledger.total()
         figures = gather_figures(
             cp,

@@ -75,7 +75,7 @@ class MovingAverage(WeightAveraging):
         self._under_training: list[Tensor] = []
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the average in place. To exchange the two, as the base class does, would round it to the weights' dtype."""
+        """Put the average in place. The base class exchanges the two, which rounds it to the dtype of the weights."""
         self._under_training = [parameter.detach().clone() for parameter in pl_module.parameters()]
         self._copy_average_to_current(pl_module)
 

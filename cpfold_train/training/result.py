@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
 
 from cpfold_train.parallel.gather import gather_figures
-from cpfold_train.training.memory import now_mib, peak_mib, reset_peak
+from cpfold_train.memory import now_mib, peak_mib, reset_peak
 from cpfold_train.training.metrics_csv import read_metrics
 from cpfold_train.training.result_file import write_result
 
@@ -46,6 +48,8 @@ class Result(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(trainer, {"status": "completed"})
+        if trainer.is_global_zero:
+            _print_summary(self._run_dir)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
@@ -74,3 +78,17 @@ def _last_figures(path: Path) -> dict[str, Any]:
     losses = [float(row["train/loss"]) for row in rows if row["train/loss"]]
     validation = {name: float(row[name]) for row in rows for name in row if name.startswith("val/") and row[name]}
     return {"train/loss": losses[-1] if losses else None, "last_losses": losses[-10:], **validation}
+
+
+def _print_summary(run_dir: Path) -> None:
+    """What the run did, from its first to its last figures, and where to look further."""
+    rows = read_metrics(run_dir / "metrics.csv")
+    table = Table("figure", "first", "last", title="training")
+    for name in ("train/loss", "val/loss", "val/contact_precision", "val/distance_lddt"):
+        if values := [float(row[name]) for row in rows if row.get(name)]:
+            table.add_row(name, f"{values[0]:.4f}", f"{values[-1]:.4f}")
+    console = Console()
+    console.print(table)
+    for name in ("checkpoints/last.ckpt", "metrics.csv", "result.json", "pictures"):
+        if (run_dir / name).exists():
+            console.print(str(run_dir / name), soft_wrap=True, highlight=False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
         run_dir: receives checkpoints, figures and pictures.
         record: the configuration as plain containers, for W&B.
     """
+    _quiet()
     pl.seed_everything(config.seed, verbose=False)
     timeout = timedelta(seconds=config.cp.timeout_s)
     trainer = pl.Trainer(
@@ -58,6 +61,14 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
             import wandb
 
             wandb.finish()
+
+
+def _quiet() -> None:
+    """Keep what Lightning says about itself off the terminal: what matters of a run, its callbacks show."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (".*LeafSpec.*", ".*Total length of `list`.*", ".*does not have many workers.*"):
+        warnings.filterwarnings("ignore", message)
 
 
 def _callbacks(config: TrainConfig, run_dir: Path) -> list[Callback]:

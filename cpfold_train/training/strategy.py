@@ -40,8 +40,6 @@ class GridStrategy(DDPStrategy):
             timeout=timeout,
             # With only the distogram loss the single track and its projections receive no gradient.
             find_unused_parameters=True,
-            # Buffers are constants, equal on all ranks.
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
             **kwargs,
         )

@@ -48,7 +48,7 @@ def run_job(train: Path, overrides: list[str], job_dir: Path) -> float:
     started = time.time()
     command = [sys.executable, str(train), *overrides, f"hydra.run.dir='{job_dir}'"]
     code = subprocess.run(command, env=env, check=False).returncode
-    job = {"overrides": " ".join(overrides), "exit_code": code, "seconds": round(time.time() - started, 1)}
+    job = {"overrides": overrides, "exit_code": code, "seconds": round(time.time() - started, 1)}
     job_dir.mkdir(parents=True, exist_ok=True)
     (job_dir / _JOB).write_text(json.dumps(job) + "\n")
     result = read_result(job_dir)
@@ -68,17 +68,19 @@ class Summary(Callback):
         from rich.table import Table
 
         folder = Path(config.hydra.sweep.dir)
-        dirs = sorted((path.parent for path in folder.glob(f"*/{_JOB}")), key=lambda path: path.stat().st_ctime)
+        dirs = sorted((path.parent for path in folder.glob(f"*/{_JOB}")), key=lambda path: (len(path.name), path.name))
+        jobs = [json.loads((job_dir / _JOB).read_text()) for job_dir in dirs]
+        shared = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
         table = Table("job", "overrides", "status", "loss", "seconds", "peak MiB a rank", title=str(folder))
         failed = 0
-        for job_dir in dirs:
-            job, result = json.loads((job_dir / _JOB).read_text()), read_result(job_dir)
+        for job_dir, job in zip(dirs, jobs):
+            result = read_result(job_dir)
             good = job["exit_code"] == 0
             failed += not good
             loss, peaks = result.get("train/loss"), result.get("peak_memory_mib")
             table.add_row(
                 job_dir.name,
-                job["overrides"],
+                " ".join(override for override in job["overrides"] if override not in shared),
                 "[green]completed" if good else f"[red]failed ({job['exit_code']})",
                 "" if loss is None else f"{loss:.4f}",
                 f"{job['seconds']:.0f}",
