@@ -10,6 +10,7 @@ from cpfold_train.errors import ConfigError, DataError
 
 SUBCOMMANDS = {
     "prepare": ("cpfold_train.data.prepare", "turn structure files and alignments into training shards"),
+    "compare": ("cpfold_train.training.compare", "compare the loss curves of runs, such as one on each grid"),
     "bench": ("cpfold_train.bench.command", "time an op on a grid of ranks, and count what it sends and holds"),
 }
 """Name of each subcommand: module with ``add_arguments(parser)`` and ``run(args)``, and a line of help."""

@@ -13,13 +13,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TINY = """
-    crop_size=24 data.max_msa_rows=4 data.samples_per_epoch=8 optim.warmup_steps=2
-    model.token_s=16 model.token_z=8 model.recycling_steps=1 model.msa.msa_s=8 model.msa.pairwise_head_width=4
-    model.pairformer.num_blocks=1 model.pairformer.pairwise_head_width=4
-    trainer.precision=64-true trainer.max_steps=6 trainer.accumulate_grad_batches=2 trainer.val_check_interval=6
-    trainer.limit_val_batches=2 trainer.num_sanity_val_steps=1 trainer.enable_progress_bar=false
-""".split()
+TINY = [
+    "crop_size=24",
+    "data.max_msa_rows=4",
+    "data.samples_per_epoch=8",
+    "optim.warmup_steps=2",
+    "model.token_s=16",
+    "model.token_z=8",
+    "model.recycling_steps=1",
+    "model.msa.msa_s=8",
+    "model.msa.pairwise_head_width=4",
+    "model.pairformer.num_blocks=1",
+    "model.pairformer.pairwise_head_width=4",
+    "trainer.precision=64-true",
+    "trainer.max_steps=6",
+    "trainer.accumulate_grad_batches=2",
+    "trainer.val_check_interval=6",
+    "trainer.limit_val_batches=2",
+    "trainer.num_sanity_val_steps=1",
+    "trainer.enable_progress_bar=false",
+]
 """Dropout is on, an epoch has four steps, and validation runs after steps 3 and 6."""
 
 

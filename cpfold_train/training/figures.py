@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-from cpfold_train.parallel.gather import gather_figures
 from cpfold_train.memory import peak_mib
+from cpfold_train.parallel.gather import gather_figures
 
 
 class StepFigures(Callback):

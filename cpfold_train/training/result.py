@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
-from cpfold_train.parallel.gather import gather_figures
 from cpfold_train.memory import now_mib, peak_mib, reset_peak
+from cpfold_train.parallel.gather import gather_figures
 from cpfold_train.training.metrics_csv import read_metrics
 from cpfold_train.training.result_file import write_result
 

@@ -46,7 +46,9 @@ def run_job(train: Path, overrides: list[str], job_dir: Path) -> float:
     """
     env = {name: value for name, value in os.environ.items() if name not in _OF_A_WORLD}
     started = time.time()
-    command = [sys.executable, str(train), *overrides, f"hydra.run.dir='{job_dir}'"]
+    print(f"job {job_dir.name}: {' '.join(overrides)}", flush=True)
+    # A recipe may itself ask for a sweep; the job must not start it again.
+    command = [sys.executable, str(train), *overrides, "hydra.mode=RUN", f"hydra.run.dir='{job_dir}'"]
     code = subprocess.run(command, env=env, check=False).returncode
     job = {"overrides": overrides, "exit_code": code, "seconds": round(time.time() - started, 1)}
     job_dir.mkdir(parents=True, exist_ok=True)
