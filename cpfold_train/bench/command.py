@@ -20,11 +20,12 @@ from rich.table import Table
 
 from cpfold_train.bench.cases import CASES, make_inputs, randomise
 from cpfold_train.bench.measure import machine, measure
+from cpfold_train.bench.simulate import simulate
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.config import ModelConfig
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.gather import barrier
-from cpfold_train.parallel.grid import Grid, parse_grid
+from cpfold_train.parallel.grid import Grid, parse_grid, squarest
 
 MIB = 2**20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -35,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     widths = ModelConfig()
     parser.add_argument("op", choices=CASES, metavar="OP", help=", ".join(CASES))
     parser.add_argument("--n", type=int, default=384, help="tokens (default: 384)")
-    parser.add_argument("--grid", default="1x1", metavar="RxC", help="grid of ranks (default: 1x1)")
+    parser.add_argument("--grid", metavar="RxC", help="grid of ranks (default: 1x1, or the squarest of --world)")
+    parser.add_argument(
+        "--world", type=int, metavar="P", help="start no ranks: bytes and memory of one rank of a simulated world of P"
+    )
     parser.add_argument("--msa-depth", type=int, default=128, metavar="S", help="MSA sequences (default: 128)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="precision (default: fp32)")
     parser.add_argument("--token-z", type=int, default=widths.token_z, help="width of z (default: %(default)s)")
@@ -59,9 +63,14 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: for options that cannot work together.
     """
-    rows, cols = parse_grid(args.grid)
-    grid = Grid(rows, cols)
+    grid = _grid(args)
     n, depth = grid.pad_tokens(args.n), grid.pad_rows(args.msa_depth)
+    if args.world:
+        config, dtype = ModelConfig(token_z=args.token_z), DTYPES[args.dtype]
+        figures = simulate(args.op, config, n, depth, grid, dtype)
+        ranks = [{"peak_mib": figures["peak_bytes"] / MIB, "ops": figures["ops"]}]
+        _show(_summary(ranks, args, grid, n, depth) | {"simulated": True}, args.json)
+        return
     threads = args.threads or max(1, (os.cpu_count() or 1) // grid.cp_size)
     if args.device == "cuda" and grid.cp_size > torch.cuda.device_count():
         raise ConfigError(
@@ -74,17 +83,35 @@ def run(args: argparse.Namespace) -> None:
         job = {**vars(args), "n": n, "msa_depth": depth, "threads": threads, "folder": folder, "port": _free_port()}
         # Ranks must not start with more threads than they get: OpenMP reads this once.
         os.environ["OMP_NUM_THREADS"] = str(threads)
-        mp.spawn(_rank, (rows, cols, job), grid.cp_size)
+        mp.spawn(_rank, (grid.rows, grid.cols, job), grid.cp_size)
         ranks = [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(grid.cp_size)]
-        result = _summary(ranks, args, grid, n, depth, threads)
+        result = _summary(ranks, args, grid, n, depth) | {
+            "threads_per_rank": threads,
+            "repeats": args.repeats,
+            "wall_s": max(rank["wall_s"] for rank in ranks),
+            "cpu_s_total": sum(rank["cpu_s"] for rank in ranks),
+        }
         if args.against:
             result["against"] = _stock(args, folder, n, depth)
             result["against"]["time_ratio"] = result["wall_s"] / result["against"]["wall_s"]
             result["against"]["memory_ratio"] = max(result["peak_mib_per_rank"]) / result["against"]["peak_mib"]
-    if args.json:
-        print(json.dumps(result, indent=1))
-    else:
-        _print(result)
+    _show(result, args.json)
+
+
+def _grid(args: argparse.Namespace) -> Grid:
+    """The grid asked for.
+
+    Raises:
+        ConfigError: where it does not fit the simulated world.
+    """
+    if args.grid is None:
+        return Grid(*squarest(args.world or 1))
+    grid = Grid(*parse_grid(args.grid))
+    if args.world and grid.cp_size != args.world:
+        raise ConfigError(f"--grid {grid} has {grid.cp_size} ranks: type --world {grid.cp_size}, or leave --grid out")
+    if args.world and args.against:
+        raise ConfigError("a simulated world takes no time that could be compared: leave out --world or --against")
+    return grid
 
 
 def _free_port() -> int:
@@ -121,7 +148,8 @@ def _rank(rank: int, rows: int, cols: int, job: dict) -> None:
     (Path(job["folder"]) / f"rank{rank}.json").write_text(json.dumps({**asdict(figures), "ops": ops}))
 
 
-def _summary(ranks: list[dict], args: argparse.Namespace, grid: Grid, n: int, depth: int, threads: int) -> dict:
+def _summary(ranks: list[dict], args: argparse.Namespace, grid: Grid, n: int, depth: int) -> dict:
+    """What is told of real ranks and of a simulated one alike."""
     tile = (n // grid.rows) * (n // grid.cols) * args.token_z * DTYPES[args.dtype].itemsize
     sent = [sum(entry["sent_bytes"] for entry in rank["ops"].values()) for rank in ranks]
     by_op = {
@@ -138,10 +166,6 @@ def _summary(ranks: list[dict], args: argparse.Namespace, grid: Grid, n: int, de
         "msa_depth": depth,
         "grid": str(grid),
         "dtype": args.dtype,
-        "threads_per_rank": threads,
-        "repeats": args.repeats,
-        "wall_s": max(rank["wall_s"] for rank in ranks),
-        "cpu_s_total": sum(rank["cpu_s"] for rank in ranks),
         "peak_mib_per_rank": [rank["peak_mib"] for rank in ranks],
         "sent_mib_per_rank": [sent_bytes / MIB for sent_bytes in sent],
         "tile_mib": tile / MIB,
@@ -171,12 +195,16 @@ def _stock(args: argparse.Namespace, folder: str, n: int, depth: int) -> dict:
     return {"package": "boltz", "threads": args.boltz_threads, **torch.load(target, weights_only=True)}
 
 
-def _print(result: dict) -> None:
+def _show(result: dict, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
     console = Console()
     title = f"{result['op']}, N = {result['n']}, grid {result['grid']}, {result['dtype']}, forward and backward"
     table = Table("figure", "value", title=title)
-    table.add_row("wall time", f"{result['wall_s']:.3f} s")
-    table.add_row("CPU time, all ranks", f"{result['cpu_s_total']:.3f} s")
+    if "wall_s" in result:
+        table.add_row("wall time", f"{result['wall_s']:.3f} s")
+        table.add_row("CPU time, all ranks", f"{result['cpu_s_total']:.3f} s")
     table.add_row("peak memory a rank", ", ".join(f"{mib:.0f}" for mib in result["peak_mib_per_rank"]) + " MiB")
     table.add_row("sent a rank", f"{mean(result['sent_mib_per_rank']):.1f} MiB = {result['sent_tiles']:.2f} tiles")
     table.add_row("waiting for messages", f"{result['exposed_comm_s']:.3f} s")
@@ -190,7 +218,10 @@ def _print(result: dict) -> None:
             ops.add_row(op, f"{entry['sent_tiles']:.2f}", f"{entry['messages']:.0f}", f"{entry['exposed_comm_s']:.3f}")
         console.print(ops)
     spec = result["machine"]
-    console.print(
-        f"{spec.get('gpu', spec['cpu'])}, {spec['cores']} cores, {result['threads_per_rank']} threads a rank, "
-        f"torch {spec['torch']}, median of {result['repeats']}"
-    )
+    if "simulated" in result:
+        console.print(f"rank 0 of a simulated world, torch {spec['torch']}")
+    else:
+        console.print(
+            f"{spec.get('gpu', spec['cpu'])}, {spec['cores']} cores, {result['threads_per_rank']} threads a rank, "
+            f"torch {spec['torch']}, median of {result['repeats']}"
+        )

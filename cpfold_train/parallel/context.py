@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -76,9 +78,10 @@ class ContextParallel:
         self.row = self._axis("cp_row", self.mesh["cp_row"].get_group(), own[:, grid.col])
         self.col = self._axis("cp_col", self.mesh["cp_col"].get_group(), own[grid.row])
         self.all = self._axis("cp", self.cp_mesh._flatten("cp").get_group(), own.flatten())
-        for axis in (self.row, self.col, self.all):
-            # Groups made by a mesh keep the default of 30 minutes whatever the world's timeout is.
-            dist.distributed_c10d._set_pg_timeout(timeout, axis.group)
+        if dist.get_backend() != "fake":
+            for axis in (self.row, self.col, self.all):
+                # Groups made by a mesh keep the default of 30 minutes whatever the world's timeout is.
+                dist.distributed_c10d._set_pg_timeout(timeout, axis.group)
 
     def _axis(self, name: str, group: dist.ProcessGroup, ranks: Tensor) -> Axis:
         members = tuple(ranks.tolist())
@@ -98,3 +101,22 @@ class ContextParallel:
         Its gradient on a rank is that rank's share, not the sum: nothing is reduced when it flows back.
         """
         return DTensor.from_local(value, self.cp_mesh, REPLICATED, run_check=False)
+
+
+@contextmanager
+def fake_world(grid: Grid) -> Iterator[ContextParallel]:
+    """One rank of a world that is not there: messages are counted and go nowhere.
+
+    Raises:
+        RuntimeError: where a process group is already running.
+    """
+    if dist.is_initialized():
+        raise RuntimeError("a simulated world needs a process of its own: a process group is already running here")
+    # Importing the module registers the backend.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=grid.rank, world_size=grid.world_size)
+    try:
+        yield ContextParallel(grid)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,93 @@
+"""One rank of a world that is not there: memory and bytes of an op on any grid, on one core and without its memory.
+
+The op's own code runs under ``FakeTensorMode``, so tensors have shapes but no contents, and with torch's fake process
+group, so messages are counted but not sent. Live memory is the sum of the storages that tensors hold.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from cpfold_train.bench.cases import CASES, make_inputs
+from cpfold_train.model.config import ModelConfig
+from cpfold_train.parallel.context import ContextParallel, fake_world
+from cpfold_train.parallel.grid import Grid
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of all storages made under it that are still referenced, and their peak.
+
+    Attributes:
+        now: live bytes.
+        peak: the most there were since the start or the last :meth:`reset`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def reset(self) -> None:
+        """Start a new peak."""
+        self.peak = self.now
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes()
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+        def forget() -> None:
+            self._known.discard(key)
+            self.now -= size
+
+        weakref.finalize(storage, forget)
+
+
+@contextmanager
+def simulated_rank(grid: Grid) -> Iterator[tuple[ContextParallel, LiveMemory]]:
+    """Code inside runs as rank ``grid.rank`` of the grid, on tensors without contents."""
+    with fake_world(grid) as cp, FakeTensorMode(allow_non_fake_inputs=True), LiveMemory() as memory:
+        yield cp, memory
+
+
+def simulate(op: str, config: ModelConfig, n: int, depth: int, grid: Grid, dtype: torch.dtype) -> dict:
+    """Forward and backward of one op as rank 0 of a grid.
+
+    Returns:
+        ``peak_bytes`` above inputs and weights, ``sent_bytes``, and ``ops``, the ledger's entries by operation.
+    """
+    case = CASES[op]
+    with torch.device("meta"):
+        module = case.build(config).to(dtype)
+    with simulated_rank(grid) as (cp, memory):
+        module = module.to_empty(device="cpu")
+        x = make_inputs(case.inputs, config, n, depth, grid, dtype, torch.device("cpu"))
+        outputs = case.call(module, x, cp)
+        grads = [torch.empty_like(out) for out in outputs]
+        del outputs
+        cp.ledger.reset()
+        memory.reset()
+        before = memory.now
+        torch.autograd.backward(case.call(module, x, cp), grads)
+        total = cp.ledger.total()
+        ops = {name: asdict(entry) for name, entry in cp.ledger.by_op().items()}
+    return {"peak_bytes": memory.peak - before, "sent_bytes": total.sent_bytes, "ops": ops}
