@@ -1,0 +1,91 @@
+"""The benchmark: what it counts is what the formulas say, and a simulated rank counts what a real one does."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing as mp
+
+import pytest
+import torch
+
+from cpfold_train.__main__ import main
+from cpfold_train.bench.cases import CASES, make_inputs, randomise
+from cpfold_train.bench.simulate import simulate
+from cpfold_train.model.config import ModelConfig, MSAConfig, PairformerConfig
+from cpfold_train.parallel.grid import Grid
+
+CONFIG = ModelConfig(32, 24, 8, 1, False, MSAConfig(16, 1, 0.0, 0.0, 8, 2), PairformerConfig(1, 4, 0.0, 8, 2))
+N, DEPTH = 36, 12
+
+
+def sent(cp, op):
+    """Bytes that this rank sends in one forward and backward, and the sum of its gradients' sizes."""
+    case = CASES[op]
+    module = case.build(CONFIG)
+    randomise(module)
+    x = make_inputs(case.inputs, CONFIG, N, DEPTH, cp.grid, torch.float32, torch.device("cpu"))
+    out = case.call(module, x, cp)
+    torch.autograd.backward(out, [torch.ones_like(part) for part in out])
+    return cp.ledger.total().sent_bytes
+
+
+def simulated(op, rows, cols, answer):
+    answer.put(simulate(op, CONFIG, N, DEPTH, Grid(rows, cols), torch.float32))
+
+
+def simulate_elsewhere(op, rows, cols):
+    """A simulated world wants a process of its own."""
+    context = mp.get_context("fork")
+    answer = context.Queue()
+    process = context.Process(target=simulated, args=(op, rows, cols, answer))
+    process.start()
+    result = answer.get(timeout=120)
+    process.join()
+    return result
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_simulated_rank_sends_what_a_real_one_sends(ranks, op):
+    real = ranks.run(sent, 2, 3, op)
+    assert simulate_elsewhere(op, 2, 3)["sent_bytes"] == real[0]
+    assert (real[0] > 0) == (op != "transition")
+
+
+@pytest.mark.parametrize("grid", [(1, 2), (2, 2), (2, 3), (3, 3)], ids=lambda g: f"{g[0]}x{g[1]}")
+def test_volume_of_the_triangle_ops(ranks, grid):
+    """Forward and backward: 6 T (P - 1) / P, and 4 T (C - 1) / C with twice the bias of h channels."""
+    rows, cols = grid
+    p, tile = rows * cols, N * N // (rows * cols) * CONFIG.token_z * 4
+    mean = lambda op: sum(ranks.run(sent, rows, cols, op)) / p  # noqa: E731
+    assert mean("triangle_multiplication") == pytest.approx(6 * tile * (p - 1) / p)
+    bias = 2 * (p - 1) * tile * CONFIG.pairformer.pairwise_num_heads / CONFIG.token_z
+    assert mean("triangle_attention_start") == pytest.approx(4 * tile * (cols - 1) / cols + bias)
+    assert mean("triangle_attention_end") == pytest.approx(4 * tile * (rows - 1) / rows + bias)
+
+
+def test_memory_falls_with_the_number_of_ranks():
+    op, config, n = "triangle_multiplication", ModelConfig(token_z=64), 768
+    peaks = []
+    for side in (2, 4):
+        context = mp.get_context("fork")
+        with context.Pool(1) as pool:
+            result = pool.apply(simulate, (op, config, n, 1, Grid(side, side), torch.float32))
+        peaks.append(result["peak_bytes"])
+    # The blocks of rows are of one size on any grid; what is left falls as 1 / P.
+    assert peaks[1] < 0.5 * peaks[0]
+
+
+def test_command_prints_one_json_object(capfd):
+    assert (
+        main(["bench", "transition", "--n", "32", "--token-z", "16", "--grid", "1x2", "--repeats", "1", "--json"]) == 0
+    )
+    result = json.loads(capfd.readouterr().out)
+    assert result["grid"] == "1x2" and len(result["peak_mib_per_rank"]) == 2
+    assert {"wall_s", "cpu_s_total", "sent_mib_per_rank", "sent_tiles", "exposed_comm_s", "machine"} <= result.keys()
+
+
+def test_refusals(capsys):
+    assert main(["bench", "transition", "--grid", "2x"]) == 2
+    assert "2x2" in capsys.readouterr().err
+    assert main(["bench", "transition", "--grid", "2x2", "--world", "6"]) == 2
+    assert "--world 4" in capsys.readouterr().err
