@@ -53,14 +53,7 @@ def join(parts: list[Tensor], placement: str, grid: Grid, partial: bool) -> Tens
 
 def real(x: Tensor, placement: str) -> Tensor:
     """Only what belongs to real tokens and sequences; what is padded is set to zero."""
-    x = x.clone()
-    for i, (n, s) in enumerate(zip(LENGTHS, DEPTHS)):
-        if placement == "pair":
-            x[i, n:], x[i, :, n:] = 0, 0
-        elif placement == "msa":
-            x[i, s:], x[i, :, n:] = 0, 0
-        elif placement == "token":
-            x[i, n:] = 0
+    x = _zero_padding(x.clone(), placement)
     largest = {"pair": (max(LENGTHS),) * 2, "msa": (max(DEPTHS), max(LENGTHS)), "token": (max(LENGTHS),), "whole": ()}
     for dim, size in enumerate(largest[placement], start=1):
         x = x.narrow(dim, 0, size)
