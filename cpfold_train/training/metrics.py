@@ -38,10 +38,12 @@ def read_distogram(logits: Tensor, boundaries: Tensor) -> tuple[Tensor, Tensor]:
     """
     width = boundaries[1] - boundaries[0]
     edges = torch.cat([boundaries[:1] - width, boundaries, boundaries[-1:] + width])
-    centres = ((edges[1:] + edges[:-1]) / 2).to(logits.device)
-    reads = torch.stack([centres, (centres < CONTACT).to(centres.dtype)], dim=1)
+    # fp32 at least: a softmax in bf16 would shift the expectation.
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    centres = ((edges[1:] + edges[:-1]) / 2).to(logits.device, dtype)
+    reads = torch.stack([centres, (centres < CONTACT).to(dtype)], dim=1)
     # The softmax of a whole tile would double the largest tensor of the step.
-    parts = [rows.to(reads.dtype).softmax(-1) @ reads for rows in logits.split(_ROWS_AT_A_TIME)]
+    parts = [rows.to(dtype).softmax(-1) @ reads for rows in logits.split(_ROWS_AT_A_TIME)]
     return torch.cat(parts).unbind(-1)
 
 

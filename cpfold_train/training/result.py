@@ -52,7 +52,7 @@ class Result(Callback):
             _print_summary(self._run_dir)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
+        status = "interrupted" if isinstance(exception, (KeyboardInterrupt, SystemExit)) else "failed"
         self._write(trainer, {"status": status, "error": f"{type(exception).__name__}: {exception}"})
 
     def _write(self, trainer: Trainer, outcome: dict[str, str]) -> None:

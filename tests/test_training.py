@@ -1,0 +1,118 @@
+"""Metrics against dense references, the schedule, the groups of parameters, the average and the file of metrics."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cpfold_train.parallel.grid import Grid
+from cpfold_train.training import metrics
+from cpfold_train.training.metrics_csv import MetricsCSV, read_metrics
+from cpfold_train.training.optim import MovingAverage, parameter_groups, warmup_then_steps
+
+N = 60
+
+
+@pytest.fixture
+def sample():
+    """Two chains of 30 residues with a gap in the numbering, some unresolved, and logits for their distances."""
+    rng = torch.Generator().manual_seed(0)
+    centre = torch.randn(N, 3, generator=rng, dtype=torch.float64).cumsum(0) * 2
+    resolved = torch.rand(N, generator=rng) > 0.1
+    asym_id = torch.arange(N) // 30
+    residue_index = torch.arange(N) % 30 + 10 * (torch.arange(N) % 30 > 20)
+    logits = torch.randn(N, N, 64, generator=rng, dtype=torch.float64)
+    return centre, resolved, asym_id, residue_index, logits + logits.transpose(0, 1)
+
+
+def test_distogram_reading():
+    boundaries = metrics.boundaries(64)
+    logits = torch.full((70, 2, 64), -1e9)
+    logits[:, 0, 0] = 0
+    logits[:, 1, 30] = 0
+    expected, contact = metrics.read_distogram(logits, boundaries)
+    width = 20 / 62
+    assert expected[:, 0].tolist() == pytest.approx([2 - width / 2] * 70)
+    assert expected[:, 1].tolist() == pytest.approx([2 + 29.5 * width] * 70)
+    assert contact[0].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 3)])
+def test_scores_of_tiles_are_those_of_the_whole(sample, grid):
+    centre, resolved, asym_id, residue_index, logits = sample
+    top, parts, candidates = int(resolved.sum()), torch.zeros(2, dtype=torch.float64), []
+    for rank in range(grid[0] * grid[1]):
+        place = Grid(*grid, rank=rank)
+        rows, cols = place.row_tokens(N), place.col_tokens(N)
+        tile = logits[slice(*rows), slice(*cols)]
+        expected, contact = metrics.read_distogram(tile, metrics.boundaries(64))
+        distance, valid = metrics.true_distances(centre, resolved, rows, cols)
+        parts += metrics.lddt_parts(expected, distance, valid)
+        far = valid & metrics.long_range(asym_id, residue_index, rows, cols)
+        candidates.append(metrics.contact_candidates(contact, distance, far, top))
+    lddt = parts[0] / parts[1]
+    precision = metrics.precision(torch.cat(candidates), top)
+
+    scores, ranked = [], []
+    p = logits.softmax(-1).numpy()
+    centres = np.linspace(2 - 10 / 62, 22 + 10 / 62, 64)
+    for i in range(N):
+        for j in range(N):
+            if i == j or not (resolved[i] and resolved[j]):
+                continue
+            true = float((centre[i] - centre[j]).norm())
+            if true < 15:
+                error = abs(p[i, j] @ centres - true)
+                scores.append(np.mean([error < t for t in (0.5, 1, 2, 4)]))
+            if i < j and (asym_id[i] != asym_id[j] or abs(int(residue_index[i] - residue_index[j])) >= 24):
+                ranked.append((p[i, j][centres < 8].sum(), true < 8))
+    ranked.sort(reverse=True)
+    assert 0 < np.mean(scores) < 1
+    assert float(lddt) == pytest.approx(np.mean(scores), abs=1e-12)
+    assert float(precision) == pytest.approx(np.mean([hit for _, hit in ranked[:top]]), abs=1e-12)
+
+
+def test_precision_without_candidates():
+    assert float(metrics.precision(torch.tensor([[-1.0, 0.0]]), 3)) == 0
+
+
+def test_schedule():
+    factor = warmup_then_steps(1000, 0.95, 50_000)
+    assert factor(0) == pytest.approx(1e-3)
+    assert factor(499) == pytest.approx(0.5)
+    assert factor(49_999) == 1
+    assert factor(100_000) == pytest.approx(0.95**2)
+
+
+def test_decay_goes_by_the_type_of_the_module():
+    model = nn.ModuleDict({"norm_like": nn.Linear(2, 3), "out": nn.LayerNorm(3), "table": nn.Embedding(4, 3)})
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    decayed, plain = parameter_groups(nn.Sequential(*model.values(), frozen), 0.1)
+    assert [p.shape for p in decayed["params"]] == [(3, 2)]
+    assert decayed["weight_decay"] == 0.1
+    assert len(plain["params"]) == 4
+    assert plain["weight_decay"] == 0
+
+
+def test_average_forgets_its_start_fast():
+    average = MovingAverage(0.999)._kwargs["avg_fn"]
+    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.bfloat16)
+    for n in (1, 10, 100_000):
+        assert float(average(zero, one, torch.tensor(n))) == pytest.approx(1 - min(0.999, (1 + n) / (10 + n)), rel=1e-4)
+
+
+def test_metrics_file(tmp_path):
+    path = tmp_path / "metrics.csv"
+    first = MetricsCSV(path)
+    for step in (1, 2, 3):
+        first.log_metrics({"train/loss": float(step), "comm/x": 1.0}, step)
+    first.log_metrics({"val/loss": 0.1}, 3)
+    rows = read_metrics(path)
+    assert [row["step"] for row in rows] == ["1", "2", "3"]
+    assert (rows[2]["train/loss"], rows[2]["val/loss"]) == ("3.0", "0.1")
+
+    resumed = MetricsCSV(path)
+    resumed.log_metrics({"train/loss": 9.0}, 2)
+    assert [(row["step"], row["train/loss"]) for row in read_metrics(path)] == [("1", "1.0"), ("2", "9.0")]
