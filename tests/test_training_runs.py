@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +75,9 @@ def test_run_directory(rows_2x2, run_dir_2x2):
     assert [int(row["step"]) for row in rows_2x2] == list(range(7))
     losses = [float(row["train/loss"]) for row in rows_2x2[1:]]
     assert losses[-1] < 0.8 * losses[0]
+    # Sent in training alone: two micro-batches of the same size with zero or one recycling each, whatever ran between.
+    sent = sorted({round(float(row["sent_mib"]), 6) for row in rows_2x2[1:]})
+    assert len(sent) == 2
     assert [row["step"] for row in rows_2x2 if row["val/loss"]] == ["0", "3", "6"]
     for path in ("resolved.yaml", "checkpoints/last.ckpt", "checkpoints/best-step=6.ckpt", "pictures/loss.png"):
         assert (run_dir_2x2 / path).stat().st_size > 0
@@ -154,3 +158,15 @@ def test_exception_on_one_rank_ends_all(tmp_path):
     assert process.returncode != 0
     assert "ArithmeticError: a fault on one rank" in process.stderr
     assert time.monotonic() - start < 120, "far less than cp.timeout_s"
+
+
+def test_sigterm_ends_all_ranks(tmp_path):
+    command = [sys.executable, "train.py", *TINY, "cp.grid=1x2", "data.val=[]", f"hydra.run.dir={tmp_path}"]
+    process = subprocess.Popen([*command, "trainer.max_steps=-1"], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    metrics, deadline = tmp_path / "metrics.csv", time.monotonic() + 120
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.terminate()
+    assert process.wait(60) == 128 + 15
+    assert json.loads((tmp_path / "result.json").read_text())["status"] == "interrupted"
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]

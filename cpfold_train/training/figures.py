@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 from torch.optim import Optimizer
 
 from cpfold_train.memory import peak_mib
@@ -20,6 +21,9 @@ class StepFigures(Callback):
     those of all replicas. Memory is that of the fullest rank since the start; bytes sent and exposed communication are
     means over ranks within the step.
     """
+
+    def __init__(self) -> None:
+        self._in_validation = torch.zeros(2, dtype=torch.float64)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ended = time.perf_counter()
@@ -42,21 +46,30 @@ class StepFigures(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: dict, batch: dict[str, Any], batch_idx: int
     ) -> None:
         self._batches.append((outputs["loss_share"], outputs["tokens"]))
-        self._ended = time.perf_counter()
-        self._worked += self._ended - self._started
+        self._worked += time.perf_counter() - self._started
         if trainer.global_step > self._step:
             if self._due(trainer, trainer.global_step):
                 self._log_step(trainer)
             self._start_step(trainer)
+        self._ended = time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._before_validation = self._communicated(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ended = time.perf_counter()
+        self._in_validation += self._communicated(trainer) - self._before_validation
         for logger in trainer.loggers:
             logger.log_metrics(pl_module.validation, step=trainer.global_step)
 
     def _start_step(self, trainer: Trainer) -> None:
         self._step, self._batches, self._waited, self._worked = trainer.global_step, [], 0.0, 0.0
-        self._sent = trainer.strategy.cp.ledger.total()
+        self._before_step = self._communicated(trainer)
+
+    def _communicated(self, trainer: Trainer) -> Tensor:
+        """(2,): MiB that this rank has sent, and seconds it has waited, in training since the start."""
+        total = trainer.strategy.cp.ledger.total()
+        return torch.tensor([total.sent_bytes / 2**20, total.waited_s], dtype=torch.float64) - self._in_validation
 
     @staticmethod
     def _due(trainer: Trainer, step: int) -> bool:
@@ -65,7 +78,6 @@ class StepFigures(Callback):
     def _log_step(self, trainer: Trainer) -> None:
         cp = trainer.strategy.cp
         shares, tokens = (torch.stack(values).double().sum().item() for values in zip(*self._batches))
-        sent = cp.ledger.total()
         figures = gather_figures(
             cp,
             [
@@ -74,8 +86,7 @@ class StepFigures(Callback):
                 self._worked,
                 self._waited,
                 peak_mib(trainer.strategy.root_device),
-                (sent.sent_bytes - self._sent.sent_bytes) / 2**20,
-                sent.waited_s - self._sent.waited_s,
+                *(self._communicated(trainer) - self._before_step).tolist(),
             ],
         )
         total, mean, highest = figures.sum(0).tolist(), figures.mean(0).tolist(), figures.amax(0).tolist()
