@@ -131,3 +131,9 @@ def test_paths_of_the_quickstart_exist():
     config = compose()
     for pattern in (*config.data.train, *config.data.val):
         assert list(Path(entry.ROOT).glob(pattern))
+
+
+def test_gpu_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr("cpfold_train.training.launch._gpus", lambda: 0)
+    with pytest.raises(ConfigError, match=r"type trainer\.accelerator=cpu"):
+        plan_world("1x1", 1, 1, "gpu", {})

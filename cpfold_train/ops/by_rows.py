@@ -69,7 +69,10 @@ class _ByRows(torch.autograd.Function):
         needed = [i for i, needs in enumerate(ctx.needs_input_grad[4:]) if needs]
         grads: list[Tensor | None] = [None] * len(tensors)
         for i in needed:
-            grads[i] = torch.empty_like(tensors[i]) if i < ctx.count else torch.zeros_like(tensors[i])
+            x = tensors[i]
+            # A sum over many blocks in bf16 would stop growing after a few hundred of them.
+            wide = torch.promote_types(x.dtype, torch.float32)
+            grads[i] = torch.empty_like(x) if i < ctx.count else torch.zeros_like(x, dtype=wide)
         total = tensors[0].shape[1]
         device, dtype, enabled = ctx.autocast
         for start in range(0, total, ctx.rows):
@@ -85,4 +88,5 @@ class _ByRows(torch.autograd.Function):
                     grads[i][:, start:stop] = g
                 else:
                     grads[i] += g
-        return None, None, None, None, *grads
+        cast = (g if g is None else g.to(x.dtype) for g, x in zip(grads, tensors))
+        return None, None, None, None, *cast

@@ -29,4 +29,4 @@ def drop_cols(x: Tensor, p: float, cols: Interval, draws: Draws | None) -> Tenso
 
 
 def _mask(p: float, positions: Interval, draws: Draws) -> Tensor:
-    return (draws.uniform(*positions) >= p) / (1 - p)
+    return (draws.uniform(*positions) >= p).float() / (1 - p)

@@ -30,18 +30,23 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("compare needs at least two run directories: type the reference first")
     curves = [_losses(folder) for folder in args.runs]
     table = Table("run", "grid", "dp", "steps compared", "largest relative difference", "at step")
-    worst = 0.0
+    worst, cut_short = 0.0, False
     for folder, curve in zip(args.runs, curves):
         common = sorted(curve.keys() & curves[0].keys())
         if not common:
             raise DataError(f"{folder} and {args.runs[0]} have no step in common")
         difference = {step: abs(curve[step] / curves[0][step] - 1) for step in common}
+        # A loss that is not a number agrees with nothing.
+        difference = {step: d if d == d else float("inf") for step, d in difference.items()}
         step = max(common, key=difference.get)
+        cut_short |= curve.keys() != curves[0].keys()
         worst = max(worst, difference[step])
         result = read_result(folder)
         grid, dp = str(result.get("grid", "")), str(result.get("dp", ""))
         table.add_row(str(folder), grid, dp, str(len(common)), f"{difference[step]:.1e}", str(step))
     Console().print(table)
+    if args.within is not None and cut_short:
+        raise DataError("the runs do not have the same steps, so they cannot be said to agree")
     if args.within is not None and worst > args.within:
         raise DataError(f"the losses differ by up to {worst:.1e}, more than {args.within:g}")
 

@@ -38,6 +38,8 @@ def plan_world(
         ConfigError: where the ranks do not fit.
     """
     gpus = 0 if accelerator == "cpu" else _gpus()
+    if accelerator in ("gpu", "cuda") and not gpus:
+        raise ConfigError(f"trainer.accelerator={accelerator} finds no GPU here: type trainer.accelerator=cpu")
     started, nodes = _started_ranks(env)
     nodes = nodes or num_nodes
     open_ended = "auto" in (grid, str(dp))

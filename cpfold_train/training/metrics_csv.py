@@ -76,7 +76,9 @@ class MetricsCSV(Logger):
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a ``metrics.csv`` as text by column; empty where a step has no such figure."""
+    """The rows of a ``metrics.csv`` as text by column; empty where a step has no figure, no rows without a file."""
+    if not path.exists():
+        return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 

@@ -127,6 +127,8 @@ def draw_curves(metrics: Path, path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = read_metrics(metrics)
+    if not rows:
+        return
     figure = Figure(figsize=(11, 4), layout="constrained")
     for axis, names in zip(
         figure.subplots(1, 2), (("train/loss", "val/loss"), ("val/contact_precision", "val/distance_lddt"))

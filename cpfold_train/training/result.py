@@ -49,7 +49,7 @@ class Result(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(trainer, {"status": "completed"})
         if trainer.is_global_zero:
-            _print_summary(self._run_dir)
+            _print_summary(self._run_dir, trainer.global_step)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         status = "interrupted" if isinstance(exception, (KeyboardInterrupt, SystemExit)) else "failed"
@@ -74,15 +74,18 @@ class Result(Callback):
 
 def _last_figures(path: Path) -> dict[str, Any]:
     """``last_losses`` of up to ten steps, and the last figure of each validation metric."""
-    rows = read_metrics(path) if path.exists() else []
+    rows = read_metrics(path)
     losses = [float(row["train/loss"]) for row in rows if row["train/loss"]]
     validation = {name: float(row[name]) for row in rows for name in row if name.startswith("val/") and row[name]}
     return {"train/loss": losses[-1] if losses else None, "last_losses": losses[-10:], **validation}
 
 
-def _print_summary(run_dir: Path) -> None:
+def _print_summary(run_dir: Path, step: int) -> None:
     """What the run did, from its first to its last figures, and where to look further."""
     rows = read_metrics(run_dir / "metrics.csv")
+    if not rows:
+        print(f"no step was logged: the run is at step {step} already; type a larger trainer.max_steps to go on")
+        return
     table = Table("figure", "first", "last", title="training")
     for name in ("train/loss", "val/loss", "val/contact_precision", "val/distance_lddt"):
         if values := [float(row[name]) for row in rows if row.get(name)]:
