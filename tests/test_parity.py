@@ -19,6 +19,7 @@ from cpfold_train.model.pair_stack import (
 from cpfold_train.model.pairformer import AttentionPairBias, PairformerLayer
 from cpfold_train.model.trunk import DistogramModule, Trunk
 from cpfold_train.ops.outer_product_mean import pair_counts
+from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.parallel.context import TILED, ContextParallel
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.random import Draws
@@ -44,18 +45,12 @@ INPUTS = {
 }
 
 
-def pair_mask(x, cp):
-    n = x["token_mask"].shape[1]
-    rows, cols = slice(*cp.grid.row_tokens(n)), slice(*cp.grid.col_tokens(n))
-    return x["token_mask"][:, rows, None] * x["token_mask"][:, None, cols]
-
-
 def draws():
     return Draws(torch.tensor([3, 4]))
 
 
 def multiplication(module, x, cp):
-    return module(x["z"], pair_mask(x, cp), cp)
+    return module(x["z"], pair_mask(x["token_mask"], cp.grid), cp)
 
 
 def attention(module, x, cp):

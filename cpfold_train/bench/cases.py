@@ -18,6 +18,7 @@ from cpfold_train.model.pair_stack import (
 )
 from cpfold_train.model.pairformer import AttentionPairBias, PairformerLayer
 from cpfold_train.ops.outer_product_mean import pair_counts
+from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import Grid
 
@@ -33,12 +34,6 @@ class Case:
     call: Callable[[nn.Module, Inputs, ContextParallel], tuple[Tensor, ...]]
 
 
-def _pair_mask(x: Inputs, cp: ContextParallel) -> Tensor:
-    n = x["token_mask"].shape[1]
-    rows, cols = slice(*cp.grid.row_tokens(n)), slice(*cp.grid.col_tokens(n))
-    return x["token_mask"][:, rows, None] * x["token_mask"][:, None, cols]
-
-
 def _msa_block(module: nn.Module, x: Inputs, cp: ContextParallel) -> tuple[Tensor, ...]:
     return module(x["z"], x["m"], x["token_mask"], x["msa_mask"], pair_counts(x["msa_mask"], cp), cp, None)
 
@@ -47,7 +42,7 @@ CASES = {
     "triangle_multiplication": Case(
         lambda c: TriangleMultiplicationOutgoing(c.token_z),
         ("z",),
-        lambda f, x, cp: (f(x["z"], _pair_mask(x, cp), cp),),
+        lambda f, x, cp: (f(x["z"], pair_mask(x["token_mask"], cp.grid), cp),),
     ),
     "triangle_attention_start": Case(
         lambda c: TriangleAttentionStartingNode(

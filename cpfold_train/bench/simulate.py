@@ -7,8 +7,6 @@ group, so messages are counted but not sent. Live memory is the sum of the stora
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
@@ -18,7 +16,7 @@ from torch.utils._pytree import tree_iter
 
 from cpfold_train.bench.cases import CASES, make_inputs
 from cpfold_train.model.config import ModelConfig
-from cpfold_train.parallel.context import ContextParallel, fake_world
+from cpfold_train.parallel.context import fake_world
 from cpfold_train.parallel.grid import Grid
 
 
@@ -62,13 +60,6 @@ class LiveMemory(TorchDispatchMode):
         weakref.finalize(storage, forget)
 
 
-@contextmanager
-def simulated_rank(grid: Grid) -> Iterator[tuple[ContextParallel, LiveMemory]]:
-    """Code inside runs as rank ``grid.rank`` of the grid, on tensors without contents."""
-    with fake_world(grid) as cp, FakeTensorMode(allow_non_fake_inputs=True), LiveMemory() as memory:
-        yield cp, memory
-
-
 def simulate(op: str, config: ModelConfig, n: int, depth: int, grid: Grid, dtype: torch.dtype) -> dict:
     """Forward and backward of one op as rank 0 of a grid.
 
@@ -78,7 +69,7 @@ def simulate(op: str, config: ModelConfig, n: int, depth: int, grid: Grid, dtype
     case = CASES[op]
     with torch.device("meta"):
         module = case.build(config).to(dtype)
-    with simulated_rank(grid) as (cp, memory):
+    with fake_world(grid) as cp, FakeTensorMode(allow_non_fake_inputs=True), LiveMemory() as memory:
         module = module.to_empty(device="cpu")
         x = make_inputs(case.inputs, config, n, depth, grid, dtype, torch.device("cpu"))
         outputs = case.call(module, x, cp)

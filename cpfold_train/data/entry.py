@@ -43,6 +43,7 @@ def heavy(atoms: struc.AtomArray) -> struc.AtomArray:
 
 
 def count_left_out(atoms: struc.AtomArray, left_out: Counter) -> None:
+    """Add the residues of ``atoms`` to ``left_out``, as water or as non-polymer."""
     names = atoms.res_name[struc.get_residue_starts(atoms)] if atoms.array_length() else np.array([], dtype=str)
     water = np.isin(names, ("HOH", "DOD", "WAT"))
     left_out.update({"water": int(water.sum()), "non-polymer": int((~water).sum())})

@@ -50,6 +50,7 @@ def write_shard(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> None
 
 
 def index_path(tar: Path) -> Path:
+    """Where the index of a shard lies: beside it, ``NAME.index.json``."""
     return tar.with_suffix(".index.json")
 
 

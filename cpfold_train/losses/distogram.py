@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from cpfold_train.ops.by_rows import by_rows, rows_per_block
+from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.parallel.context import ContextParallel
 
 
@@ -35,8 +36,7 @@ def distogram_loss(pdistogram: DTensor | Tensor, feats: dict[str, Tensor | DTens
     resolved = resolved.to(torch.promote_types(logits.dtype, torch.float32))
     pairs = resolved.sum(1).square() - resolved.square().sum(1)
 
-    mask = resolved[:, slice(*rows), None] * resolved[:, None, slice(*cols)]
-    mask = mask * (position[slice(*rows), None] != position[slice(*cols)])
+    mask = pair_mask(resolved, cp.grid) * (position[slice(*rows), None] != position[slice(*cols)])
 
     rows_at_once = rows_per_block(logits[:, :1].numel() * mask.element_size())
     return by_rows(_errors, rows_at_once, (logits, target, mask), ()).sum(1) / (1e-5 + pairs)

@@ -14,6 +14,7 @@ from cpfold_train.model.layers import Transition, linear
 from cpfold_train.ops import triangle_attention as attention
 from cpfold_train.ops import triangle_multiplication as multiplication
 from cpfold_train.ops.dropout import drop_cols, drop_rows
+from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.random import Draws
 
@@ -132,13 +133,13 @@ class PairStack(nn.Module):
         """
         n = token_mask.shape[1]
         rows, cols = cp.grid.row_tokens(n), cp.grid.col_tokens(n)
-        pair_mask = token_mask[:, slice(*rows), None] * token_mask[:, None, slice(*cols)]
+        mask = pair_mask(token_mask, cp.grid)
 
         def at(site: str) -> Draws | None:
             return None if draws is None else draws.at(site)
 
-        z = z + drop_rows(self.tri_mul_out(z, pair_mask, cp), self.dropout, rows, at("tri_mul_out"))
-        z = z + drop_rows(self.tri_mul_in(z, pair_mask, cp), self.dropout, rows, at("tri_mul_in"))
+        z = z + drop_rows(self.tri_mul_out(z, mask, cp), self.dropout, rows, at("tri_mul_out"))
+        z = z + drop_rows(self.tri_mul_in(z, mask, cp), self.dropout, rows, at("tri_mul_in"))
         z = z + drop_rows(self.tri_att_start(z, token_mask, cp), self.dropout, rows, at("tri_att_start"))
         z = z + drop_cols(self.tri_att_end(z, token_mask, cp), self.dropout, cols, at("tri_att_end"))
         return z + self.transition_z(z)

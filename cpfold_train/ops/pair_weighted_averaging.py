@@ -7,6 +7,7 @@ sequences are gathered along the token axis, (S/R) N h d elements.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from cpfold_train.parallel.context import ContextParallel
@@ -31,7 +32,7 @@ def pair_weighted_averaging(v: Tensor, logits: Tensor, key_mask: Tensor, cp: Con
     logits_coming = start(logits.permute(0, 3, 1, 2), cp, cp.all, (2, 3), has, wants, op)
     v_coming = start(v.permute(0, 3, 1, 2, 4), cp, cp.all, (2, 3), tiles(cp.grid, s, n), row_bands(cp.grid, s, n), op)
 
-    logits = finish(logits_coming).float() if logits.dtype.itemsize < 4 else finish(logits_coming)
+    logits = finish(logits_coming).to(torch.promote_types(logits.dtype, torch.float32))
     weights = (logits + (key_mask.to(logits.dtype)[:, None, None] - 1) * 1e6).softmax(-1).to(v.dtype)
     o = weights[:, :, None] @ finish(v_coming)
     return o.permute(0, 2, 3, 1, 4)

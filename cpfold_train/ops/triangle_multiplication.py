@@ -70,7 +70,7 @@ def _update(
     a, b = (move(x, as_tiles, as_channels) for x in a_and_b.chunk(2, 1))
     x = finish(move(product(finish(a), finish(b)), as_channels, as_tiles))
     shared = w.norm_in_weight, w.norm_in_bias, w.norm_out_weight, w.norm_out_bias, w.p_out, w.g_out
-    return by_rows(_finish, rows, (x.permute(0, 2, 3, 1), z), shared)
+    return by_rows(_gated_output, rows, (x.permute(0, 2, 3, 1), z), shared)
 
 
 def _project(z: Tensor, mask: Tensor, norm_weight: Tensor, norm_bias: Tensor, p_in: Tensor, g_in: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def _project(z: Tensor, mask: Tensor, norm_weight: Tensor, norm_bias: Tensor, p_
     return p * g.sigmoid() * mask[:, None].to(p.dtype)
 
 
-def _finish(
+def _gated_output(
     x: Tensor,
     z: Tensor,
     norm_in_weight: Tensor,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -32,8 +31,8 @@ class TileData(LightningDataModule):
     def train_dataloader(self) -> TileLoader:
         return self._loader(self._data.train, shuffle=True, samples_per_epoch=self._data.samples_per_epoch)
 
-    def val_dataloader(self) -> FromStart | list:
-        return FromStart(self._loader(self._data.val, shuffle=False)) if self._data.val else []
+    def val_dataloader(self) -> TileLoader | list:
+        return self._loader(self._data.val, shuffle=False) if self._data.val else []
 
     def _loader(self, shards: list[str], **settings: Any) -> TileLoader:
         strategy = self.trainer.strategy
@@ -57,17 +56,3 @@ class TileData(LightningDataModule):
             name: value if name in _PLAIN or name not in PLACEMENTS else wrap[PLACEMENTS[name]](value)
             for name, value in batch.items()
         }
-
-
-class FromStart:
-    """Every pass over a loader starts at its first batch, also where the last one was cut short."""
-
-    def __init__(self, loader: TileLoader) -> None:
-        self._loader = loader
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        self._loader.load_state_dict({"epoch": 0, "position": 0})
-        return iter(self._loader)
