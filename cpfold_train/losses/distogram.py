@@ -38,7 +38,7 @@ def distogram_loss(pdistogram: DTensor | Tensor, feats: dict[str, Tensor | DTens
 
     mask = pair_mask(resolved, cp.grid) * (position[slice(*rows), None] != position[slice(*cols)])
 
-    rows_at_once = rows_per_block(logits[:, :1].numel() * mask.element_size())
+    rows_at_once = rows_per_block(logits[:, :1].numel() * mask.element_size(), mask.device)
     return by_rows(_errors, rows_at_once, (logits, target, mask), ()).sum(1) / (1e-5 + pairs)
 
 

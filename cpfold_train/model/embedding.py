@@ -69,7 +69,7 @@ class RelativePositionEncoder(nn.Module):
         j = tuple(feats[name][:, None, cols] for name in self.FEATURES)
         weight = self.linear_layer.weight
         row_bytes = j[0].numel() * weight.shape[0] * weight.element_size()
-        return by_rows(self._encode, rows_per_block(row_bytes), i, (weight, *j))
+        return by_rows(self._encode, rows_per_block(row_bytes, weight.device), i, (weight, *j))
 
     def _encode(self, *inputs: Tensor) -> Tensor:
         """Features of rows (B, r, 1), weight (token_z, 139), features of columns (B, 1, N/C) to a tile's rows."""
@@ -141,7 +141,7 @@ class ContactConditioning(nn.Module):
             proj.bias,
         )
         row_bytes = kind[:, :1].numel() * self.encoder.in_features * self.encoder.weight.element_size()
-        return by_rows(self._encode, rows_per_block(row_bytes), (kind, threshold), shared)
+        return by_rows(self._encode, rows_per_block(row_bytes, kind.device), (kind, threshold), shared)
 
     def _encode(
         self,

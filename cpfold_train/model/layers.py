@@ -47,7 +47,7 @@ class Transition(nn.Module):
         """(B, rows, ..., dim) to the same; local, a few rows at a time."""
         shared = self.norm.weight, self.norm.bias, self.fc1.weight, self.fc2.weight, self.fc3.weight
         hidden_bytes = x[:, :1].numel() // x.shape[-1] * self.fc1.out_features * x.element_size()
-        return by_rows(_transition, rows_per_block(hidden_bytes), (x,), shared)
+        return by_rows(_transition, rows_per_block(hidden_bytes, x.device), (x,), shared)
 
 
 def _transition(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, fc1: Tensor, fc2: Tensor, fc3: Tensor) -> Tensor:

@@ -1,33 +1,56 @@
-"""Local attention with an additive bias, without holding more scores than fit in cache.
+"""Local attention with an additive bias, without ever holding the scores.
 
-The scores of complete rows are (B, r, h, N, N). They are computed for some queries at a time, and again in the backward
-pass (Dao et al., "FlashAttention", NeurIPS 2022). Unlike torch's fused CPU kernel this gives the gradient of the bias.
+The scores of complete rows are (B, r, h, N, N). They are computed for one row and some queries at a time, and again in
+the backward pass (Dao et al., "FlashAttention", NeurIPS 2022). Unlike torch's fused CPU kernel this gives the gradient
+of the bias. Queries are the outer loop, so that their part of the bias and of its gradient stays in cache for all rows.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from cpfold_train.ops.by_rows import rows_per_block
 
+SCORE_BYTES = 1 << 19
+"""Scores that a CPU thread takes at a time: it goes over them ten times, so they should fit in its core's cache."""
+
 
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """``softmax_j(q_i . k_j + bias_ij) v_j`` for each row and head on its own; the softmax is in the bias's precision.
+    """``softmax_j(q_i . k_j + bias_ij) v_j`` for each row and head on its own; the softmax is in fp32 at least.
 
     Args:
-        q: (B, r, h, N, d) queries, already scaled.
+        q: (B, r, h, M, d) queries, already scaled.
         k, v: (B, r, h, N, d).
-        bias: (B, h, N, N), the same for all r rows; very negative where a key is masked.
+        bias: (B, h, M, N), the same for all r rows; very negative where a key is masked.
 
     Returns:
-        (B, r, h, N, d).
+        (B, r, h, M, d).
     """
     return _BiasedAttention.apply(q, k, v, bias)
 
 
+def _blocks(q: Tensor, bias: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows and queries to take at a time, of about equal size."""
+    score_bytes = bias[:, :, 0].numel() * max(4, bias.element_size())
+    cpu_bytes = SCORE_BYTES * torch.get_num_threads()
+    queries = _even(bias.shape[2], max(16, rows_per_block(score_bytes, q.device, cpu_bytes)))
+    rows = _even(q.shape[1], rows_per_block(score_bytes * queries, q.device, cpu_bytes))
+    for first in range(0, bias.shape[2], queries):
+        for row in range(0, q.shape[1], rows):
+            yield slice(row, row + rows), slice(first, first + queries)
+
+
+def _even(total: int, most: int) -> int:
+    """Size of the fewest equal parts of ``total`` that have at most ``most``."""
+    parts = -(-total // most)
+    return -(-total // parts)
+
+
 def _weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
-    """Softmax of the scores (B, r, h, queries, N)."""
+    """Softmax of the scores (B, rows, h, queries, N)."""
     scores = (q @ k.mT).to(torch.promote_types(bias.dtype, torch.float32)).add_(bias[:, None])
     return torch.softmax(scores, -1, out=scores)
 
@@ -35,32 +58,30 @@ def _weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
 class _BiasedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        n = q.shape[3]
-        step = rows_per_block(q.shape[:3].numel() * k.shape[3] * bias.element_size())
-        parts = []
-        for start in range(0, n, step):
-            queries = slice(start, start + step)
-            weights = _weights(q[..., queries, :], k, bias[:, :, queries])
-            parts.append(weights.to(v.dtype) @ v)
-        # What fits in one block is cheaper to keep until the backward pass, which comes at once, than to do again.
-        ctx.save_for_backward(q, k, v, bias, weights if step >= n else None)
-        ctx.step = step
-        return torch.cat(parts, 3) if len(parts) > 1 else parts[0]
+        ctx.save_for_backward(q, k, v, bias)
+        out = torch.empty_like(q)
+        for r, i in _blocks(q, bias):
+            weights = _weights(q[:, r, :, i], k[:, r], bias[:, :, i])
+            out[:, r, :, i] = weights.to(v.dtype) @ v[:, r]
+        return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        q, k, v, bias, kept = ctx.saved_tensors
-        parts = []
-        for start in range(0, q.shape[3], ctx.step):
-            queries = slice(start, start + ctx.step)
-            weights = _weights(q[..., queries, :], k, bias[:, :, queries]) if kept is None else kept
-            g = grad[..., queries, :]
-            dweights = (g @ v.mT).to(weights.dtype)
-            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
-            dbias = dscores.sum(1) if dscores.shape[1] > 1 else dscores[:, 0]
+        q, k, v, bias = ctx.saved_tensors
+        wide = torch.promote_types(bias.dtype, torch.float32)
+        dq = torch.empty_like(q)
+        dbias = torch.zeros_like(bias, dtype=wide)
+        # Transposed: the product of a thin matrix with a wide one is several times faster than the other way around.
+        dk, dv = (torch.zeros_like(x.mT, dtype=wide, memory_format=torch.contiguous_format) for x in (k, v))
+        for r, i in _blocks(q, bias):
+            q_i, g_i = q[:, r, :, i], grad[:, r, :, i]
+            weights = _weights(q_i, k[:, r], bias[:, :, i])
+            dv[:, r] += g_i.mT @ weights.to(g_i.dtype)
+            dscores = (g_i @ v[:, r].mT).to(wide)
+            torch._softmax_backward_data(dscores, weights, -1, wide, grad_input=dscores)
+            for row in dscores.unbind(1):
+                dbias[:, :, i] += row
             dscores = dscores.to(q.dtype)
-            parts.append((dscores @ k, dscores.mT @ q[..., queries, :], weights.to(g.dtype).mT @ g, dbias))
-        if len(parts) == 1:
-            return parts[0]
-        dq, dk, dv, dbias = zip(*parts)
-        return torch.cat(dq, 3), sum(dk), sum(dv), torch.cat(dbias, 2)
+            dq[:, r, :, i] = dscores @ k[:, r]
+            dk[:, r] += q_i.mT @ dscores
+        return dq, dk.mT.to(k.dtype), dv.mT.to(v.dtype), dbias.to(bias.dtype)

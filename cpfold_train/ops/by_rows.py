@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 1 << 23
-"""Size of the widest intermediate of a block: small enough for the last-level cache, large enough for a fast matmul."""
+"""Size of the widest intermediate of a block on CPU: small enough for the last-level cache, large enough for a fast
+matmul."""
+GPU_BLOCK_BYTES = 1 << 28
+"""The same on a GPU, where a block must be worth its kernel launches."""
 
 
-def rows_per_block(bytes_per_row: int) -> int:
+def rows_per_block(bytes_per_row: int, device: torch.device, cpu_bytes: int = BLOCK_BYTES) -> int:
     """How many rows to take at a time, so that intermediates of ``bytes_per_row`` fill one block."""
-    return max(1, BLOCK_BYTES // max(1, bytes_per_row))
+    return max(1, (cpu_bytes if device.type == "cpu" else GPU_BLOCK_BYTES) // max(1, bytes_per_row))
 
 
 def by_rows(

@@ -33,7 +33,7 @@ def outer_product_mean(
     """
     a_coming, b_coming = _fetch_rows(a, cp), _fetch_cols(b, cp)
     a, b = finish(a_coming), finish(b_coming)
-    rows = rows_per_block(b[:, 0].numel() * b.shape[3] * b.element_size())
+    rows = rows_per_block(b[:, 0].numel() * b.shape[3] * b.element_size(), b.device)
     return by_rows(_mean_rows, rows, (a.permute(0, 2, 3, 1), count), (b, weight, bias))
 
 

@@ -19,7 +19,7 @@ from torch.nn.functional import layer_norm, linear
 from cpfold_train.ops.biased_attention import biased_attention
 from cpfold_train.ops.by_rows import by_rows, rows_per_block
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.parallel.layouts import everything, tiles, whole_cols, whole_rows
+from cpfold_train.parallel.layouts import everything, mirrored_tiles, tiles, whole_cols, whole_rows
 from cpfold_train.parallel.redistribute import finish, redistribute, start
 
 
@@ -63,9 +63,9 @@ def triangle_attention_ending(z: Tensor, token_mask: Tensor, w: Weights, cp: Con
     n, op = z.shape[1] * cp.grid.rows, "triangle_attention_end"
     as_tiles, as_cols = tiles(cp.grid, n, n), whole_cols(cp.grid, n, n)
     z_coming = start(z, cp, cp.all, (1, 2), as_tiles, as_cols, op)
-    bias = _bias(z, token_mask[:, slice(*cp.grid.row_tokens(n)), None].expand(z.shape[:3]), w)
-    bias_coming = start(bias, cp, cp.all, (2, 3), as_tiles, everything(cp.grid, n, n), op)
-    update = _attend(finish(z_coming).transpose(1, 2), finish(bias_coming).mT, w)
+    bias = _bias(z, token_mask[:, slice(*cp.grid.row_tokens(n)), None].expand(z.shape[:3]), w).mT.contiguous()
+    bias_coming = start(bias, cp, cp.all, (2, 3), mirrored_tiles(cp.grid, n), everything(cp.grid, n, n), op)
+    update = _attend(finish(z_coming).transpose(1, 2), finish(bias_coming), w)
     return redistribute(update.transpose(1, 2), cp, cp.all, (1, 2), as_cols, as_tiles, op)
 
 
@@ -77,7 +77,7 @@ def _bias(z: Tensor, key_mask: Tensor, w: Weights) -> Tensor:
         bias = (weight @ x.flatten(1, 2).mT).unflatten(2, z.shape[1:3])
         return bias + (key_mask[:, None].to(bias.dtype) - 1) * 1e9
 
-    rows = rows_per_block(z[:, :1].numel() * z.element_size())
+    rows = rows_per_block(z[:, :1].numel() * z.element_size(), z.device)
     return by_rows(project, rows, (z, key_mask), (w.norm_weight, w.norm_bias, w.bias), dim=2)
 
 
@@ -85,7 +85,9 @@ def _attend(z: Tensor, bias: Tensor, w: Weights) -> Tensor:
     """Gated attention within complete rows: z (B, r, N, c) and bias (B, h, N, N) to (B, r, N, c)."""
     heads, width = bias.shape[1], w.q.shape[0] // bias.shape[1]
     qkvg = torch.cat([w.q * width**-0.5, w.k, w.v, w.g])
-    rows = rows_per_block(bias.numel() * bias.element_size())
+    # The gradient of the whole bias is added up once per block: a block of one row would make that dear.
+    qkvg_bytes = z[:, :1].numel() // z.shape[3] * qkvg.shape[0] * z.element_size()
+    rows = max(4, rows_per_block(qkvg_bytes, z.device))
     return by_rows(partial(_attend_rows, heads), rows, (z,), (bias, w.norm_weight, w.norm_bias, qkvg, w.o))
 
 

@@ -65,7 +65,7 @@ def _update(
     def move(x: Tensor, has: Layout, wants: Layout) -> Pending:
         return start(x, cp, cp.all, (1, 2, 3), has, wants, "triangle_multiplication")
 
-    rows = rows_per_block(z.shape[0] * z.shape[2] * 4 * c * z.element_size())
+    rows = rows_per_block(z.shape[0] * z.shape[2] * 4 * c * z.element_size(), z.device)
     a_and_b = by_rows(_project, rows, (z, pair_mask), (w.norm_in_weight, w.norm_in_bias, w.p_in, w.g_in), dim=2)
     a, b = (move(x, as_tiles, as_channels) for x in a_and_b.chunk(2, 1))
     x = finish(move(product(finish(a), finish(b)), as_channels, as_tiles))
