@@ -22,6 +22,7 @@ from cpfold_train.bench.cases import CASES, make_inputs, randomise
 from cpfold_train.bench.measure import machine, measure
 from cpfold_train.bench.simulate import simulate
 from cpfold_train.errors import ConfigError
+from cpfold_train.memory import return_large_tensors
 from cpfold_train.model.config import ModelConfig
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.gather import barrier
@@ -123,6 +124,7 @@ def _free_port() -> int:
 def _rank(rank: int, rows: int, cols: int, job: dict) -> None:
     """One rank of the benchmark, in a process of its own."""
     torch.set_num_threads(job["threads"])
+    return_large_tensors()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(rows * cols)}
     device = torch.device(job["device"], rank) if job["device"] == "cuda" else torch.device("cpu")

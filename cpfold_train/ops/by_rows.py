@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 1 << 23
+BLOCK_BYTES = 1 << 22
 """Size of the widest intermediate of a block on CPU: small enough for the last-level cache, large enough for a fast
 matmul."""
 GPU_BLOCK_BYTES = 1 << 28

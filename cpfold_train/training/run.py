@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 
+from cpfold_train.memory import return_large_tensors
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.datamodule import TileData
 from cpfold_train.training.figures import StepFigures
@@ -36,6 +37,7 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
         record: the configuration as plain containers, for W&B.
     """
     _quiet()
+    return_large_tensors()
     pl.seed_everything(config.seed, verbose=False)
     timeout = timedelta(seconds=config.cp.timeout_s)
     trainer = pl.Trainer(
