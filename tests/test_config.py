@@ -83,6 +83,12 @@ def test_recipe_beats_the_defaults_and_the_command_line_beats_the_recipe():
         ("data.train=[nothing/*.tar]", ["nothing/*.tar"]),
         ("crop_size=0", ["crop_size=1"]),
         ("cp.timeout_s=0", ["cp.timeout_s"]),
+        ("data.crop=round", ["data.crop=spatial", "data.crop=contiguous"]),
+        ("data.max_msa_rows=0", ["data.max_msa_rows=1"]),
+        ("trainer.precision=bf16-true", ["trainer.precision=bf16-mixed"]),
+        ("trainer.log_every_n_steps=0", ["trainer.log_every_n_steps=1"]),
+        ("model.num_bins=32", ["model.num_bins=64"]),
+        ("model.pairformer.num_heads=5", ["model.token_s=35"]),
     ],
 )
 def test_wrong_input_gets_one_sentence(monkeypatch, capsys, argument, words):

@@ -39,7 +39,7 @@ def test_batch_shapes():
     n, s = grid.pad_tokens(100), 16
     assert batch["res_type"].shape == (2, n, 33) and batch["token_bonds"].shape == (2, n // 2, n // 3, 1)
     assert batch["disto_target"].shape == (2, n // 2, n // 3, 1) and batch["msa"].shape == (2, s // 2, n // 3)
-    assert set(batch) == {*PLACEMENTS, "id"} and batch["num_tokens"].tolist() == [100, 100]
+    assert set(batch) == {*PLACEMENTS, "id", "filler"} and batch["num_tokens"].tolist() == [100, 100]
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
@@ -77,8 +77,10 @@ def test_replicas_share_out_the_samples():
 def test_tail_is_filled_up():
     """9 samples over 2 replicas with batches of 2: three batches each, three draws more than there are samples."""
     loaders = [loader(Grid(1, 1, 2, rank), samples_per_epoch=None) for rank in range(2)]
-    parts = [draws(each) for each in loaders]
+    batches = [list(each) for each in loaders]
+    parts = [draws(each) for each in batches]
     assert [len(each) for each in loaders] == [3, 3]
+    assert sum(int(batch["filler"].sum()) for each in batches for batch in each) == 3
     assert [len(part) for part in parts] == [6, 6] and len({key for part in parts for key, _ in part}) == 9
 
 

@@ -28,11 +28,10 @@ def sample():
 
 
 def test_distogram_reading():
-    boundaries = metrics.boundaries(64)
     logits = torch.full((70, 2, 64), -1e9)
     logits[:, 0, 0] = 0
     logits[:, 1, 30] = 0
-    expected, contact = metrics.read_distogram(logits, boundaries)
+    expected, contact = metrics.read_distogram(logits)
     width = 20 / 62
     assert expected[:, 0].tolist() == pytest.approx([2 - width / 2] * 70)
     assert expected[:, 1].tolist() == pytest.approx([2 + 29.5 * width] * 70)
@@ -47,7 +46,7 @@ def test_scores_of_tiles_are_those_of_the_whole(sample, grid):
         place = Grid(*grid, rank=rank)
         rows, cols = place.row_tokens(N), place.col_tokens(N)
         tile = logits[slice(*rows), slice(*cols)]
-        expected, contact = metrics.read_distogram(tile, metrics.boundaries(64))
+        expected, contact = metrics.read_distogram(tile)
         distance, valid = metrics.true_distances(centre, resolved, rows, cols)
         parts += metrics.lddt_parts(expected, distance, valid)
         far = valid & metrics.long_range(asym_id, residue_index, rows, cols)

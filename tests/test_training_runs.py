@@ -91,8 +91,9 @@ def test_run_directory(rows_2x2, run_dir_2x2):
         assert min(result[name]) > 0
 
 
-def test_grid_does_not_change_the_curve(rows_2x2, tmp_path):
-    rows = finished("cp.grid=1x1", run_dir=tmp_path)
+@pytest.mark.parametrize("grid", ["1x1", "2x3"])
+def test_grid_does_not_change_the_curve(rows_2x2, tmp_path, grid):
+    rows = finished(f"cp.grid={grid}", run_dir=tmp_path)
     assert_same_curve(
         rows, rows_2x2, "train/loss", "grad_norm", "lr", "val/loss", "val/contact_precision", "val/distance_lddt"
     )

@@ -20,7 +20,8 @@ from cpfold_train.parallel.grid import Grid, Interval
 from cpfold_train.parallel.random import key_of, numpy_generator
 
 DISTO_BOUNDARIES = np.linspace(2.0, 22.0, 63, dtype=np.float32)
-"""Angstrom between the 64 bins of the distogram; bin 0 is everything nearer than the first."""
+"""Angstrom between the bins of the distogram; bin 0 is everything nearer than the first."""
+NUM_BINS = len(DISTO_BOUNDARIES) + 1
 
 UNSPECIFIED = 0
 """Class of ``contact_conditioning``: nothing is said about any contact."""
@@ -151,7 +152,7 @@ def pair_features(center: np.ndarray, known: np.ndarray, rows: Interval, columns
 
     Returns:
         ``token_bonds`` (n_r, n_c, 1) and ``contact_threshold`` float32, ``type_bonds`` and ``contact_conditioning``
-        (classes, n_r, n_c) int64, ``disto_target`` (n_r, n_c, K = 1) int64 bins, 0 where unresolved. Bonds are those
+        (classes, n_r, n_c) uint8, ``disto_target`` (n_r, n_c, K = 1) uint8 bins, 0 where unresolved. Bonds are those
         that the sequence does not imply, and polymers have none.
     """
     shape = (rows[1] - rows[0], columns[1] - columns[0])
@@ -164,10 +165,10 @@ def pair_features(center: np.ndarray, known: np.ndarray, rows: Interval, columns
     target[:, known[slice(*columns)] == 0] = 0
     return {
         "token_bonds": np.zeros((*shape, 1), dtype=np.float32),
-        "type_bonds": np.zeros(shape, dtype=np.int64),
-        "contact_conditioning": np.full(shape, UNSPECIFIED, dtype=np.int64),
+        "type_bonds": np.zeros(shape, dtype=np.uint8),
+        "contact_conditioning": np.full(shape, UNSPECIFIED, dtype=np.uint8),
         "contact_threshold": np.zeros(shape, dtype=np.float32),
-        "disto_target": target[..., None].astype(np.int64, copy=False),
+        "disto_target": target[..., None].astype(np.uint8),
     }
 
 

@@ -82,6 +82,7 @@ class TileLoader:
         self.num_workers, self.start_method, self.pin_memory = num_workers, start_method, pin_memory
         self.prefetch_factor = prefetch_factor
         self.make = partial(_crop, crop_size=crop_size, max_msa_rows=max_msa_rows, crop=crop, interface=interface)
+        self.samples = samples
         self.batches = -(-samples // (grid.dp * batch_size))
         self.epoch = 0
         self.position = 0
@@ -123,7 +124,7 @@ class TileLoader:
                 start=self.position,
                 stop=self.batches,
             ),
-            partial(_batches, make=self.make, grid=self.grid),
+            partial(_batches, make=self.make, grid=self.grid, samples=self.samples),
         )
         workers = {"multiprocessing_context": self.start_method, "prefetch_factor": self.prefetch_factor}
         loader = wds.WebLoader(
@@ -168,10 +169,11 @@ def _crop(draw: Draw, **settings: Any) -> Crop:
     return make_crop(*read_sample(entry), draw=key, **settings)
 
 
-def _batches(source: Iterable[list[Draw]], make: partial, grid: Grid) -> Iterator[dict[str, Any]]:
-    """Second stage: read, crop, tile and stack."""
+def _batches(source: Iterable[list[Draw]], make: partial, grid: Grid, samples: int) -> Iterator[dict[str, Any]]:
+    """Second stage: read, crop, tile and stack. ``filler`` (B,) marks samples that only fill the epoch's last batch."""
     for draws in source:
-        yield collate([make(draw) for draw in draws], grid)
+        filler = torch.tensor([position >= samples for _, (_, _, position) in draws])
+        yield {**collate([make(draw) for draw in draws], grid), "filler": filler}
 
 
 def collate(crops: list[Crop], grid: Grid) -> dict[str, Any]:

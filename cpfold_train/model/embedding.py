@@ -158,7 +158,7 @@ class ContactConditioning(nn.Module):
         waves = torch.cos(2 * math.pi * linear_of(threshold, fourier_weight, fourier_bias))
         by_kind, by_threshold = weight.split([self.NUM_CONTACTS, weight.shape[1] - self.NUM_CONTACTS], 1)
         x = linear_of(torch.cat([threshold, waves], -1), by_threshold, bias)
-        x = x + embedding((kind - self.FIRST_CONTACT).clamp(min=0), by_kind.T)
+        x = x + embedding((kind.long() - self.FIRST_CONTACT).clamp(min=0), by_kind.T)
         return (
             x * (kind >= self.FIRST_CONTACT)[..., None]
             + unspecified * (kind == self.UNSPECIFIED)[..., None]

@@ -4,18 +4,39 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cpfold_train.data.crop import CROPS
+from cpfold_train.data.features import NUM_BINS
 from cpfold_train.data.shards import open_shards
 from cpfold_train.errors import ConfigError
 from cpfold_train.training.config import TrainConfig
+
+PRECISIONS = ("32-true", "bf16-mixed", "64-true")
+"""Parameters in bf16 would round distances and the single track; fp16 overflows in the pair stack."""
 
 
 def check(config: TrainConfig) -> None:
     """Raise ConfigError or DataError, one sentence that says what to type instead."""
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
         raise ConfigError(f"ckpt_path={config.ckpt_path} does not exist: type the path of a .ckpt file or leave it out")
-    for name, value in (("crop_size", config.crop_size), ("batch_size", config.batch_size)):
-        if value < 1:
-            raise ConfigError(f"{name}={value} is too small: type {name}=1 or more")
+    for name, value, least in (
+        ("crop_size", config.crop_size, 1),
+        ("batch_size", config.batch_size, 1),
+        ("data.max_msa_rows", config.data.max_msa_rows, 1),
+        ("data.num_workers", config.data.num_workers, 0),
+        ("trainer.log_every_n_steps", config.trainer.log_every_n_steps, 1),
+        ("checkpoint.every_n_steps", config.checkpoint.every_n_steps, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"{name}={value} is too small: type {name}={least} or more")
+    _one_of("data.crop", config.data.crop, tuple(CROPS))
+    _one_of("trainer.precision", str(config.trainer.precision), PRECISIONS)
+    _one_of("model.num_bins", config.model.num_bins, (NUM_BINS,))
+    if config.model.token_s % config.model.pairformer.num_heads:
+        heads = config.model.pairformer.num_heads
+        raise ConfigError(
+            f"model.token_s={config.model.token_s} does not divide into {heads} heads: "
+            f"type model.token_s={heads * -(-config.model.token_s // heads)}"
+        )
     if config.cp.timeout_s <= 0:
         raise ConfigError(f"cp.timeout_s={config.cp.timeout_s} leaves no time: type a number of seconds above 0")
     open_shards(config.data.train)
@@ -25,3 +46,8 @@ def check(config: TrainConfig) -> None:
         from cpfold_train.training.dashboard import require_wandb
 
         require_wandb()
+
+
+def _one_of(name: str, value: str | int, known: tuple[str | int, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name}={value} is not supported: type {name}=" + f" or {name}=".join(map(str, known)))

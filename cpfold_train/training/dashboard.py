@@ -17,7 +17,7 @@ from cpfold_train.training.config import WandbConfig
 def require_wandb() -> None:
     """Raise ConfigError where the package is absent."""
     if find_spec("wandb") is None:
-        raise ConfigError("wandb.enabled=true needs the wandb package: type pip install 'cpfold-train[wandb]'")
+        raise ConfigError("wandb.enabled=true needs the wandb package: type pip install -e '.[wandb]'")
 
 
 def wandb_logger(config: WandbConfig, run_dir: Path, record: dict[str, Any]) -> WandbLogger:

@@ -50,6 +50,8 @@ def register() -> None:
 def _composed(config: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     if hydra_config.mode is RunMode.MULTIRUN:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            _refuse("each rank of torchrun would run the whole sweep: type python train.py -m, which starts the ranks")
         job_dir = Path(hydra_config.runtime.output_dir)
         return sweep.run_job(ROOT / "train.py", list(hydra_config.overrides.task), job_dir)
     try:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cpfold_train.data.features import DISTO_BOUNDARIES
+
 CONTACT = 8.0
 """Distance in Angstrom below which two tokens are in contact."""
 LONG_RANGE = 24
@@ -17,27 +19,23 @@ INCLUSION = 15.0
 """True distance in Angstrom up to which a pair counts in lDDT."""
 THRESHOLDS = (0.5, 1.0, 2.0, 4.0)
 """Distance errors in Angstrom that lDDT averages over (Mariani et al. 2013)."""
+BOUNDARIES = torch.from_numpy(DISTO_BOUNDARIES)
+"""Distances in Angstrom between the distogram's bins."""
 _ROWS_AT_A_TIME = 64
 
 
-def boundaries(num_bins: int) -> Tensor:
-    """(num_bins - 1,) distances in Angstrom between the distogram's bins: 2 to 22 in equal steps, as in Boltz-2."""
-    return torch.linspace(2.0, 22.0, num_bins - 1)
-
-
-def read_distogram(logits: Tensor, boundaries: Tensor) -> tuple[Tensor, Tensor]:
+def read_distogram(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Expected distance and contact probability.
 
     Args:
         logits: (r, c, bins).
-        boundaries: (bins - 1,) distances in Angstrom between the bins.
 
     Returns:
         (r, c) expected distance in Angstrom, the outer bins taken as one bin's width wide;
         (r, c) probability of the bins whose centre is closer than ``CONTACT``.
     """
-    width = boundaries[1] - boundaries[0]
-    edges = torch.cat([boundaries[:1] - width, boundaries, boundaries[-1:] + width])
+    width = BOUNDARIES[1] - BOUNDARIES[0]
+    edges = torch.cat([BOUNDARIES[:1] - width, BOUNDARIES, BOUNDARIES[-1:] + width])
     # fp32 at least: a softmax in bf16 would shift the expectation.
     dtype = torch.promote_types(logits.dtype, torch.float32)
     centres = ((edges[1:] + edges[:-1]) / 2).to(logits.device, dtype)

@@ -72,7 +72,9 @@ class CoFoldingModule(LightningModule):
         """
         out = self.trunk(batch, self.cp, self._model.recycling_steps, None)
         scores = score_samples(out["pdistogram"], batch, self.cp).double().cpu()
-        self._sums += torch.cat([scores.sum(0), scores.new_tensor([len(scores)])])
+        # Replicas have equally many batches; what fills the last one up has been counted already.
+        scores = torch.cat([scores, scores.new_ones(len(scores), 1)], 1)[~batch["filler"].cpu()]
+        self._sums += scores.sum(0)
         return {"pdistogram": out["pdistogram"]}
 
     def on_validation_epoch_end(self) -> None:
@@ -108,7 +110,7 @@ def score_samples(pdistogram: DTensor, batch: Batch, cp: ContextParallel) -> Ten
     )
     scores = []
     for b in range(len(logits)):
-        expected, contact = metrics.read_distogram(logits[b], metrics.boundaries(logits.shape[-1]))
+        expected, contact = metrics.read_distogram(logits[b])
         distance, valid = metrics.true_distances(centre[b], resolved[b], rows, cols)
         parts = torch.cat([losses[b, None], metrics.lddt_parts(expected, distance, valid)])
         loss, hits, pairs = all_reduce(parts, cp, cp.all, "metrics")

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.gather import gather_tensor
-from cpfold_train.training.metrics import boundaries, read_distogram
+from cpfold_train.training.metrics import read_distogram
 from cpfold_train.training.metrics_csv import read_metrics
 
 MAX_SIDE = 512
@@ -73,7 +73,7 @@ def predicted_map(
     n, grid = pdistogram.shape[1], cp.grid
     stride = -(-n // MAX_SIDE)
     tile = pdistogram.to_local()[0, ::stride, ::stride, 0]
-    expected, _ = read_distogram(tile, boundaries(tile.shape[-1]))
+    expected, _ = read_distogram(tile)
     tiles = gather_tensor(expected, cp.all).cpu().numpy()
     rows, cols = expected.shape
     whole = tiles.reshape(grid.rows, grid.cols, rows, cols).swapaxes(1, 2).reshape(grid.rows * rows, grid.cols * cols)
