@@ -12,6 +12,7 @@ from cpfold_train.__main__ import main
 from cpfold_train.bench.cases import CASES, make_inputs, randomise
 from cpfold_train.bench.simulate import simulate
 from cpfold_train.model.config import ModelConfig, MSAConfig, PairformerConfig
+from cpfold_train.parallel.cost import choose, triangle_attention_cost, triangle_multiplication_cost
 from cpfold_train.parallel.grid import Grid
 
 CONFIG = ModelConfig(32, 24, 8, 1, False, MSAConfig(16, 1, 0.0, 0.0, 8, 2), PairformerConfig(1, 4, 0.0, 8, 2))
@@ -30,7 +31,7 @@ def sent(cp, op):
 
 
 def simulated(op, rows, cols, answer):
-    answer.put(simulate(op, CONFIG, N, DEPTH, Grid(rows, cols), torch.float32))
+    answer.put(simulate(op, CONFIG, N, DEPTH, Grid(rows, cols), torch.float32, "auto"))
 
 
 def simulate_elsewhere(op, rows, cols):
@@ -51,16 +52,42 @@ def test_simulated_rank_sends_what_a_real_one_sends(ranks, op):
     assert (real[0] > 0) == (op != "transition")
 
 
-@pytest.mark.parametrize("grid", [(1, 2), (2, 2), (2, 3), (3, 3)], ids=lambda g: f"{g[0]}x{g[1]}")
-def test_volume_of_the_triangle_ops(ranks, grid):
-    """Forward and backward: 6 T (P - 1) / P, and 4 T (C - 1) / C with twice the bias of h channels."""
-    rows, cols = grid
-    p, tile = rows * cols, N * N // (rows * cols) * CONFIG.token_z * 4
-    mean = lambda op: sum(ranks.run(sent, rows, cols, op)) / p  # noqa: E731
-    assert mean("triangle_multiplication") == pytest.approx(6 * tile * (p - 1) / p)
-    bias = 2 * (p - 1) * tile * CONFIG.pairformer.pairwise_num_heads / CONFIG.token_z
-    assert mean("triangle_attention_start") == pytest.approx(4 * tile * (cols - 1) / cols + bias)
-    assert mean("triangle_attention_end") == pytest.approx(4 * tile * (rows - 1) / rows + bias)
+def booked(cp, op, algorithm):
+    """Bytes and messages of the triangle op on this rank."""
+    cp.algorithm = algorithm
+    sent(cp, op)
+    cp.algorithm = "auto"
+    total = cp.ledger.total()
+    return total.sent_bytes, total.messages
+
+
+@pytest.mark.parametrize("grid", [(1, 2), (3, 1), (2, 2), (2, 3), (3, 3)], ids=lambda g: f"{g[0]}x{g[1]}")
+@pytest.mark.parametrize("algorithm", ["alltoall", "ring"])
+def test_cost_model_is_what_the_ledger_books(ranks, grid, algorithm):
+    place, tile = Grid(*grid), N * N // (grid[0] * grid[1]) * CONFIG.token_z * 4
+    sizes = N, CONFIG.token_z, CONFIG.pairformer.pairwise_num_heads, 16, algorithm
+    costs = {
+        "triangle_multiplication": triangle_multiplication_cost(place, CONFIG.token_z, algorithm),
+        "triangle_attention_start": triangle_attention_cost(place, *sizes),
+        "triangle_attention_end": triangle_attention_cost(place, *sizes, ending=True),
+    }
+    for op, cost in costs.items():
+        booked_bytes, messages = zip(*ranks.run(booked, *grid, op, algorithm))
+        assert sum(booked_bytes) / place.cp_size == pytest.approx(cost.sent * tile), op
+        assert sum(messages) / place.cp_size == pytest.approx(cost.messages), op
+
+
+def test_auto_takes_the_cheaper_way():
+    boltz, many = Grid(2, 2), Grid(32, 32)
+
+    def multiplication(grid, algorithm, c=128):
+        costs = (triangle_multiplication_cost(grid, c, way) for way in ("ring", "alltoall"))
+        return choose(algorithm, *costs, tile_bytes=1 << 20)
+
+    assert multiplication(boltz, "auto") == multiplication(many, "alltoall") == "alltoall"
+    assert multiplication(boltz, "ring") == "ring"
+    # A thousand ranks and 128 channels: most would hold nothing and some a whole channel.
+    assert multiplication(many, "auto") == "ring"
 
 
 def test_memory_falls_with_the_number_of_ranks():
@@ -69,7 +96,7 @@ def test_memory_falls_with_the_number_of_ranks():
     for side in (2, 4):
         context = mp.get_context("fork")
         with context.Pool(1) as pool:
-            result = pool.apply(simulate, (op, config, n, 1, Grid(side, side), torch.float32))
+            result = pool.apply(simulate, (op, config, n, 1, Grid(side, side), torch.float32, "auto"))
         peaks.append(result["peak_bytes"])
     # The blocks of rows are of one size on any grid; what is left falls as 1 / P.
     assert peaks[1] < 0.5 * peaks[0]

@@ -18,6 +18,8 @@ from cpfold_train.model.pair_stack import (
 )
 from cpfold_train.model.pairformer import AttentionPairBias, PairformerLayer
 from cpfold_train.model.trunk import DistogramModule, Trunk
+from cpfold_train.ops import outer_product_mean as opm
+from cpfold_train.ops import pair_weighted_averaging as pwa
 from cpfold_train.ops.outer_product_mean import pair_counts
 from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.parallel.context import TILED, ContextParallel
@@ -49,11 +51,13 @@ def draws():
     return Draws(torch.tensor([3, 4]))
 
 
-def multiplication(module, x, cp):
+def multiplication(module, x, cp, algorithm):
+    cp.algorithm = algorithm if cp.grid.cp_size > 1 else "alltoall"
     return module(x["z"], pair_mask(x["token_mask"], cp.grid), cp)
 
 
-def attention(module, x, cp):
+def attention(module, x, cp, algorithm):
+    cp.algorithm = algorithm if cp.grid.cp_size > 1 else "alltoall"
     return module(x["z"], x["token_mask"], cp)
 
 
@@ -62,10 +66,13 @@ def single_attention(module, x, cp):
 
 
 def averaging(module, x, cp):
+    # Three heads at a time, which do not divide the eight.
+    pwa.rows_per_block = lambda *_: 3
     return module(x["m"], x["z"], x["token_mask"], cp)
 
 
 def outer_product(module, x, cp):
+    opm.SEQUENCES = 3
     return module(x["m"], x["msa_mask"], pair_counts(x["msa_mask"], cp), cp)
 
 
@@ -93,14 +100,6 @@ def double(cls, *args, **kwargs):
 
 MSA = MSAConfig(C_M, 1, 0.15, 0.25, 6, 2)
 CASES = {
-    "triangle multiplication outgoing": (
-        partial(double, TriangleMultiplicationOutgoing, C_Z), multiplication, ["z", "token_mask"], "pair"),
-    "triangle multiplication incoming": (
-        partial(double, TriangleMultiplicationIncoming, C_Z), multiplication, ["z", "token_mask"], "pair"),
-    "triangle attention starting": (
-        partial(double, TriangleAttentionStartingNode, C_Z, 6, 2), attention, ["z", "token_mask"], "pair"),
-    "triangle attention ending": (
-        partial(double, TriangleAttentionEndingNode, C_Z, 6, 2), attention, ["z", "token_mask"], "pair"),
     "attention pair bias": (
         partial(double, AttentionPairBias, C_S, C_Z, 4), single_attention, ["s", "z", "token_mask"], "token"),
     "pair weighted averaging": (
@@ -112,6 +111,13 @@ CASES = {
     "pairformer block": (
         partial(double, PairformerLayer, C_S, C_Z, 4, 0.25, 6, 2), pairformer_s, ["s", "z", "token_mask"], "token"),
 }  # fmt: skip
+for way in ("alltoall", "ring"):
+    for cls in (TriangleMultiplicationOutgoing, TriangleMultiplicationIncoming):
+        call = partial(multiplication, algorithm=way)
+        CASES[f"{cls.__name__}, {way}"] = (partial(double, cls, C_Z), call, ["z", "token_mask"], "pair")
+    for cls in (TriangleAttentionStartingNode, TriangleAttentionEndingNode):
+        call = partial(attention, algorithm=way)
+        CASES[f"{cls.__name__}, {way}"] = (partial(double, cls, C_Z, 6, 2), call, ["z", "token_mask"], "pair")
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g[0]}x{g[1]}")

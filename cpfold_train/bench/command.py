@@ -25,6 +25,7 @@ from cpfold_train.errors import ConfigError
 from cpfold_train.memory import return_large_tensors
 from cpfold_train.model.config import ModelConfig
 from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.parallel.cost import ALGORITHMS
 from cpfold_train.parallel.gather import barrier
 from cpfold_train.parallel.grid import Grid, parse_grid, squarest
 
@@ -44,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--msa-depth", type=int, default=128, metavar="S", help="MSA sequences (default: 128)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="precision (default: fp32)")
     parser.add_argument("--token-z", type=int, default=widths.token_z, help="width of z (default: %(default)s)")
+    parser.add_argument(
+        "--algorithm", choices=ALGORITHMS, default="auto", help="of the triangle ops (default: auto, by the cost model)"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed steps, of which the median counts (default: 3)")
     parser.add_argument("--threads", type=int, help="threads a rank (default: cores / ranks, at least 1)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda runs one rank a GPU over NCCL")
@@ -68,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     n, depth = grid.pad_tokens(args.n), grid.pad_rows(args.msa_depth)
     if args.world:
         config, dtype = ModelConfig(token_z=args.token_z), DTYPES[args.dtype]
-        figures = simulate(args.op, config, n, depth, grid, dtype)
+        figures = simulate(args.op, config, n, depth, grid, dtype, args.algorithm)
         ranks = [{"peak_mib": figures["peak_bytes"] / MIB, "ops": figures["ops"]}]
         _show(_summary(ranks, args, grid, n, depth) | {"simulated": True}, args.json)
         return
@@ -128,7 +132,7 @@ def _rank(rank: int, rows: int, cols: int, job: dict) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(rows * cols)}
     device = torch.device(job["device"], rank) if job["device"] == "cuda" else torch.device("cpu")
-    cp = ContextParallel(Grid(rows, cols, 1, rank), device.type)
+    cp = ContextParallel(Grid(rows, cols, 1, rank), device.type, algorithm=job["algorithm"])
 
     torch.manual_seed(rank)
     config = ModelConfig(token_z=job["token_z"])
@@ -168,6 +172,7 @@ def _summary(ranks: list[dict], args: argparse.Namespace, grid: Grid, n: int, de
         "msa_depth": depth,
         "grid": str(grid),
         "dtype": args.dtype,
+        "algorithm": args.algorithm,
         "peak_mib_per_rank": [rank["peak_mib"] for rank in ranks],
         "sent_mib_per_rank": [sent_bytes / MIB for sent_bytes in sent],
         "tile_mib": tile / MIB,

@@ -60,7 +60,7 @@ class LiveMemory(TorchDispatchMode):
         weakref.finalize(storage, forget)
 
 
-def simulate(op: str, config: ModelConfig, n: int, depth: int, grid: Grid, dtype: torch.dtype) -> dict:
+def simulate(op: str, config: ModelConfig, n: int, depth: int, grid: Grid, dtype: torch.dtype, algorithm: str) -> dict:
     """Forward and backward of one op as rank 0 of a grid.
 
     Returns:
@@ -69,7 +69,7 @@ def simulate(op: str, config: ModelConfig, n: int, depth: int, grid: Grid, dtype
     case = CASES[op]
     with torch.device("meta"):
         module = case.build(config).to(dtype)
-    with fake_world(grid) as cp, FakeTensorMode(allow_non_fake_inputs=True), LiveMemory() as memory:
+    with fake_world(grid, algorithm) as cp, FakeTensorMode(allow_non_fake_inputs=True), LiveMemory() as memory:
         module = module.to_empty(device="cpu")
         x = make_inputs(case.inputs, config, n, depth, grid, dtype, torch.device("cpu"))
         outputs = case.call(module, x, cp)

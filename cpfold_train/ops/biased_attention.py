@@ -32,8 +32,8 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return _BiasedAttention.apply(q, k, v, bias)
 
 
-def _blocks(q: Tensor, bias: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Rows and queries to take at a time, of about equal size."""
+def score_blocks(q: Tensor, bias: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows and queries of ``q`` (B, r, h, M, d) to take at a time, for scores with a bias (B, h, M, N)."""
     score_bytes = bias[:, :, 0].numel() * max(4, bias.element_size())
     cpu_bytes = SCORE_BYTES * torch.get_num_threads()
     queries = _even(bias.shape[2], max(16, rows_per_block(score_bytes, q.device, cpu_bytes)))
@@ -60,7 +60,7 @@ class _BiasedAttention(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, v, bias)
         out = torch.empty_like(q)
-        for r, i in _blocks(q, bias):
+        for r, i in score_blocks(q, bias):
             weights = _weights(q[:, r, :, i], k[:, r], bias[:, :, i])
             out[:, r, :, i] = weights.to(v.dtype) @ v[:, r]
         return out
@@ -73,7 +73,7 @@ class _BiasedAttention(torch.autograd.Function):
         dbias = torch.zeros_like(bias, dtype=wide)
         # Transposed: the product of a thin matrix with a wide one is several times faster than the other way around.
         dk, dv = (torch.zeros_like(x.mT, dtype=wide, memory_format=torch.contiguous_format) for x in (k, v))
-        for r, i in _blocks(q, bias):
+        for r, i in score_blocks(q, bias):
             q_i, g_i = q[:, r, :, i], grad[:, r, :, i]
             weights = _weights(q_i, k[:, r], bias[:, :, i])
             dv[:, r] += g_i.mT @ weights.to(g_i.dtype)

@@ -2,7 +2,8 @@
 
 AlphaFold 3, Algorithm 10. The weights of a token are a softmax over a whole row of z, but have only h channels: rank
 (I, J), which holds tokens N_J of the MSA, fetches the rows N_J of the logits, (N/C) N h elements. The values of its
-sequences are gathered along the token axis, (S/R) N h d elements.
+sequences are gathered along the token axis, (S/R) N h d elements. Both come for some heads at a time, as many as have
+weights that fit a block, and the next heads travel meanwhile.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cpfold_train.ops.by_rows import rows_per_block
+from cpfold_train.ops.stream import stream
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.parallel.layouts import bands_of_tile_cols, row_bands, tiles
-from cpfold_train.parallel.redistribute import finish, start
+from cpfold_train.parallel.grid import Interval, split
+from cpfold_train.parallel.layouts import bands_of_tile_cols, row_bands, tiles, with_dim
+from cpfold_train.parallel.redistribute import Layout, Route
 
 
 def pair_weighted_averaging(v: Tensor, logits: Tensor, key_mask: Tensor, cp: ContextParallel) -> Tensor:
@@ -27,12 +31,24 @@ def pair_weighted_averaging(v: Tensor, logits: Tensor, key_mask: Tensor, cp: Con
     Returns:
         MSA block (B, S/R, N/C, h, d).
     """
-    s, n, op = v.shape[1] * cp.grid.rows, v.shape[2] * cp.grid.cols, "pair_weighted_averaging"
-    has, wants = tiles(cp.grid, n, n), bands_of_tile_cols(cp.grid, n)
-    logits_coming = start(logits.permute(0, 3, 1, 2), cp, cp.all, (2, 3), has, wants, op)
-    v_coming = start(v.permute(0, 3, 1, 2, 4), cp, cp.all, (2, 3), tiles(cp.grid, s, n), row_bands(cp.grid, s, n), op)
+    s, n, heads, op = v.shape[1] * cp.grid.rows, v.shape[2] * cp.grid.cols, v.shape[3], "pair_weighted_averaging"
+    weights_bytes = v.shape[0] * v.shape[2] * n * max(4, logits.element_size())
+    groups = split(heads, -(-heads // rows_per_block(weights_bytes, v.device)))
+    logits_has, logits_wants = tiles(cp.grid, n, n), bands_of_tile_cols(cp.grid, n)
+    v_has, v_wants = tiles(cp.grid, s, n), row_bands(cp.grid, s, n)
 
-    logits = finish(logits_coming).to(torch.promote_types(logits.dtype, torch.float32))
-    weights = (logits + (key_mask.to(logits.dtype)[:, None, None] - 1) * 1e6).softmax(-1).to(v.dtype)
-    o = weights[:, :, None] @ finish(v_coming)
+    def route(has: Layout, wants: Layout, group: Interval) -> Route:
+        every, some = ((0, heads),) * cp.all.size, (group,) * cp.all.size
+        return Route(cp, cp.all, (1, 2, 3), with_dim(every, has), with_dim(some, wants), op)
+
+    routes = [[route(logits_has, logits_wants, group), route(v_has, v_wants, group)] for group in groups]
+    sources = logits.permute(0, 3, 1, 2), v.permute(0, 3, 1, 2, 4)
+    o = stream(_average, routes, (key_mask,), sources, dim=1)
     return o.permute(0, 2, 3, 1, 4)
+
+
+def _average(_: int, key_mask: Tensor, logits: Tensor, v: Tensor) -> Tensor:
+    """Some heads: logits (B, h, N/C, N), v (B, h, S/R, N, d) and key_mask (B, N) to (B, h, S/R, N/C, d)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    weights = (logits + (key_mask.to(logits.dtype)[:, None, None] - 1) * 1e6).softmax(-1).to(v.dtype)
+    return weights[:, :, None] @ v

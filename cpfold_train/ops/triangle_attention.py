@@ -1,10 +1,16 @@
 """Triangle attention: every pair (i, j) attends to the pairs of its row or of its column.
 
-AlphaFold 3, Algorithms 14 (starting node) and 15 (ending node). An all-to-all inside the row group (the column group)
-turns tiles into complete rows (columns), on which attention is local; the result goes back the same way. Only the
-triangle bias, h channels of N x N, is needed whole by every rank and is gathered. Each rank sends
+AlphaFold 3, Algorithms 14 (starting node) and 15 (ending node). There are two ways to bring the pairs together;
+T = B (N/R) (N/C) c is the size of a tile.
+
+All-to-all: an exchange inside the row group (the column group) turns tiles into complete rows (columns), on which
+attention is local; the result goes back the same way. Only the triangle bias, h channels of N x N, is needed by every
+rank; it is gathered whole where that is at most half a tile, else in panels of so many queries. Each rank sends
 2 T (C - 1) / C elements forward for the starting node, 2 T (R - 1) / R for the ending node, and (P - 1) T h / c of
-bias.
+bias; as many backward, and the bias once more where there are several panels.
+
+Ring: queries stay where they are; keys, values and their bias come around the grid. Each rank sends 2 (C - 1) T and
+about C T h / c of bias forward, and twice that backward.
 """
 
 from __future__ import annotations
@@ -18,9 +24,25 @@ from torch.nn.functional import layer_norm, linear
 
 from cpfold_train.ops.biased_attention import biased_attention
 from cpfold_train.ops.by_rows import by_rows, rows_per_block
+from cpfold_train.ops.ring_attention import ring_attention
+from cpfold_train.ops.stream import stream
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.parallel.layouts import everything, mirrored_tiles, tiles, whole_cols, whole_rows
-from cpfold_train.parallel.redistribute import finish, redistribute, start
+from cpfold_train.parallel.cost import bias_panels, choose, triangle_attention_cost
+from cpfold_train.parallel.grid import Interval, split
+from cpfold_train.parallel.layouts import (
+    col_parts,
+    col_ring,
+    everything,
+    mirrored_tiles,
+    row_parts,
+    row_ring,
+    tiles,
+    whole_cols,
+    whole_rows,
+)
+from cpfold_train.parallel.redistribute import Layout, Pending, Route, finish, redistribute, start
+
+Parts = tuple[Interval, ...]
 
 
 class Weights(NamedTuple):
@@ -49,11 +71,14 @@ def triangle_attention_starting(z: Tensor, token_mask: Tensor, w: Weights, cp: C
         Update of the tile (B, N/R, N/C, c).
     """
     n, op = z.shape[1] * cp.grid.rows, "triangle_attention_start"
-    as_tiles, as_rows = tiles(cp.grid, n, n), whole_rows(cp.grid, n, n)
-    z_coming = start(z, cp, cp.all, (1, 2), as_tiles, as_rows, op)
+    as_tiles = tiles(cp.grid, n, n)
     bias = _bias(z, token_mask[:, None, slice(*cp.grid.col_tokens(n))].expand(z.shape[:3]), w)
-    bias_coming = start(bias, cp, cp.all, (2, 3), as_tiles, everything(cp.grid, n, n), op)
-    update = _attend(finish(z_coming), finish(bias_coming), w)
+    if _algorithm(z, n, w, False, cp) == "ring":
+        blocks = [col_ring(cp.grid, n, k) for k in range(cp.grid.cols)]
+        return _around_the_grid(z, bias, w, row_parts(cp.grid, n), col_parts(cp.grid, n), blocks, as_tiles, cp, op)
+    as_rows = whole_rows(cp.grid, n, n)
+    z_coming = start(z, cp, cp.all, (1, 2), as_tiles, as_rows, op)
+    update = _in_whole_rows(z_coming, bias, w, as_tiles, n, cp, op)
     return redistribute(update, cp, cp.all, (1, 2), as_rows, as_tiles, op)
 
 
@@ -61,12 +86,23 @@ def triangle_attention_ending(z: Tensor, token_mask: Tensor, w: Weights, cp: Con
     """Pair (i, j) attends to the pairs (k, j), with the bias of (k, i); otherwise as
     :func:`triangle_attention_starting`, of which it is the transpose."""
     n, op = z.shape[1] * cp.grid.rows, "triangle_attention_end"
-    as_tiles, as_cols = tiles(cp.grid, n, n), whole_cols(cp.grid, n, n)
-    z_coming = start(z, cp, cp.all, (1, 2), as_tiles, as_cols, op)
+    as_tiles = mirrored_tiles(cp.grid, n)
     bias = _bias(z, token_mask[:, slice(*cp.grid.row_tokens(n)), None].expand(z.shape[:3]), w).mT.contiguous()
-    bias_coming = start(bias, cp, cp.all, (2, 3), mirrored_tiles(cp.grid, n), everything(cp.grid, n, n), op)
-    update = _attend(finish(z_coming).transpose(1, 2), finish(bias_coming), w)
-    return redistribute(update.transpose(1, 2), cp, cp.all, (1, 2), as_cols, as_tiles, op)
+    z = z.transpose(1, 2)
+    if _algorithm(z, n, w, True, cp) == "ring":
+        blocks = [row_ring(cp.grid, n, k) for k in range(cp.grid.rows)]
+        rows, queries = col_parts(cp.grid, n), row_parts(cp.grid, n)
+        return _around_the_grid(z, bias, w, rows, queries, blocks, as_tiles, cp, op).transpose(1, 2)
+    as_rows = tuple((cols, rows) for rows, cols in whole_cols(cp.grid, n, n))
+    z_coming = start(z, cp, cp.all, (1, 2), as_tiles, as_rows, op)
+    update = _in_whole_rows(z_coming, bias, w, as_tiles, n, cp, op)
+    return redistribute(update, cp, cp.all, (1, 2), as_rows, as_tiles, op).transpose(1, 2)
+
+
+def _algorithm(z: Tensor, n: int, w: Weights, ending: bool, cp: ContextParallel) -> str:
+    sizes = n, z.shape[3], w.bias.shape[0], w.q.shape[0]
+    costs = (triangle_attention_cost(cp.grid, *sizes, way, ending) for way in ("ring", "alltoall"))
+    return choose(cp.algorithm, *costs, z.numel() * z.element_size())
 
 
 def _bias(z: Tensor, key_mask: Tensor, w: Weights) -> Tensor:
@@ -81,20 +117,90 @@ def _bias(z: Tensor, key_mask: Tensor, w: Weights) -> Tensor:
     return by_rows(project, rows, (z, key_mask), (w.norm_weight, w.norm_bias, w.bias), dim=2)
 
 
-def _attend(z: Tensor, bias: Tensor, w: Weights) -> Tensor:
-    """Gated attention within complete rows: z (B, r, N, c) and bias (B, h, N, N) to (B, r, N, c)."""
-    heads, width = bias.shape[1], w.q.shape[0] // bias.shape[1]
-    qkvg = torch.cat([w.q * width**-0.5, w.k, w.v, w.g])
-    # The gradient of the whole bias is added up once per block: a block of one row would make that dear.
-    qkvg_bytes = z[:, :1].numel() // z.shape[3] * qkvg.shape[0] * z.element_size()
+def _in_whole_rows(
+    z_coming: Pending, bias: Tensor, w: Weights, as_tiles: Layout, n: int, cp: ContextParallel, op: str
+) -> Tensor:
+    """Gated attention within complete rows: z on its way to (B, r, N, c) and a tile of the bias to (B, r, N, c)."""
+    shared = _shared_weights(w, bias.shape[1])
+    panels = split(n, bias_panels(cp.grid, n, w.q.shape[1], bias.shape[1]))
+    if len(panels) == 1:
+        bias_coming = start(bias, cp, cp.all, (2, 3), as_tiles, everything(cp.grid, n, n), op)
+        return _attend(finish(z_coming), finish(bias_coming), *shared, (0, n))
+    routes = [[Route(cp, cp.all, (2, 3), as_tiles, ((panel, (0, n)),) * cp.all.size, op)] for panel in panels]
+
+    def step(k: int, z: Tensor, *args: Tensor) -> Tensor:
+        *shared, bias = args
+        return _attend(z, bias, *shared, panels[k])
+
+    return stream(step, routes, (finish(z_coming), *shared), (bias,), dim=2)
+
+
+def _around_the_grid(
+    z: Tensor,
+    bias: Tensor,
+    w: Weights,
+    rows: Parts,
+    queries: Parts,
+    blocks: list[Parts],
+    as_tiles: Layout,
+    cp: ContextParallel,
+    op: str,
+) -> Tensor:
+    """Gated attention of a tile's pairs (B, r, q, c), whose keys are fetched ``blocks[k]`` after ``blocks[k]``."""
+    heads = bias.shape[1]
+    norm_weight, norm_bias, qg, kv, o = _shared_weights(w, heads)
+    x = layer_norm(z, norm_weight.shape, norm_weight, norm_bias)
+    q, g = linear(x, qg).unflatten(-1, (2, heads, -1)).permute(3, 0, 1, 4, 2, 5).unbind()
+    kv = linear(x, kv).unflatten(-1, (2, heads, -1)).permute(0, 1, 4, 2, 3, 5).flatten(4)
+    steps = [
+        (
+            Route(cp, cp.all, (1, 3), as_tiles, tuple(zip(rows, block)), op),
+            Route(cp, cp.all, (2, 3), as_tiles, tuple(zip(queries, block)), op),
+        )
+        for block in blocks
+    ]
+    attended = ring_attention(q.contiguous(), kv, bias, steps) * g.sigmoid()
+    return linear(attended.transpose(2, 3).flatten(3), o)
+
+
+def _shared_weights(w: Weights, heads: int) -> tuple[Tensor, ...]:
+    """Norm, projections that concern queries (scaled) and keys, and output."""
+    scale = (w.q.shape[0] // heads) ** -0.5
+    return w.norm_weight, w.norm_bias, torch.cat([w.q * scale, w.g]), torch.cat([w.k, w.v]), w.o
+
+
+def _attend(
+    z: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qg: Tensor,
+    kv: Tensor,
+    o: Tensor,
+    queries: Interval,
+) -> Tensor:
+    """Complete rows z (B, r, N, c) and the bias (B, h, M, N) of some queries to the update of these (B, r, M, c)."""
+    # The gradient of the bias is added up once per block: a block of one row would make that dear.
+    qkvg_bytes = z[:, :1].numel() // z.shape[3] * 2 * kv.shape[0] * z.element_size()
     rows = max(4, rows_per_block(qkvg_bytes, z.device))
-    return by_rows(partial(_attend_rows, heads), rows, (z,), (bias, w.norm_weight, w.norm_bias, qkvg, w.o))
+    return by_rows(partial(_attend_rows, queries), rows, (z,), (bias, norm_weight, norm_bias, qg, kv, o))
 
 
 def _attend_rows(
-    heads: int, z: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkvg: Tensor, o: Tensor
+    queries: Interval,
+    z: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qg: Tensor,
+    kv: Tensor,
+    o: Tensor,
 ) -> Tensor:
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (2, bias.shape[1], -1)).permute(3, 0, 1, 4, 2, 5).contiguous()
+
     x = layer_norm(z, norm_weight.shape, norm_weight, norm_bias)
-    q, k, v, g = linear(x, qkvg).unflatten(-1, (4, heads, -1)).permute(3, 0, 1, 4, 2, 5).contiguous()
+    q, g = heads(linear(x[:, :, slice(*queries)], qg))
+    k, v = heads(linear(x, kv))
     attended = biased_attention(q, k, v, bias) * g.sigmoid()
     return linear(attended.transpose(2, 3).flatten(3), o)

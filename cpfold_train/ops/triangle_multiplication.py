@@ -1,9 +1,15 @@
 """Triangle multiplication: every pair (i, j) is updated from all pairs (i, k) and (j, k).
 
-AlphaFold 3, Algorithms 12 (outgoing) and 13 (incoming). The contraction over k is independent for each channel. So the
-tiles are exchanged for channels: rank p gets all N x N pairs of its c/P channels, does one batched matrix product, and
-the result goes back to tiles. The projections produce channels first, which is what messages and product both want.
-Each rank sends 3 T (P - 1) / P elements forward, T = B (N/R) (N/C) c.
+AlphaFold 3, Algorithms 12 (outgoing) and 13 (incoming). There are two ways to bring a and b, gated projections of z, to
+where they are multiplied; T = B (N/R) (N/C) c is the size of a tile.
+
+All-to-all: the contraction over k is independent for each channel. So the tiles are exchanged for channels: rank p gets
+all N x N pairs of its c/P channels, does one batched matrix product, and the result goes back to tiles. Each rank sends
+3 T (P - 1) / P elements forward and as many backward.
+
+Ring: rank (I, J) adds up the products of one block of k after the other, fetching the tiles of a and of b straight from
+the ranks that have them. Each rank sends about (R + C - 2) T forward and twice that backward (Fold-CP's way, without
+its square grids). It is for more ranks than channels.
 """
 
 from __future__ import annotations
@@ -16,10 +22,15 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
 from cpfold_train.ops.by_rows import by_rows, rows_per_block
+from cpfold_train.ops.stream import stream
 from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.parallel.cost import choose, triangle_multiplication_cost
 from cpfold_train.parallel.grid import split
-from cpfold_train.parallel.layouts import everything, tiles, with_dim
-from cpfold_train.parallel.redistribute import Layout, Pending, finish, start
+from cpfold_train.parallel.layouts import col_parts, col_ring, everything, row_parts, row_ring, tiles, with_dim
+from cpfold_train.parallel.redistribute import Layout, Pending, Route, finish, start
+
+OP = "triangle_multiplication"
+Product = Callable[[Tensor, Tensor], Tensor]
 
 
 class Weights(NamedTuple):
@@ -47,30 +58,62 @@ def triangle_multiplication_outgoing(z: Tensor, pair_mask: Tensor, w: Weights, c
     Returns:
         Update of the tile (B, N/R, N/C, c).
     """
-    return _update(z, pair_mask, w, lambda a, b: a @ b.mT, cp)
+    n = z.shape[1] * cp.grid.rows
+    rows, cols = row_parts(cp.grid, n), col_parts(cp.grid, n)
+    blocks = [col_ring(cp.grid, n, k) for k in range(cp.grid.cols)]
+    pieces = [(tuple(zip(rows, block)), tuple(zip(cols, block))) for block in blocks]
+    return _update(z, pair_mask, w, lambda a, b: a @ b.mT, pieces, False, cp)
 
 
 def triangle_multiplication_incoming(z: Tensor, pair_mask: Tensor, w: Weights, cp: ContextParallel) -> Tensor:
     """``gate_ij W norm(sum_k a_ki b_kj)``; otherwise as :func:`triangle_multiplication_outgoing`."""
-    return _update(z, pair_mask, w, lambda a, b: a.mT @ b, cp)
+    n = z.shape[1] * cp.grid.rows
+    rows, cols = row_parts(cp.grid, n), col_parts(cp.grid, n)
+    blocks = [row_ring(cp.grid, n, k) for k in range(cp.grid.rows)]
+    pieces = [(tuple(zip(block, rows)), tuple(zip(block, cols))) for block in blocks]
+    return _update(z, pair_mask, w, lambda a, b: a.mT @ b, pieces, True, cp)
 
 
 def _update(
-    z: Tensor, pair_mask: Tensor, w: Weights, product: Callable[[Tensor, Tensor], Tensor], cp: ContextParallel
+    z: Tensor,
+    pair_mask: Tensor,
+    w: Weights,
+    product: Product,
+    pieces: list[tuple[Layout, Layout]],
+    incoming: bool,
+    cp: ContextParallel,
 ) -> Tensor:
+    """The update of a tile; ``pieces`` are the tiles of a and of b that each rank needs in each step of the ring."""
     n, c = z.shape[1] * cp.grid.rows, z.shape[3]
+    rows = rows_per_block(z.shape[0] * z.shape[2] * 4 * c * z.element_size(), z.device)
+    a_and_b = by_rows(_project, rows, (z, pair_mask), (w.norm_in_weight, w.norm_in_bias, w.p_in, w.g_in), dim=2)
+    a, b = a_and_b.chunk(2, 1)
+    if _algorithm(z, incoming, cp) == "ring":
+        has = tiles(cp.grid, n, n)
+        routes = [[Route(cp, cp.all, (2, 3), has, wants, OP) for wants in step] for step in pieces]
+        x = stream(lambda _, a, b: product(a, b), routes, (), (a, b))
+    else:
+        x = _by_channels(a, b, product, n, cp)
+    shared = w.norm_in_weight, w.norm_in_bias, w.norm_out_weight, w.norm_out_bias, w.p_out, w.g_out
+    return by_rows(_gated_output, rows, (x.permute(0, 2, 3, 1), z), shared)
+
+
+def _algorithm(z: Tensor, incoming: bool, cp: ContextParallel) -> str:
+    costs = (triangle_multiplication_cost(cp.grid, z.shape[3], way, incoming) for way in ("ring", "alltoall"))
+    return choose(cp.algorithm, *costs, z.numel() * z.element_size())
+
+
+def _by_channels(a: Tensor, b: Tensor, product: Product, n: int, cp: ContextParallel) -> Tensor:
+    """The product of all tiles, with all pairs of a few channels on each rank: (B, c, N/R, N/C) to the same."""
+    c = a.shape[1]
     as_tiles = with_dim(((0, c),) * cp.all.size, tiles(cp.grid, n, n))
     as_channels = with_dim(split(c, cp.all.size), everything(cp.grid, n, n))
 
     def move(x: Tensor, has: Layout, wants: Layout) -> Pending:
-        return start(x, cp, cp.all, (1, 2, 3), has, wants, "triangle_multiplication")
+        return start(x, cp, cp.all, (1, 2, 3), has, wants, OP)
 
-    rows = rows_per_block(z.shape[0] * z.shape[2] * 4 * c * z.element_size(), z.device)
-    a_and_b = by_rows(_project, rows, (z, pair_mask), (w.norm_in_weight, w.norm_in_bias, w.p_in, w.g_in), dim=2)
-    a, b = (move(x, as_tiles, as_channels) for x in a_and_b.chunk(2, 1))
-    x = finish(move(product(finish(a), finish(b)), as_channels, as_tiles))
-    shared = w.norm_in_weight, w.norm_in_bias, w.norm_out_weight, w.norm_out_bias, w.p_out, w.g_out
-    return by_rows(_gated_output, rows, (x.permute(0, 2, 3, 1), z), shared)
+    a_coming, b_coming = move(a, as_tiles, as_channels), move(b, as_tiles, as_channels)
+    return finish(move(product(finish(a_coming), finish(b_coming)), as_channels, as_tiles))
 
 
 def _project(z: Tensor, mask: Tensor, norm_weight: Tensor, norm_bias: Tensor, p_in: Tensor, g_in: Tensor) -> Tensor:

@@ -52,9 +52,16 @@ class ContextParallel:
         col: ranks of the same row; moving along it changes the tile's column (mesh axis ``cp_col``).
         all: every rank of the replica.
         ledger: what this rank sent and waited for.
+        algorithm: how the triangle ops communicate.
     """
 
-    def __init__(self, grid: Grid, device_type: str = "cpu", timeout: timedelta = timedelta(minutes=30)) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        device_type: str = "cpu",
+        timeout: timedelta = timedelta(minutes=30),
+        algorithm: str = "auto",
+    ) -> None:
         """Build the mesh on the default process group, which is started where there is none: on its own for a world of
         one rank, else from the launcher's environment variables.
 
@@ -62,6 +69,7 @@ class ContextParallel:
             grid: the grid; its ``world_size`` must be the size of the default process group.
             device_type: ``"cpu"`` or ``"cuda"``.
             timeout: how long an exchange may take before it is an error.
+            algorithm: ``alltoall``, ``ring`` or ``auto`` for the triangle ops; see :mod:`cpfold_train.parallel.cost`.
         """
         if not dist.is_initialized():
             backend = "nccl" if device_type == "cuda" else "gloo"
@@ -70,6 +78,7 @@ class ContextParallel:
         if dist.get_world_size() != grid.world_size:
             raise ValueError(f"the grid has {grid.world_size} ranks, the process group {dist.get_world_size()}")
         self.grid = grid
+        self.algorithm = algorithm
         self.ledger = Ledger()
         ranks = torch.arange(grid.world_size).reshape(grid.dp, grid.rows, grid.cols)
         self.mesh = DeviceMesh(device_type, ranks, mesh_dim_names=("dp", "cp_row", "cp_col"))
@@ -104,7 +113,7 @@ class ContextParallel:
 
 
 @contextmanager
-def fake_world(grid: Grid) -> Iterator[ContextParallel]:
+def fake_world(grid: Grid, algorithm: str = "auto") -> Iterator[ContextParallel]:
     """One rank of a world that is not there: messages are counted and go nowhere.
 
     Raises:
@@ -117,6 +126,6 @@ def fake_world(grid: Grid) -> Iterator[ContextParallel]:
 
     dist.init_process_group("fake", store=FakeStore(), rank=grid.rank, world_size=grid.world_size)
     try:
-        yield ContextParallel(grid)
+        yield ContextParallel(grid, algorithm=algorithm)
     finally:
         dist.destroy_process_group()

@@ -61,3 +61,25 @@ def everything(grid: Grid, rows: int, cols: int) -> Layout:
 def with_dim(intervals: tuple[Interval, ...], layout: Layout) -> Layout:
     """Boxes with one more dim in front: ``intervals[p]`` for rank p."""
     return tuple((interval, *box) for interval, box in zip(intervals, layout))
+
+
+def row_parts(grid: Grid, n: int) -> tuple[Interval, ...]:
+    """The rows of each rank's tile."""
+    return tuple(part for part in split(n, grid.rows) for _ in range(grid.cols))
+
+
+def col_parts(grid: Grid, n: int) -> tuple[Interval, ...]:
+    """The columns of each rank's tile."""
+    return split(n, grid.cols) * grid.rows
+
+
+def row_ring(grid: Grid, n: int, step: int) -> tuple[Interval, ...]:
+    """The part of R that each rank works on in a step: its own first, then the following ones around the grid."""
+    parts = split(n, grid.rows)
+    return tuple(parts[(row + step) % grid.rows] for row in range(grid.rows) for _ in range(grid.cols))
+
+
+def col_ring(grid: Grid, n: int, step: int) -> tuple[Interval, ...]:
+    """The part of C that each rank works on in a step: its own first, then the following ones around the grid."""
+    parts = split(n, grid.cols)
+    return tuple(parts[(col + step) % grid.cols] for _ in range(grid.rows) for col in range(grid.cols))

@@ -32,7 +32,7 @@ class Pending:
     """A redistribution in flight; :func:`finish` yields its result."""
 
     _out: Tensor
-    _route: _Route | None
+    _route: Route | None
 
 
 def redistribute(
@@ -54,7 +54,7 @@ def start(
         x: this rank's box; any strides, the pack into messages makes it contiguous.
         cp: the running grid.
         axis: the ranks among which it moves. Nothing is communicated on an axis of size 1.
-        dims: the dims of ``x`` that the boxes describe; the others are whole on every rank.
+        dims: the dims of ``x`` that the boxes describe, none negative; the others are whole on every rank.
         has: the box of each rank before. Boxes may be equal on several ranks only if a rank wants none of the others'.
         wants: the box of each rank after. They may overlap; every index must be had by exactly one rank of the axis.
         op: name for the ledger and for errors.
@@ -64,7 +64,7 @@ def start(
     """
     if axis.size == 1:
         return Pending(x, None)
-    route = _Route(cp, axis, tuple(d % x.ndim for d in dims), has, wants, op)
+    route = Route(cp, axis, dims, has, wants, op)
     return Pending(_Start.apply(x, route), route)
 
 
@@ -86,40 +86,74 @@ def all_reduce_max(x: Tensor, cp: ContextParallel, axis: Axis, op: str) -> Tenso
     return x.detach() if axis.size == 1 else _reduced(x, cp, axis, op, dist.ReduceOp.MAX)
 
 
-class _Route:
-    """What one redistribution moves: fixed by its layouts, with the exchange that is under way."""
+class Route:
+    """One redistribution and its transpose, without autograd: what :func:`start` and :func:`finish` consist of.
+
+    Args:
+        cp, axis, dims, has, wants, op: as for :func:`start`; negative dims are not taken.
+    """
 
     def __init__(
         self, cp: ContextParallel, axis: Axis, dims: tuple[int, ...], has: Layout, wants: Layout, op: str
     ) -> None:
-        self.cp, self.axis, self.dims, self.op = cp, axis, dims, op
-        self.has, self.wants = has, wants
-        self.me = axis.index
-        self.outgoing, self.incoming, self.disjoint = _plan(self.me, has, wants)
-        self.exchange: Exchange | None = None
+        self._cp, self._axis, self._dims, self._op = cp, axis, dims, op
+        self._me = axis.index
+        self._has, self._wants = has[self._me], wants[self._me]
+        self._outgoing, self._incoming, self._disjoint = _plan(self._me, has, wants)
+        self._exchange: Exchange | None = None
 
-    def view(self, x: Tensor, origin: Box, box: Box) -> Tensor:
+    def fetch(self, x: Tensor) -> Tensor:
+        """Post the messages; return the box that this rank wants with only its own part filled in."""
+        self._post(x, self._has, self._outgoing, self._incoming)
+        out = x.new_empty(self._shape(x, self._wants))
+        if self._me in self._outgoing:
+            box = self._outgoing[self._me]
+            self._view(out, self._wants, box).copy_(self._view(x, self._has, box))
+        return out
+
+    def arrive(self, out: Tensor) -> Tensor:
+        """Wait, and fill in the parts of the others."""
+        for p, piece in self._exchange.wait().items():
+            self._view(out, self._wants, self._incoming[p]).copy_(piece)
+        return out
+
+    def give_back(self, grad: Tensor) -> None:
+        """Post the gradient of the box that was wanted, on its way to the ranks that have it."""
+        self._post(grad, self._wants, self._incoming, self._outgoing)
+
+    def collect(self, grad: Tensor) -> Tensor:
+        """Wait, and return the gradient of the box that this rank has; ``grad`` is what :meth:`give_back` was given."""
+        received = self._exchange.wait()
+        if self._me in self._outgoing:
+            received[self._me] = self._view(grad, self._wants, self._outgoing[self._me])
+        shape = self._shape(grad, self._has)
+        if self._disjoint:
+            out = grad.new_empty(shape)
+            for p, piece in received.items():
+                self._view(out, self._has, self._outgoing[p]).copy_(piece)
+        else:
+            out = grad.new_zeros(shape)
+            for p in sorted(received):
+                self._view(out, self._has, self._outgoing[p]).add_(received[p])
+        return out
+
+    def _view(self, x: Tensor, origin: Box, box: Box) -> Tensor:
         """The part ``box`` of a tensor that covers ``origin``."""
         index = [slice(None)] * x.ndim
-        for dim, (lo, hi), (base, _) in zip(self.dims, box, origin):
+        for dim, (lo, hi), (base, _) in zip(self._dims, box, origin):
             index[dim] = slice(lo - base, hi - base)
         return x[tuple(index)]
 
-    def shape(self, x: Tensor, box: Box) -> list[int]:
+    def _shape(self, x: Tensor, box: Box) -> list[int]:
         sizes = list(x.shape)
-        for dim, (lo, hi) in zip(self.dims, box):
+        for dim, (lo, hi) in zip(self._dims, box):
             sizes[dim] = hi - lo
         return sizes
 
-    def post(self, x: Tensor, origin: Box, outgoing: dict[int, Box], incoming: dict[int, Box]) -> None:
-        sends = {p: self.view(x, origin, box).contiguous() for p, box in outgoing.items() if p != self.me}
-        receives = {p: x.new_empty(self.shape(x, box)) for p, box in incoming.items() if p != self.me}
-        self.exchange = Exchange(self.axis, self.op, self.cp.ledger, sends, receives)
-
-    def wait(self) -> dict[int, Tensor]:
-        received = self.exchange.wait()
-        self.exchange = None
-        return received
+    def _post(self, x: Tensor, origin: Box, outgoing: dict[int, Box], incoming: dict[int, Box]) -> None:
+        sends = {p: self._view(x, origin, box).contiguous() for p, box in outgoing.items() if p != self._me}
+        receives = {p: x.new_empty(self._shape(x, box)) for p, box in incoming.items() if p != self._me}
+        self._exchange = Exchange(self._axis, self._op, self._cp.ledger, sends, receives)
 
 
 @lru_cache(maxsize=4096)
@@ -145,49 +179,25 @@ def _volume(box: Box) -> int:
 
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, route: _Route) -> Tensor:
+    def forward(ctx, x: Tensor, route: Route) -> Tensor:
         ctx.route = route
-        ctx.shape = x.shape
-        mine, want = route.has[route.me], route.wants[route.me]
-        route.post(x, mine, route.outgoing, route.incoming)
-        out = x.new_empty(route.shape(x, want))
-        if route.me in route.outgoing:
-            box = route.outgoing[route.me]
-            route.view(out, want, box).copy_(route.view(x, mine, box))
-        return out
+        return route.fetch(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        route = ctx.route
-        mine, want = route.has[route.me], route.wants[route.me]
-        received = route.wait()
-        if route.me in route.outgoing:
-            received[route.me] = route.view(grad, want, route.outgoing[route.me])
-        if route.disjoint:
-            out = grad.new_empty(ctx.shape)
-            for p, piece in received.items():
-                route.view(out, mine, route.outgoing[p]).copy_(piece)
-        else:
-            out = grad.new_zeros(ctx.shape)
-            for p in sorted(received):
-                route.view(out, mine, route.outgoing[p]).add_(received[p])
-        return out, None
+        return ctx.route.collect(grad), None
 
 
 class _Finish(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, out: Tensor, route: _Route) -> Tensor:
+    def forward(ctx, out: Tensor, route: Route) -> Tensor:
         ctx.route = route
-        want = route.wants[route.me]
-        for p, piece in route.wait().items():
-            route.view(out, want, route.incoming[p]).copy_(piece)
         ctx.mark_dirty(out)
-        return out
+        return route.arrive(out)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        route = ctx.route
-        route.post(grad, route.wants[route.me], route.incoming, route.outgoing)
+        ctx.route.give_back(grad)
         return grad, None
 
 

@@ -8,6 +8,7 @@ from cpfold_train.data.crop import CROPS
 from cpfold_train.data.features import NUM_BINS
 from cpfold_train.data.shards import open_shards
 from cpfold_train.errors import ConfigError
+from cpfold_train.parallel.cost import ALGORITHMS
 from cpfold_train.training.config import TrainConfig
 
 PRECISIONS = ("32-true", "bf16-mixed", "64-true")
@@ -28,6 +29,7 @@ def check(config: TrainConfig) -> None:
     ):
         if value < least:
             raise ConfigError(f"{name}={value} is too small: type {name}={least} or more")
+    _one_of("cp.algorithm", config.cp.algorithm, ALGORITHMS)
     _one_of("data.crop", config.data.crop, tuple(CROPS))
     _one_of("trainer.precision", str(config.trainer.precision), PRECISIONS)
     _one_of("model.num_bins", config.model.num_bins, (NUM_BINS,))

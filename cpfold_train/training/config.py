@@ -12,9 +12,13 @@ from cpfold_train.model.config import ModelConfig
 
 @dataclass
 class ContextParallelConfig:
-    """How one sample is shared: ``grid`` "RxC" or "auto"; ``timeout_s`` seconds a rank waits for another."""
+    """How one sample is shared.
+
+    ``grid`` is "RxC" or "auto", ``algorithm`` that of the triangle ops, ``timeout_s`` what a rank waits for another.
+    """
 
     grid: str = MISSING
+    algorithm: str = MISSING
     timeout_s: float = MISSING
 
 

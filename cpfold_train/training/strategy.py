@@ -27,6 +27,7 @@ class GridStrategy(DDPStrategy):
         cols: C, tiles along the second pair dim.
         dp: number of replicas.
         timeout: how long a rank may wait for another before that is an error.
+        algorithm: how the triangle ops communicate.
 
     Attributes:
         grid: its geometry.
@@ -35,7 +36,7 @@ class GridStrategy(DDPStrategy):
 
     cp: ContextParallel
 
-    def __init__(self, rows: int, cols: int, dp: int, timeout: timedelta, **kwargs: Any) -> None:
+    def __init__(self, rows: int, cols: int, dp: int, timeout: timedelta, algorithm: str, **kwargs: Any) -> None:
         super().__init__(
             timeout=timeout,
             # With only the distogram loss the single track and its projections receive no gradient.
@@ -44,11 +45,12 @@ class GridStrategy(DDPStrategy):
             **kwargs,
         )
         self.grid = Grid(rows, cols, dp)
+        self._algorithm = algorithm
 
     def setup_distributed(self) -> None:
         super().setup_distributed()
         self.grid = replace(self.grid, rank=self.global_rank)
-        self.cp = ContextParallel(self.grid, self.root_device.type, self._timeout)
+        self.cp = ContextParallel(self.grid, self.root_device.type, self._timeout, self._algorithm)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, int]:

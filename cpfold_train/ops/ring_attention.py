@@ -1,0 +1,106 @@
+"""Attention with an additive bias whose keys and values come around a ring, one block of tokens after the other.
+
+Liu et al., "Ring Attention with Blockwise Transformers", ICLR 2024, with each block fetched straight from the rank that
+has it. The softmax is merged over the blocks by its running maximum and sum; the backward pass fetches every block
+again, and each block's gradient travels back while the next block is worked on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cpfold_train.ops.biased_attention import score_blocks
+from cpfold_train.parallel.redistribute import Route
+
+RingStep = tuple[Route, Route]
+"""How the block of keys and values, and the bias of this rank's queries to it, come to this rank."""
+
+
+def ring_attention(q: Tensor, kv: Tensor, bias: Tensor, steps: Sequence[RingStep]) -> Tensor:
+    """``softmax_j(q_i . k_j + bias_ij) v_j`` over the keys j of all steps, for each row and head on its own.
+
+    Args:
+        q: (B, r, h, M, d) this rank's queries, already scaled.
+        kv: (B, r, h, n, 2d) the keys and values that this rank has.
+        bias: (B, h, ..., ...) the part of the bias that this rank has.
+        steps: routes of ``kv`` to (B, r, h, n_k, 2d) and of ``bias`` to (B, h, M, n_k), the same steps on all ranks.
+
+    Returns:
+        (B, r, h, M, d).
+    """
+    return _RingAttention.apply(q, kv, bias, steps)
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, kv: Tensor, bias: Tensor, steps: Sequence[RingStep]) -> Tensor:
+        wide = torch.promote_types(bias.dtype, torch.float32)
+        out = torch.zeros_like(q, dtype=wide)
+        highest = torch.full_like(q[..., :1], -torch.inf, dtype=wide)
+        total = torch.zeros_like(highest)
+        coming = _fetch(steps[0], kv, bias)
+        for step, following in zip(steps, [*steps[1:], None]):
+            (k, v), bias_k = _arrive(step, coming)
+            coming = _fetch(following, kv, bias) if following else None
+            for r, i in score_blocks(q, bias_k):
+                scores = (q[:, r, :, i] @ k[:, r].mT).to(wide).add_(bias_k[:, None, :, i])
+                before = highest[:, r, :, i]
+                now = torch.maximum(before, scores.amax(-1, keepdim=True))
+                weights, rescale = scores.sub_(now).exp_(), (before - now).exp()
+                highest[:, r, :, i] = now
+                total[:, r, :, i] = total[:, r, :, i] * rescale + weights.sum(-1, keepdim=True)
+                out[:, r, :, i] = out[:, r, :, i] * rescale + weights.to(v.dtype) @ v[:, r]
+        out = (out / total).to(q.dtype)
+        ctx.steps = steps
+        ctx.save_for_backward(q, kv, bias, out, highest + total.log())
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        q, kv, bias, out, log_total = ctx.saved_tensors
+        wide = log_total.dtype
+        shift = (grad * out).sum(-1, keepdim=True, dtype=wide)
+        dq, dkv, dbias = (torch.zeros_like(x, dtype=wide) for x in (q, kv, bias))
+        coming, returning = _fetch(ctx.steps[0], kv, bias), None
+        for step, following in zip(ctx.steps, [*ctx.steps[1:], None]):
+            (k, v), bias_k = _arrive(step, coming)
+            coming = _fetch(following, kv, bias) if following else None
+            # Transposed, as in biased_attention.
+            dk, dv = (torch.zeros_like(x.mT, dtype=wide, memory_format=torch.contiguous_format) for x in (k, v))
+            dbias_k = torch.zeros_like(bias_k, dtype=wide)
+            for r, i in score_blocks(q, bias_k):
+                q_i, g_i = q[:, r, :, i], grad[:, r, :, i]
+                scores = (q_i @ k[:, r].mT).to(wide).add_(bias_k[:, None, :, i])
+                weights = scores.sub_(log_total[:, r, :, i]).exp_()
+                dv[:, r] += g_i.mT @ weights.to(g_i.dtype)
+                dscores = (g_i @ v[:, r].mT).to(wide).sub_(shift[:, r, :, i]).mul_(weights)
+                for row in dscores.unbind(1):
+                    dbias_k[:, :, i] += row
+                dscores = dscores.to(q.dtype)
+                dq[:, r, :, i] += dscores @ k[:, r]
+                dk[:, r] += q_i.mT @ dscores
+            _collect(returning, dkv, dbias)
+            returning = step, torch.cat([dk.mT, dv.mT], -1), dbias_k
+            step[0].give_back(returning[1])
+            step[1].give_back(returning[2])
+        _collect(returning, dkv, dbias)
+        return dq.to(q.dtype), dkv.to(kv.dtype), dbias.to(bias.dtype), None
+
+
+def _fetch(step: RingStep, kv: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return step[0].fetch(kv), step[1].fetch(bias)
+
+
+def _arrive(step: RingStep, coming: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    return step[0].arrive(coming[0]).chunk(2, -1), step[1].arrive(coming[1])
+
+
+def _collect(returning: tuple[RingStep, Tensor, Tensor] | None, dkv: Tensor, dbias: Tensor) -> None:
+    """Add the gradients of a block that are on their way back."""
+    if returning:
+        (kv_route, bias_route), dkv_k, dbias_k = returning
+        dkv += kv_route.collect(dkv_k)
+        dbias += bias_route.collect(dbias_k)

@@ -1,0 +1,102 @@
+"""Work on a sharded operand that is too large to gather: one piece at a time, the next one travelling meanwhile.
+
+The pieces are fetched straight from the ranks that have them, and again in the backward pass, in which each piece's
+gradient travels back while the next piece is worked on. So a rank never holds more than two pieces. Rings (pieces are
+tiles), panels of the triangle bias and chunks of MSA depth are all of this form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from cpfold_train.parallel.redistribute import Route
+
+Step = Callable[..., Tensor]
+
+
+def stream(
+    step: Step,
+    routes: Sequence[Sequence[Route]],
+    local: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    dim: int | None = None,
+) -> Tensor:
+    """``step(k, *local, *pieces_k)`` for k = 0, 1, ..., added up or joined.
+
+    Args:
+        step: differentiable. Everything that needs a gradient must be an argument.
+        routes: for each k, how the piece of each source comes to this rank. All ranks must list the same steps.
+        local: tensors that every step uses whole.
+        sources: sharded tensors of which pieces are fetched.
+        dim: where the parts are joined; None adds them up.
+
+    Returns:
+        The sum, or the parts joined along ``dim``.
+    """
+    return _Stream.apply(step, routes, dim, len(local), *local, *sources)
+
+
+class _Stream(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, step: Step, routes: Sequence[Sequence[Route]], dim: int | None, count: int, *tensors: Tensor):
+        ctx.step, ctx.routes, ctx.dim, ctx.count = step, routes, dim, count
+        ctx.save_for_backward(*tensors)
+        device = tensors[0].device.type
+        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        local, sources = tensors[:count], tensors[count:]
+        parts: list[Tensor] = []
+        coming = _fetch(routes[0], sources)
+        for k, here in enumerate(routes):
+            pieces = [route.arrive(piece) for route, piece in zip(here, coming)]
+            if k + 1 < len(routes):
+                coming = _fetch(routes[k + 1], sources)
+            part = step(k, *local, *pieces)
+            if dim is None and parts:
+                parts[0] += part
+            else:
+                parts.append(part)
+        ctx.sizes = [1 if dim is None else part.shape[dim] for part in parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        tensors = ctx.saved_tensors
+        local, sources = tensors[: ctx.count], tensors[ctx.count :]
+        needs = ctx.needs_input_grad[4:]
+        # Sums over many pieces: in bf16 they would stop growing.
+        wide = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if need else None
+                for x, need in zip(tensors, needs)]  # fmt: skip
+        grads = [grad] * len(ctx.routes) if ctx.dim is None else grad.split(ctx.sizes, ctx.dim)
+        device, dtype, enabled = ctx.autocast
+        coming, returning = _fetch(ctx.routes[0], sources), []
+        for k, (here, part_grad) in enumerate(zip(ctx.routes, grads)):
+            args = [*local, *(route.arrive(piece) for route, piece in zip(here, coming))]
+            if k + 1 < len(ctx.routes):
+                coming = _fetch(ctx.routes[k + 1], sources)
+            args = [x.detach().requires_grad_(need) for x, need in zip(args, needs)]
+            with torch.enable_grad(), torch.autocast(device, dtype, enabled):
+                part = ctx.step(k, *args)
+            needed = [i for i, need in enumerate(needs) if need]
+            found = dict(zip(needed, torch.autograd.grad(part, [args[i] for i in needed], part_grad)))
+            for i in needed:
+                if i < ctx.count:
+                    wide[i] += found[i]
+            _collect(returning, wide)
+            returning = [(here[i - ctx.count], i, found[i]) for i in needed if i >= ctx.count]
+            for route, _, piece_grad in returning:
+                route.give_back(piece_grad)
+        _collect(returning, wide)
+        return None, None, None, None, *(g if g is None else g.to(x.dtype) for g, x in zip(wide, tensors))
+
+
+def _fetch(routes: Sequence[Route], sources: Sequence[Tensor]) -> list[Tensor]:
+    return [route.fetch(x) for route, x in zip(routes, sources)]
+
+
+def _collect(returning: list[tuple[Route, int, Tensor]], into: list[Tensor | None]) -> None:
+    """Add the gradients that are on their way back to those of the sources."""
+    for route, i, piece_grad in returning:
+        into[i] += route.collect(piece_grad)

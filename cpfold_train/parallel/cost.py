@@ -1,0 +1,94 @@
+"""What the two ways of communicating cost, and which of them ``cp.algorithm=auto`` takes.
+
+Figures are means over the ranks of a grid, forward and backward together; T is the number of elements of a tile of z,
+B (N/R) (N/C) c. For the triangle multiplication:
+
+    all-to-all   sent 6 T (P - 1) / P                    messages 6 (P - 1)
+    ring         sent 3 T (C - 1 + R - 1 / C)            messages 3 (C - 1 + (R + C - gcd(R, C)) (P - 1) / P)
+
+and for the triangle attention around the starting node, with a bias of h channels and keys and values of width 2 w:
+
+    all-to-all   sent 4 T (C - 1) / C + b T (P - 1) h / c
+                                                         messages 4 (C - 1) + b (P - 1) (a rank's bias panels)
+    ring         sent 3 T ((C - 1) 2 w + (R - 1 / C) h) / c
+                                                         messages as for the triangle multiplication
+
+b is 2 where the bias is gathered whole, and 3 where it comes in panels, which are fetched once more in the backward
+pass. The incoming edges and the ending node are the transpose: R and C change places.
+
+The faster way is the one with fewer bytes, where each message counts as ``MESSAGE_BYTES``, provided that it holds no
+more than ``HELD_TILES`` tiles. A ring repeats its products in the backward pass, so it has to be better by a tenth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, gcd
+
+from cpfold_train.parallel.grid import Grid
+
+ALGORITHMS = ("auto", "alltoall", "ring")
+MESSAGE_BYTES = 1 << 16
+"""What a link moves in the 10 microseconds that a message takes to get under way, at 6 GB/s."""
+HELD_TILES = 10
+"""The most that an op may hold at a time beside its input and its result."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one op on one rank: ``sent`` and ``held`` in tiles, and ``messages``."""
+
+    sent: float
+    messages: float
+    held: float
+
+
+def triangle_multiplication_cost(grid: Grid, c: int, algorithm: str, incoming: bool = False) -> Cost:
+    """``alltoall`` or ``ring``, for z of ``c`` channels."""
+    rows, cols, p = _oriented(grid, incoming)
+    if algorithm == "ring":
+        return Cost(3 * (cols - 1 + rows - 1 / cols), 3 * _ring_messages(rows, cols), held=5)
+    # With more ranks than channels some hold a whole channel and others nothing.
+    return Cost(6 * (p - 1) / p, 6 * (p - 1), held=3 * ceil(c / p) * p / c)
+
+
+def triangle_attention_cost(
+    grid: Grid, n: int, c: int, heads: int, width: int, algorithm: str, ending: bool = False
+) -> Cost:
+    """``alltoall`` or ``ring``, for z of ``c`` channels and ``heads`` heads of ``width`` channels together."""
+    rows, cols, p = _oriented(grid, ending)
+    if algorithm == "ring":
+        sent = 3 * ((cols - 1) * 2 * width + (rows - 1 / cols) * heads) / c
+        return Cost(sent, 3 * _ring_messages(rows, cols), held=9 * width / c)
+    panels = bias_panels(grid, n, c, heads)
+    times = 2 if panels == 1 else 3
+    sent = 4 * (cols - 1) / cols + times * (p - 1) * heads / c
+    panels_of_a_rank = (rows + panels - gcd(rows, panels)) / rows
+    return Cost(sent, 4 * (cols - 1) + times * (p - 1) * panels_of_a_rank, held=3)
+
+
+def bias_panels(grid: Grid, n: int, c: int, heads: int) -> int:
+    """Panels in which the triangle bias is gathered, so that none is larger than half a tile of z."""
+    return min(n, ceil(2 * heads * grid.cp_size / c))
+
+
+def choose(algorithm: str, ring: Cost, alltoall: Cost, tile_bytes: int) -> str:
+    """``alltoall`` or ``ring``: what was asked for, or what the model says if that is ``auto``."""
+    if algorithm != "auto":
+        return algorithm
+    if alltoall.held > HELD_TILES:
+        return "ring"
+    if ring.held > HELD_TILES:
+        return "alltoall"
+    ring_bytes, alltoall_bytes = (cost.sent * tile_bytes + cost.messages * MESSAGE_BYTES for cost in (ring, alltoall))
+    return "ring" if ring_bytes < 0.9 * alltoall_bytes else "alltoall"
+
+
+def _oriented(grid: Grid, transposed: bool) -> tuple[int, int, int]:
+    return (grid.cols, grid.rows, grid.cp_size) if transposed else (grid.rows, grid.cols, grid.cp_size)
+
+
+def _ring_messages(rows: int, cols: int) -> float:
+    """Messages of one pass: one a step along the rows, and one for each overlap of a part of R with a part of C."""
+    p = rows * cols
+    return cols - 1 + (rows + cols - gcd(rows, cols)) * (p - 1) / p
