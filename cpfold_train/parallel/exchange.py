@@ -46,8 +46,10 @@ class Exchange:
                         work.wait()
                 except RuntimeError as error:
                     raise RuntimeError(self._describe()) from error
-        self._works, self._sends = [], {}
-        return self._receives
+        received = self._receives
+        # Whoever keeps the exchange does not keep what it moved.
+        self._works, self._sends, self._receives = [], {}, {}
+        return received
 
     def _describe(self) -> str:
         def side(tensors: dict[int, Tensor]) -> str:
