@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_iter
 
 from cpfold_train.bench.cases import CASES, make_inputs
 from cpfold_train.model.config import ModelConfig
+from cpfold_train.ops import biased_attention
+from cpfold_train.ops.by_rows import BLOCK_BYTES
 from cpfold_train.parallel.context import fake_world
 from cpfold_train.parallel.grid import Grid
 
@@ -67,6 +69,8 @@ def simulate(op: str, config: ModelConfig, n: int, depth: int, grid: Grid, dtype
         ``peak_bytes`` above inputs and weights, ``sent_bytes``, and ``ops``, the ledger's entries by operation.
     """
     case = CASES[op]
+    # Every call is made in Python, block for block, and a real core's cache does not matter here.
+    biased_attention.SCORE_BYTES = BLOCK_BYTES
     with torch.device("meta"):
         module = case.build(config).to(dtype)
     with fake_world(grid, algorithm) as cp, FakeTensorMode(allow_non_fake_inputs=True), LiveMemory() as memory:
