@@ -20,6 +20,7 @@ from cpfold_train.model.pairformer import AttentionPairBias, PairformerLayer
 from cpfold_train.model.trunk import DistogramModule, Trunk
 from cpfold_train.ops import outer_product_mean as opm
 from cpfold_train.ops import pair_weighted_averaging as pwa
+from cpfold_train.ops import triangle_attention
 from cpfold_train.ops.outer_product_mean import pair_counts
 from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.parallel.context import TILED, ContextParallel
@@ -127,6 +128,23 @@ def test_grid_parity(ranks, case, grid):
     inputs = {name: INPUTS[name][0] for name in names}
     placements = {name: INPUTS[name][1] for name in names}
     check(ranks, *grid, build, call, inputs, placements, out_placement)
+
+
+def grouped_attention(module, x, cp):
+    """Three groups of rows, each with its two or three panels of bias on 2x3."""
+    original, triangle_attention.row_groups = triangle_attention.row_groups, lambda *_, **__: 3
+    try:
+        return attention(module, x, cp, "alltoall")
+    finally:
+        triangle_attention.row_groups = original
+
+
+@pytest.mark.parametrize("cls", [TriangleAttentionStartingNode, TriangleAttentionEndingNode])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_attention_in_groups_of_rows(ranks, cls, heads):
+    inputs, placements = ({name: INPUTS[name][i] for name in ("z", "token_mask")} for i in range(2))
+    build = partial(double, cls, C_Z, 6, heads)
+    check(ranks, 2, 3, build, grouped_attention, inputs, placements, "pair")
 
 
 def features(grid) -> dict[str, torch.Tensor]:

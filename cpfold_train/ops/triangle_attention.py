@@ -27,7 +27,7 @@ from cpfold_train.ops.by_rows import by_rows, rows_per_block
 from cpfold_train.ops.ring_attention import ring_attention
 from cpfold_train.ops.stream import stream
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.parallel.cost import bias_panels, choose, triangle_attention_cost
+from cpfold_train.parallel.cost import bias_panels, choose, row_groups, triangle_attention_cost
 from cpfold_train.parallel.grid import Interval, split
 from cpfold_train.parallel.layouts import (
     col_parts,
@@ -40,7 +40,7 @@ from cpfold_train.parallel.layouts import (
     whole_cols,
     whole_rows,
 )
-from cpfold_train.parallel.redistribute import Layout, Pending, Route, finish, redistribute, start
+from cpfold_train.parallel.redistribute import Layout, Route, finish, start
 
 Parts = tuple[Interval, ...]
 
@@ -76,10 +76,10 @@ def triangle_attention_starting(z: Tensor, token_mask: Tensor, w: Weights, cp: C
     if _algorithm(z, n, w, False, cp) == "ring":
         blocks = [col_ring(cp.grid, n, k) for k in range(cp.grid.cols)]
         return _around_the_grid(z, bias, w, row_parts(cp.grid, n), col_parts(cp.grid, n), blocks, as_tiles, cp, op)
-    as_rows = whole_rows(cp.grid, n, n)
-    z_coming = start(z, cp, cp.all, (1, 2), as_tiles, as_rows, op)
-    update = _in_whole_rows(z_coming, bias, w, as_tiles, n, cp, op)
-    return redistribute(update, cp, cp.all, (1, 2), as_rows, as_tiles, op)
+    groups = row_groups(cp.grid, n, z.shape[3], bias.shape[1])
+    some = n // groups
+    as_rows = whole_rows(cp.grid, some, n)
+    return _in_whole_rows(z.chunk(groups, 1), bias, w, tiles(cp.grid, some, n), as_rows, as_tiles, n, cp, op)
 
 
 def triangle_attention_ending(z: Tensor, token_mask: Tensor, w: Weights, cp: ContextParallel) -> Tensor:
@@ -93,10 +93,14 @@ def triangle_attention_ending(z: Tensor, token_mask: Tensor, w: Weights, cp: Con
         blocks = [row_ring(cp.grid, n, k) for k in range(cp.grid.rows)]
         rows, queries = col_parts(cp.grid, n), row_parts(cp.grid, n)
         return _around_the_grid(z, bias, w, rows, queries, blocks, as_tiles, cp, op).transpose(1, 2)
-    as_rows = tuple((cols, rows) for rows, cols in whole_cols(cp.grid, n, n))
-    z_coming = start(z, cp, cp.all, (1, 2), as_tiles, as_rows, op)
-    update = _in_whole_rows(z_coming, bias, w, as_tiles, n, cp, op)
-    return redistribute(update, cp, cp.all, (1, 2), as_rows, as_tiles, op).transpose(1, 2)
+    groups = row_groups(cp.grid, n, z.shape[3], bias.shape[1], ending=True)
+    some = n // groups
+    has, as_rows = (_swapped(layout) for layout in (tiles(cp.grid, n, some), whole_cols(cp.grid, n, some)))
+    return _in_whole_rows(z.chunk(groups, 1), bias, w, has, as_rows, as_tiles, n, cp, op).transpose(1, 2)
+
+
+def _swapped(layout: Layout) -> Layout:
+    return tuple((second, first) for first, second in layout)
 
 
 def _algorithm(z: Tensor, n: int, w: Weights, ending: bool, cp: ContextParallel) -> str:
@@ -118,21 +122,37 @@ def _bias(z: Tensor, key_mask: Tensor, w: Weights) -> Tensor:
 
 
 def _in_whole_rows(
-    z_coming: Pending, bias: Tensor, w: Weights, as_tiles: Layout, n: int, cp: ContextParallel, op: str
+    z: tuple[Tensor, ...],
+    bias: Tensor,
+    w: Weights,
+    has: Layout,
+    as_rows: Layout,
+    bias_has: Layout,
+    n: int,
+    cp: ContextParallel,
+    op: str,
 ) -> Tensor:
-    """Gated attention within complete rows: z on its way to (B, r, N, c) and a tile of the bias to (B, r, N, c)."""
+    """Gated attention within complete rows: groups of a tile's rows (B, r, q, c) and its bias to the tile's update.
+
+    One group travels while another attends, there, back and in the backward pass. ``has`` and ``as_rows`` number the
+    rows of a group.
+    """
+    coming = [start(part, cp, cp.all, (1, 2), has, as_rows, op) for part in z]
     shared = _shared_weights(w, bias.shape[1])
-    panels = split(n, bias_panels(cp.grid, n, w.q.shape[1], bias.shape[1]))
+    panels = split(n, bias_panels(cp.grid, n, z[0].shape[3], bias.shape[1]))
     if len(panels) == 1:
-        bias_coming = start(bias, cp, cp.all, (2, 3), as_tiles, everything(cp.grid, n, n), op)
-        return _attend(finish(z_coming), finish(bias_coming), *shared, (0, n))
-    routes = [[Route(cp, cp.all, (2, 3), as_tiles, ((panel, (0, n)),) * cp.all.size, op)] for panel in panels]
+        bias = finish(start(bias, cp, cp.all, (2, 3), bias_has, everything(cp.grid, n, n), op))
+        updates = (_attend(finish(part), bias, *shared, (0, n)) for part in coming)
+    else:
+        routes = [[Route(cp, cp.all, (2, 3), bias_has, ((panel, (0, n)),) * cp.all.size, op)] for panel in panels]
 
-    def step(k: int, z: Tensor, *args: Tensor) -> Tensor:
-        *shared, bias = args
-        return _attend(z, bias, *shared, panels[k])
+        def step(k: int, z: Tensor, *args: Tensor) -> Tensor:
+            *shared, bias = args
+            return _attend(z, bias, *shared, panels[k])
 
-    return stream(step, routes, (finish(z_coming), *shared), (bias,), dim=2)
+        updates = (stream(step, routes, (finish(part), *shared), (bias,), dim=2) for part in coming)
+    going = [start(update, cp, cp.all, (1, 2), as_rows, has, op) for update in updates]
+    return finish(going[0]) if len(going) == 1 else torch.cat([finish(part) for part in going], 1)
 
 
 def _around_the_grid(

@@ -24,10 +24,10 @@ from torch.nn.functional import layer_norm, linear
 from cpfold_train.ops.by_rows import by_rows, rows_per_block
 from cpfold_train.ops.stream import stream
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.parallel.cost import choose, triangle_multiplication_cost
+from cpfold_train.parallel.cost import channel_groups, choose, triangle_multiplication_cost
 from cpfold_train.parallel.grid import split
 from cpfold_train.parallel.layouts import col_parts, col_ring, everything, row_parts, row_ring, tiles, with_dim
-from cpfold_train.parallel.redistribute import Layout, Pending, Route, finish, start
+from cpfold_train.parallel.redistribute import Layout, Route, finish, start
 
 OP = "triangle_multiplication"
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -104,16 +104,23 @@ def _algorithm(z: Tensor, incoming: bool, cp: ContextParallel) -> str:
 
 
 def _by_channels(a: Tensor, b: Tensor, product: Product, n: int, cp: ContextParallel) -> Tensor:
-    """The product of all tiles, with all pairs of a few channels on each rank: (B, c, N/R, N/C) to the same."""
-    c = a.shape[1]
-    as_tiles = with_dim(((0, c),) * cp.all.size, tiles(cp.grid, n, n))
-    as_channels = with_dim(split(c, cp.all.size), everything(cp.grid, n, n))
+    """The product of all tiles, with all pairs of a few channels on each rank: (B, c, N/R, N/C) to the same.
 
-    def move(x: Tensor, has: Layout, wants: Layout) -> Pending:
-        return start(x, cp, cp.all, (1, 2, 3), has, wants, OP)
-
-    a_coming, b_coming = move(a, as_tiles, as_channels), move(b, as_tiles, as_channels)
-    return finish(move(product(finish(a_coming), finish(b_coming)), as_channels, as_tiles))
+    Channels go in groups: one travels while another is multiplied, there, back and in the backward pass.
+    """
+    groups = channel_groups(cp.grid, a.shape[1])
+    moves = []
+    for a_g, b_g in zip(a.chunk(groups, 1), b.chunk(groups, 1)):
+        c = a_g.shape[1]
+        as_tiles = with_dim(((0, c),) * cp.all.size, tiles(cp.grid, n, n))
+        as_channels = with_dim(split(c, cp.all.size), everything(cp.grid, n, n))
+        there = (start(x, cp, cp.all, (1, 2, 3), as_tiles, as_channels, OP) for x in (a_g, b_g))
+        moves.append((*there, as_channels, as_tiles))
+    going = [
+        start(product(finish(a_g), finish(b_g)), cp, cp.all, (1, 2, 3), as_channels, as_tiles, OP)
+        for a_g, b_g, as_channels, as_tiles in moves
+    ]
+    return finish(going[0]) if groups == 1 else torch.cat([finish(x) for x in going], 1)
 
 
 def _project(z: Tensor, mask: Tensor, norm_weight: Tensor, norm_bias: Tensor, p_in: Tensor, g_in: Tensor) -> Tensor:

@@ -3,18 +3,19 @@
 Figures are means over the ranks of a grid, forward and backward together; T is the number of elements of a tile of z,
 B (N/R) (N/C) c. For the triangle multiplication:
 
-    all-to-all   sent 6 T (P - 1) / P                    messages 6 (P - 1)
+    all-to-all   sent 6 T (P - 1) / P                    messages 6 (P - 1) g
     ring         sent 3 T (C - 1 + R - 1 / C)            messages 3 (C - 1 + (R + C - gcd(R, C)) (P - 1) / P)
 
 and for the triangle attention around the starting node, with a bias of h channels and keys and values of width 2 w:
 
     all-to-all   sent 4 T (C - 1) / C + b T (P - 1) h / c
-                                                         messages 4 (C - 1) + b (P - 1) (a rank's bias panels)
+                                                         messages 4 (C - 1) g + b (P - 1) (a rank's bias panels)
     ring         sent 3 T ((C - 1) 2 w + (R - 1 / C) h) / c
                                                          messages as for the triangle multiplication
 
-b is 2 where the bias is gathered whole, and 3 where it comes in panels, which are fetched once more in the backward
-pass. The incoming edges and the ending node are the transpose: R and C change places.
+g is the number of groups, of channels or of rows, that travel one after the other so that one can be worked on
+meanwhile. b is 2 where the bias is gathered whole, and 3 where it comes in panels, which are fetched once more in the
+backward pass. The incoming edges and the ending node are the transpose: R and C change places.
 
 The faster way is the one with fewer bytes, where each message counts as ``MESSAGE_BYTES``, provided that it holds no
 more than ``HELD_TILES`` tiles. A ring repeats its products in the backward pass, so it has to be better by a tenth.
@@ -30,6 +31,8 @@ from cpfold_train.parallel.grid import Grid
 ALGORITHMS = ("auto", "alltoall", "ring")
 MESSAGE_BYTES = 1 << 16
 """What a link moves in the 10 microseconds that a message takes to get under way, at 6 GB/s."""
+GROUPS = 2
+"""One group that travels and one that is worked on."""
 HELD_TILES = 10
 """The most that an op may hold at a time beside its input and its result."""
 
@@ -49,7 +52,7 @@ def triangle_multiplication_cost(grid: Grid, c: int, algorithm: str, incoming: b
     if algorithm == "ring":
         return Cost(3 * (cols - 1 + rows - 1 / cols), 3 * _ring_messages(rows, cols), held=5)
     # With more ranks than channels some hold a whole channel and others nothing.
-    return Cost(6 * (p - 1) / p, 6 * (p - 1), held=3 * ceil(c / p) * p / c)
+    return Cost(6 * (p - 1) / p, 6 * (p - 1) * channel_groups(grid, c), held=3 * ceil(c / p) * p / c)
 
 
 def triangle_attention_cost(
@@ -64,12 +67,28 @@ def triangle_attention_cost(
     times = 2 if panels == 1 else 3
     sent = 4 * (cols - 1) / cols + times * (p - 1) * heads / c
     panels_of_a_rank = (rows + panels - gcd(rows, panels)) / rows
-    return Cost(sent, 4 * (cols - 1) + times * (p - 1) * panels_of_a_rank, held=3)
+    groups = row_groups(grid, n, c, heads, ending)
+    return Cost(sent, 4 * (cols - 1) * groups + times * (p - 1) * panels_of_a_rank, held=3)
 
 
 def bias_panels(grid: Grid, n: int, c: int, heads: int) -> int:
     """Panels in which the triangle bias is gathered, so that none is larger than half a tile of z."""
     return min(n, ceil(2 * heads * grid.cp_size / c))
+
+
+def channel_groups(grid: Grid, c: int) -> int:
+    """Groups of channels that a triangle multiplication exchanges one after the other."""
+    return GROUPS if 1 < grid.cp_size <= c // GROUPS else 1
+
+
+def row_groups(grid: Grid, n: int, c: int, heads: int, ending: bool = False) -> int:
+    """Groups of rows that a triangle attention exchanges one after the other.
+
+    Where the bias comes in panels there is one group: another would fetch all panels again.
+    """
+    rows, cols, _ = _oriented(grid, ending)
+    divisible = n // rows % (GROUPS * cols) == 0
+    return GROUPS if cols > 1 and divisible and bias_panels(grid, n, c, heads) == 1 else 1
 
 
 def choose(algorithm: str, ring: Cost, alltoall: Cost, tile_bytes: int) -> str:
