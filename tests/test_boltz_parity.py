@@ -1,12 +1,10 @@
 """The trunk against the stock ``boltz`` package: same weights, same features, fp64, outputs and every gradient.
 
-The package pins versions that this project does not want, so it lives in an environment of its own; its interpreter is
-named by ``BOLTZ_PYTHON``.
+The package runs in a process of its own: that of the interpreter that ``BOLTZ_PYTHON`` names, else of this one.
 """
 
 from __future__ import annotations
 
-import os
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
+from cpfold_train.bench.command import boltz_python
 from cpfold_train.losses.distogram import distogram_loss
 from cpfold_train.model.config import ModelConfig, MSAConfig, PairformerConfig
 from cpfold_train.model.trunk import Trunk
@@ -52,9 +51,9 @@ def single_weight(s: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory):
     """What the package computes."""
-    python = os.environ.get("BOLTZ_PYTHON")
+    python = boltz_python()
     if not python:
-        pytest.skip("BOLTZ_PYTHON does not name an interpreter that has the boltz package (README, 'Tests')")
+        pytest.skip("the boltz package is absent: type pip install -e '.[boltz]'")
     folder = tmp_path_factory.mktemp("oracle")
     trunk = Trunk(CONFIG).double()
     randomise(trunk)

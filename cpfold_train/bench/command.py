@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 
@@ -54,12 +55,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", choices=["boltz"], help="also time the stock package's serial module in this call")
     parser.add_argument(
         "--boltz-python",
-        default=os.environ.get("BOLTZ_PYTHON"),
+        default=boltz_python(),
         metavar="PATH",
-        help="interpreter of an environment with the boltz package (default: the variable BOLTZ_PYTHON)",
+        help="interpreter that has the boltz package (default: the variable BOLTZ_PYTHON, else this one if it has)",
     )
     parser.add_argument("--boltz-threads", type=int, default=os.cpu_count(), help="its threads (default: all cores)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+
+
+def boltz_python() -> str | None:
+    """Interpreter that has the boltz package: the variable ``BOLTZ_PYTHON``, else this one if it has it, else None."""
+    return os.environ.get("BOLTZ_PYTHON") or (sys.executable if find_spec("boltz") else None)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -82,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
             f"--grid {grid} needs {grid.cp_size} GPUs and there are {torch.cuda.device_count()}: type a smaller --grid"
         )
     if args.against and not args.boltz_python:
-        raise ConfigError("--against boltz needs an interpreter that has the package: type --boltz-python PATH")
+        raise ConfigError("--against boltz needs the package: type pip install -e '.[boltz]', or --boltz-python PATH")
 
     with tempfile.TemporaryDirectory() as folder:
         job = {**vars(args), "n": n, "msa_depth": depth, "threads": threads, "folder": folder, "port": _free_port()}
