@@ -21,7 +21,7 @@ GRIDS = [(1, 2), (2, 1), (2, 2), (2, 3), (3, 3)]
 
 @pytest.fixture(scope="module")
 def samples():
-    entries = open_shards(["data/shards/*.tar", "data/large/*.tar"])
+    entries = open_shards(["data/large/*.tar", "tests/data/*.tar"])
     return {entry.key: entry for entry in entries}
 
 

@@ -35,7 +35,7 @@ def draws(batches):
 
 def test_batch_shapes():
     grid = Grid(2, 3, 1, 4)
-    batch = next(iter(loader(grid, crop_size=100)))
+    batch = next(iter(loader(grid, crop_size=100, shards=["tests/data/*.tar"])))
     n, s = grid.pad_tokens(100), 16
     assert batch["res_type"].shape == (2, n, 33) and batch["token_bonds"].shape == (2, n // 2, n // 3, 1)
     assert batch["disto_target"].shape == (2, n // 2, n // 3, 1) and batch["msa"].shape == (2, s // 2, n // 3)
@@ -147,12 +147,12 @@ def test_corrupt_sample_is_named(tmp_path, workers):
         shutil.copy(path, tmp_path)
     tar = tmp_path / "val-000000.tar"
     index = json.loads((tmp_path / "val-000000.index.json").read_text())
-    sample = next(each for each in index["samples"] if each["key"] == "5zyh")
+    sample = next(each for each in index["samples"] if each["key"] == "1pzp")
     offset, size = sample["members"]["structure.npz"]
     data = bytearray(tar.read_bytes())
     data[offset + 100 : offset + size] = bytes(size - 100)
     tar.write_bytes(data)
-    with pytest.raises(DataError, match=r"val-000000.tar: sample 5zyh cannot be read"):
+    with pytest.raises(DataError, match=r"val-000000.tar: sample 1pzp cannot be read"):
         list(loader(shards=[str(tar)], num_workers=workers))
 
 
