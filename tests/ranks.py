@@ -83,6 +83,7 @@ def _serve(rank: int, pipe, other_end, folder: Path) -> None:
             if grid not in contexts:
                 contexts[grid] = ContextParallel(grid, timeout=timedelta(seconds=60))
             contexts[grid].ledger.reset()
+            contexts[grid].algorithm = "auto"
             answer = True, function(contexts[grid], *args)
         except BaseException:
             answer = False, traceback.format_exc()

@@ -27,15 +27,16 @@ from cpfold_train.ops.by_rows import by_rows, rows_per_block
 from cpfold_train.ops.ring_attention import ring_attention
 from cpfold_train.ops.stream import stream
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.parallel.cost import bias_panels, choose, row_groups, triangle_attention_cost
+from cpfold_train.parallel.cost import bias_panels, choose, row_groups, row_sharers, triangle_attention_cost
 from cpfold_train.parallel.grid import Interval, split
 from cpfold_train.parallel.layouts import (
     col_parts,
     col_ring,
-    everything,
+    col_shares,
     mirrored_tiles,
     row_parts,
     row_ring,
+    row_shares,
     tiles,
     whole_cols,
     whole_rows,
@@ -77,9 +78,10 @@ def triangle_attention_starting(z: Tensor, token_mask: Tensor, w: Weights, cp: C
         blocks = [col_ring(cp.grid, n, k) for k in range(cp.grid.cols)]
         return _around_the_grid(z, bias, w, row_parts(cp.grid, n), col_parts(cp.grid, n), blocks, as_tiles, cp, op)
     groups = row_groups(cp.grid, n, z.shape[3], bias.shape[1])
+    sharers = row_sharers(cp.grid, n, z.shape[3], bias.shape[1])
     some = n // groups
-    as_rows = whole_rows(cp.grid, some, n)
-    return _in_whole_rows(z.chunk(groups, 1), bias, w, tiles(cp.grid, some, n), as_rows, as_tiles, n, cp, op)
+    as_rows, shares = whole_rows(cp.grid, some, n, sharers), col_shares(cp.grid, n, sharers)
+    return _in_whole_rows(z.chunk(groups, 1), bias, w, tiles(cp.grid, some, n), as_rows, shares, as_tiles, n, cp, op)
 
 
 def triangle_attention_ending(z: Tensor, token_mask: Tensor, w: Weights, cp: ContextParallel) -> Tensor:
@@ -94,9 +96,11 @@ def triangle_attention_ending(z: Tensor, token_mask: Tensor, w: Weights, cp: Con
         rows, queries = col_parts(cp.grid, n), row_parts(cp.grid, n)
         return _around_the_grid(z, bias, w, rows, queries, blocks, as_tiles, cp, op).transpose(1, 2)
     groups = row_groups(cp.grid, n, z.shape[3], bias.shape[1], ending=True)
+    sharers = row_sharers(cp.grid, n, z.shape[3], bias.shape[1], ending=True)
     some = n // groups
-    has, as_rows = (_swapped(layout) for layout in (tiles(cp.grid, n, some), whole_cols(cp.grid, n, some)))
-    return _in_whole_rows(z.chunk(groups, 1), bias, w, has, as_rows, as_tiles, n, cp, op).transpose(1, 2)
+    has, as_rows = (_swapped(layout) for layout in (tiles(cp.grid, n, some), whole_cols(cp.grid, n, some, sharers)))
+    shares = row_shares(cp.grid, n, sharers)
+    return _in_whole_rows(z.chunk(groups, 1), bias, w, has, as_rows, shares, as_tiles, n, cp, op).transpose(1, 2)
 
 
 def _swapped(layout: Layout) -> Layout:
@@ -127,6 +131,7 @@ def _in_whole_rows(
     w: Weights,
     has: Layout,
     as_rows: Layout,
+    shares: Parts,
     bias_has: Layout,
     n: int,
     cp: ContextParallel,
@@ -135,23 +140,28 @@ def _in_whole_rows(
     """Gated attention within complete rows: groups of a tile's rows (B, r, q, c) and its bias to the tile's update.
 
     One group travels while another attends, there, back and in the backward pass. ``has`` and ``as_rows`` number the
-    rows of a group.
+    rows of a group. Ranks that have the same rows attend for their ``shares`` of the queries.
     """
     coming = [start(part, cp, cp.all, (1, 2), has, as_rows, op) for part in z]
     shared = _shared_weights(w, bias.shape[1])
-    panels = split(n, bias_panels(cp.grid, n, z[0].shape[3], bias.shape[1]))
-    if len(panels) == 1:
-        bias = finish(start(bias, cp, cp.all, (2, 3), bias_has, everything(cp.grid, n, n), op))
-        updates = (_attend(finish(part), bias, *shared, (0, n)) for part in coming)
+    mine = shares[cp.all.index]
+    panels = bias_panels(cp.grid, n, z[0].shape[3], bias.shape[1], n // (mine[1] - mine[0]))
+    if panels == 1:
+        wants = tuple((share, (0, n)) for share in shares)
+        bias = finish(start(bias, cp, cp.all, (2, 3), bias_has, wants, op))
+        updates = (_attend(finish(part), bias, *shared, mine) for part in coming)
     else:
-        routes = [[Route(cp, cp.all, (2, 3), bias_has, ((panel, (0, n)),) * cp.all.size, op)] for panel in panels]
+        by_rank = [[(lo + a, lo + b) for a, b in split(hi - lo, panels)] for lo, hi in shares]
+        wants = [tuple((parts[k], (0, n)) for parts in by_rank) for k in range(panels)]
+        routes = [[Route(cp, cp.all, (2, 3), bias_has, boxes, op)] for boxes in wants]
 
         def step(k: int, z: Tensor, *args: Tensor) -> Tensor:
             *shared, bias = args
-            return _attend(z, bias, *shared, panels[k])
+            return _attend(z, bias, *shared, by_rank[cp.all.index][k])
 
         updates = (stream(step, routes, (finish(part), *shared), (bias,), dim=2) for part in coming)
-    going = [start(update, cp, cp.all, (1, 2), as_rows, has, op) for update in updates]
+    done = tuple((rows, share) for (rows, _), share in zip(as_rows, shares))
+    going = [start(update, cp, cp.all, (1, 2), done, has, op) for update in updates]
     return finish(going[0]) if len(going) == 1 else torch.cat([finish(part) for part in going], 1)
 
 

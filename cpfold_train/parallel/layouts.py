@@ -20,17 +20,31 @@ def mirrored_tiles(grid: Grid, n: int) -> Layout:
     return tuple((c, r) for r, c in tiles(grid, n, n))
 
 
-def whole_rows(grid: Grid, rows: int, cols: int) -> Layout:
-    """Each rank holds complete rows, the J-th of C parts of the rows of its tile."""
-    size = rows // grid.cp_size
-    return tuple(((p * size, (p + 1) * size), (0, cols)) for p in range(grid.cp_size))
+def whole_rows(grid: Grid, rows: int, cols: int, sharers: int = 1) -> Layout:
+    """Each rank holds complete rows of its tile: the C ranks of a grid row share them out, every ``sharers`` of them
+    holding the same ones."""
+    size, places = rows // grid.cp_size * sharers, grid.cols // sharers
+    first = [row * places + col % places for row in range(grid.rows) for col in range(grid.cols)]
+    return tuple(((f * size, (f + 1) * size), (0, cols)) for f in first)
 
 
-def whole_cols(grid: Grid, rows: int, cols: int) -> Layout:
-    """Each rank holds complete columns, the I-th of R parts of the columns of its tile."""
-    size = cols // grid.cp_size
-    first = [col * grid.rows + row for row in range(grid.rows) for col in range(grid.cols)]
+def whole_cols(grid: Grid, rows: int, cols: int, sharers: int = 1) -> Layout:
+    """As :func:`whole_rows`, for the columns and the R ranks of a grid column."""
+    size, places = cols // grid.cp_size * sharers, grid.rows // sharers
+    first = [col * places + row % places for row in range(grid.rows) for col in range(grid.cols)]
     return tuple(((0, rows), (f * size, (f + 1) * size)) for f in first)
+
+
+def col_shares(grid: Grid, n: int, sharers: int) -> tuple[Interval, ...]:
+    """The part of n that is each rank's among the ``sharers`` of :func:`whole_rows`; its tile's columns are in it."""
+    parts = split(n, sharers)
+    return tuple(parts[col * sharers // grid.cols] for _ in range(grid.rows) for col in range(grid.cols))
+
+
+def row_shares(grid: Grid, n: int, sharers: int) -> tuple[Interval, ...]:
+    """As :func:`col_shares`, for :func:`whole_cols` and the rows of its tile."""
+    parts = split(n, sharers)
+    return tuple(parts[row * sharers // grid.rows] for row in range(grid.rows) for _ in range(grid.cols))
 
 
 def row_bands(grid: Grid, rows: int, cols: int) -> Layout:
