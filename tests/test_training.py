@@ -50,7 +50,7 @@ def test_scores_of_tiles_are_those_of_the_whole(sample, grid):
         distance, valid = metrics.true_distances(centre, resolved, rows, cols)
         parts += metrics.lddt_parts(expected, distance, valid)
         far = valid & metrics.long_range(asym_id, residue_index, rows, cols)
-        candidates.append(metrics.contact_candidates(contact, distance, far, top))
+        candidates.append(metrics.contact_candidates(contact, distance, far, top, rows, cols, N))
     lddt = parts[0] / parts[1]
     precision = metrics.precision(torch.cat(candidates), top)
 

@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TINY = [
+    "data.train=[tests/data/*.tar]",
     "crop_size=24",
     "data.max_msa_rows=4",
     "data.samples_per_epoch=8",

@@ -20,7 +20,10 @@ from cpfold_train.parallel.context import ContextParallel
 
 
 class InputEmbedder(nn.Module):
-    """s_inputs from what is known of each token. Local: every rank holds all tokens."""
+    """s_inputs from what is known of each token. Local: every rank holds all tokens.
+
+    It is a sum of terms, as in Boltz-2; the atom encoder's, which this trunk does not have, is one more.
+    """
 
     def __init__(self, token_s: int) -> None:
         super().__init__()

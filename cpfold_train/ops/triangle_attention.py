@@ -7,7 +7,8 @@ All-to-all: an exchange inside the row group (the column group) turns tiles into
 attention is local; the result goes back the same way. Only the triangle bias, h channels of N x N, is needed by every
 rank; it is gathered whole where that is at most half a tile, else in panels of so many queries. Each rank sends
 2 T (C - 1) / C elements forward for the starting node, 2 T (R - 1) / R for the ending node, and (P - 1) T h / c of
-bias; as many backward, and the bias once more where there are several panels.
+bias; as many backward, and the bias once more where there are several panels. On large grids the bias outweighs z:
+there q ranks hold the same rows, each attends for 1/q of the queries and gets 1/q of the bias.
 
 Ring: queries stay where they are; keys, values and their bias come around the grid. Each rank sends 2 (C - 1) T and
 about C T h / c of bias forward, and twice that backward.

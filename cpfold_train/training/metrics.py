@@ -81,11 +81,19 @@ def long_range(asym_id: Tensor, residue_index: Tensor, rows: tuple[int, int], co
     return (index[i, None] < index[None, j]) & (apart | (asym_id[i, None] != asym_id[None, j]))
 
 
-def contact_candidates(probability: Tensor, distance: Tensor, valid: Tensor, top: int) -> Tensor:
-    """(top, 2): the likeliest contacts of the tile, as probability and whether it is one; (-1, 0) fills the rest."""
-    ranked = probability.masked_fill(~valid, -1.0).flatten()
+def contact_candidates(
+    probability: Tensor, distance: Tensor, valid: Tensor, top: int, rows: tuple[int, int], cols: tuple[int, int], n: int
+) -> Tensor:
+    """(top, 2): the likeliest contacts of the tile, as probability and whether it is one; (-1, 0) fills the rest.
+
+    Copies of a chain get the same probabilities up to rounding, which differs between grids. So these are compared to
+    six digits, and of equal ones the first of the n x n pairs counts.
+    """
+    i, j = (torch.arange(*interval, device=probability.device, dtype=torch.float64) for interval in (rows, cols))
+    ranked = probability.double().round(decimals=6) - 1e-7 * (i[:, None] * n + j) / n**2
+    ranked = ranked.masked_fill(~valid, -1.0).flatten()
     best, place = ranked.topk(min(top, ranked.numel()))
-    true = (distance.flatten()[place] < CONTACT) & (best >= 0)
+    true = (distance.flatten()[place] < CONTACT) & (best > -1)
     candidates = torch.stack([best, true.to(best.dtype)], dim=1)
     fill = candidates.new_tensor([-1.0, 0.0]).expand(top - len(candidates), 2)
     return torch.cat([candidates, fill])
@@ -94,5 +102,5 @@ def contact_candidates(probability: Tensor, distance: Tensor, valid: Tensor, top
 def precision(candidates: Tensor, top: int) -> Tensor:
     """Share of true contacts among the ``top`` likeliest of (n, 2) candidates of all tiles; 0 where there are none."""
     best, place = candidates[:, 0].topk(min(top, len(candidates)))
-    taken = best >= 0
+    taken = best > -1
     return (candidates[place, 1] * taken).sum() / taken.sum().clamp(min=1)
