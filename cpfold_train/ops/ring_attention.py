@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cpfold_train.ops.biased_attention import score_blocks
+from cpfold_train.ops.stream import Returning, collect, give_back, pieces_in_turn
 from cpfold_train.parallel.redistribute import Route
 
 RingStep = tuple[Route, Route]
@@ -41,10 +42,8 @@ class _RingAttention(torch.autograd.Function):
         out = torch.zeros_like(q, dtype=wide)
         highest = torch.full_like(q[..., :1], -torch.inf, dtype=wide)
         total = torch.zeros_like(highest)
-        coming = _fetch(steps[0], kv, bias)
-        for step, following in zip(steps, [*steps[1:], None]):
-            (k, v), bias_k = _arrive(step, coming)
-            coming = _fetch(following, kv, bias) if following else None
+        for kv_k, bias_k in pieces_in_turn(steps, (kv, bias)):
+            k, v = kv_k.chunk(2, -1)
             for r, i in score_blocks(q, bias_k):
                 scores = (q[:, r, :, i] @ k[:, r].mT).to(wide).add_(bias_k[:, None, :, i])
                 before = highest[:, r, :, i]
@@ -64,10 +63,9 @@ class _RingAttention(torch.autograd.Function):
         wide = log_total.dtype
         shift = (grad * out).sum(-1, keepdim=True, dtype=wide)
         dq, dkv, dbias = (torch.zeros_like(x, dtype=wide) for x in (q, kv, bias))
-        coming, returning = _fetch(ctx.steps[0], kv, bias), None
-        for step, following in zip(ctx.steps, [*ctx.steps[1:], None]):
-            (k, v), bias_k = _arrive(step, coming)
-            coming = _fetch(following, kv, bias) if following else None
+        returning: list[Returning] = []
+        for (kv_route, bias_route), (kv_k, bias_k) in zip(ctx.steps, pieces_in_turn(ctx.steps, (kv, bias))):
+            k, v = kv_k.chunk(2, -1)
             # Transposed, as in biased_attention.
             dk, dv = (torch.zeros_like(x.mT, dtype=wide, memory_format=torch.contiguous_format) for x in (k, v))
             dbias_k = torch.zeros_like(bias_k, dtype=wide)
@@ -82,25 +80,8 @@ class _RingAttention(torch.autograd.Function):
                 dscores = dscores.to(q.dtype)
                 dq[:, r, :, i] += dscores @ k[:, r]
                 dk[:, r] += q_i.mT @ dscores
-            _collect(returning, dkv, dbias)
-            returning = step, torch.cat([dk.mT, dv.mT], -1), dbias_k
-            step[0].give_back(returning[1])
-            step[1].give_back(returning[2])
-        _collect(returning, dkv, dbias)
+            collect(returning)
+            returning = [(kv_route, torch.cat([dk.mT, dv.mT], -1), dkv), (bias_route, dbias_k, dbias)]
+            give_back(returning)
+        collect(returning)
         return dq.to(q.dtype), dkv.to(kv.dtype), dbias.to(bias.dtype), None
-
-
-def _fetch(step: RingStep, kv: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    return step[0].fetch(kv), step[1].fetch(bias)
-
-
-def _arrive(step: RingStep, coming: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    return step[0].arrive(coming[0]).chunk(2, -1), step[1].arrive(coming[1])
-
-
-def _collect(returning: tuple[RingStep, Tensor, Tensor] | None, dkv: Tensor, dbias: Tensor) -> None:
-    """Add the gradients of a block that are on their way back."""
-    if returning:
-        (kv_route, bias_route), dkv_k, dbias_k = returning
-        dkv += kv_route.collect(dkv_k)
-        dbias += bias_route.collect(dbias_k)

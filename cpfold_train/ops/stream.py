@@ -7,7 +7,7 @@ tiles), panels of the triangle bias and chunks of MSA depth are all of this form
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -48,11 +48,7 @@ class _Stream(torch.autograd.Function):
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         local, sources = tensors[:count], tensors[count:]
         parts: list[Tensor] = []
-        coming = _fetch(routes[0], sources)
-        for k, here in enumerate(routes):
-            pieces = [route.arrive(piece) for route, piece in zip(here, coming)]
-            if k + 1 < len(routes):
-                coming = _fetch(routes[k + 1], sources)
+        for k, pieces in enumerate(pieces_in_turn(routes, sources)):
             part = step(k, *local, *pieces)
             if dim is None and parts:
                 parts[0] += part
@@ -71,12 +67,10 @@ class _Stream(torch.autograd.Function):
                 for x, need in zip(tensors, needs)]  # fmt: skip
         grads = [grad] * len(ctx.routes) if ctx.dim is None else grad.split(ctx.sizes, ctx.dim)
         device, dtype, enabled = ctx.autocast
-        coming, returning = _fetch(ctx.routes[0], sources), []
-        for k, (here, part_grad) in enumerate(zip(ctx.routes, grads)):
-            args = [*local, *(route.arrive(piece) for route, piece in zip(here, coming))]
-            if k + 1 < len(ctx.routes):
-                coming = _fetch(ctx.routes[k + 1], sources)
-            args = [x.detach().requires_grad_(need) for x, need in zip(args, needs)]
+        returning: list[Returning] = []
+        turns = zip(ctx.routes, pieces_in_turn(ctx.routes, sources), grads)
+        for k, (here, pieces, part_grad) in enumerate(turns):
+            args = [x.detach().requires_grad_(need) for x, need in zip((*local, *pieces), needs)]
             with torch.enable_grad(), torch.autocast(device, dtype, enabled):
                 part = ctx.step(k, *args)
             needed = [i for i, need in enumerate(needs) if need]
@@ -84,19 +78,33 @@ class _Stream(torch.autograd.Function):
             for i in needed:
                 if i < ctx.count:
                     wide[i] += found[i]
-            _collect(returning, wide)
-            returning = [(here[i - ctx.count], i, found[i]) for i in needed if i >= ctx.count]
-            for route, _, piece_grad in returning:
-                route.give_back(piece_grad)
-        _collect(returning, wide)
+            collect(returning)
+            returning = [(here[i - ctx.count], found[i], wide[i]) for i in needed if i >= ctx.count]
+            give_back(returning)
+        collect(returning)
         return None, None, None, None, *(g if g is None else g.to(x.dtype) for g, x in zip(wide, tensors))
 
 
-def _fetch(routes: Sequence[Route], sources: Sequence[Tensor]) -> list[Tensor]:
-    return [route.fetch(x) for route, x in zip(routes, sources)]
+def pieces_in_turn(routes: Sequence[Sequence[Route]], sources: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The pieces of each step, handed out when those of the next step are on their way."""
+    coming = [route.fetch(x) for route, x in zip(routes[0], sources)]
+    for here, following in zip(routes, [*routes[1:], ()]):
+        pieces = [route.arrive(piece) for route, piece in zip(here, coming)]
+        coming = [route.fetch(x) for route, x in zip(following, sources)]
+        yield pieces
 
 
-def _collect(returning: list[tuple[Route, int, Tensor]], into: list[Tensor | None]) -> None:
-    """Add the gradients that are on their way back to those of the sources."""
-    for route, i, piece_grad in returning:
-        into[i] += route.collect(piece_grad)
+Returning = tuple[Route, Tensor, Tensor]
+"""How a piece came, its gradient, and the gradient of its source, to which the ranks that have it add."""
+
+
+def give_back(returning: Sequence[Returning]) -> None:
+    """Send the gradients of pieces on their way back."""
+    for route, grad, _ in returning:
+        route.give_back(grad)
+
+
+def collect(returning: Sequence[Returning]) -> None:
+    """Wait for the gradients of pieces and add them to those of the sources."""
+    for route, grad, into in returning:
+        into += route.collect(grad)

@@ -16,6 +16,7 @@ about C T h / c of bias forward, and twice that backward.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -32,12 +33,11 @@ from cpfold_train.parallel.cost import bias_panels, choose, row_groups, row_shar
 from cpfold_train.parallel.grid import Interval, split
 from cpfold_train.parallel.layouts import (
     col_parts,
-    col_ring,
     col_shares,
     mirrored_tiles,
     row_parts,
-    row_ring,
     row_shares,
+    swapped,
     tiles,
     whole_cols,
     whole_rows,
@@ -76,7 +76,7 @@ def triangle_attention_starting(z: Tensor, token_mask: Tensor, w: Weights, cp: C
     as_tiles = tiles(cp.grid, n, n)
     bias = _bias(z, token_mask[:, None, slice(*cp.grid.col_tokens(n))].expand(z.shape[:3]), w)
     if _algorithm(z, n, w, False, cp) == "ring":
-        blocks = [col_ring(cp.grid, n, k) for k in range(cp.grid.cols)]
+        blocks = [col_parts(cp.grid, n, k) for k in range(cp.grid.cols)]
         return _around_the_grid(z, bias, w, row_parts(cp.grid, n), col_parts(cp.grid, n), blocks, as_tiles, cp, op)
     groups = row_groups(cp.grid, n, z.shape[3], bias.shape[1])
     sharers = row_sharers(cp.grid, n, z.shape[3], bias.shape[1])
@@ -93,19 +93,15 @@ def triangle_attention_ending(z: Tensor, token_mask: Tensor, w: Weights, cp: Con
     bias = _bias(z, token_mask[:, slice(*cp.grid.row_tokens(n)), None].expand(z.shape[:3]), w).mT.contiguous()
     z = z.transpose(1, 2)
     if _algorithm(z, n, w, True, cp) == "ring":
-        blocks = [row_ring(cp.grid, n, k) for k in range(cp.grid.rows)]
+        blocks = [row_parts(cp.grid, n, k) for k in range(cp.grid.rows)]
         rows, queries = col_parts(cp.grid, n), row_parts(cp.grid, n)
         return _around_the_grid(z, bias, w, rows, queries, blocks, as_tiles, cp, op).transpose(1, 2)
     groups = row_groups(cp.grid, n, z.shape[3], bias.shape[1], ending=True)
     sharers = row_sharers(cp.grid, n, z.shape[3], bias.shape[1], ending=True)
     some = n // groups
-    has, as_rows = (_swapped(layout) for layout in (tiles(cp.grid, n, some), whole_cols(cp.grid, n, some, sharers)))
+    has, as_rows = (swapped(layout) for layout in (tiles(cp.grid, n, some), whole_cols(cp.grid, n, some, sharers)))
     shares = row_shares(cp.grid, n, sharers)
     return _in_whole_rows(z.chunk(groups, 1), bias, w, has, as_rows, shares, as_tiles, n, cp, op).transpose(1, 2)
-
-
-def _swapped(layout: Layout) -> Layout:
-    return tuple((second, first) for first, second in layout)
 
 
 def _algorithm(z: Tensor, n: int, w: Weights, ending: bool, cp: ContextParallel) -> str:
@@ -150,7 +146,7 @@ def _in_whole_rows(
     if panels == 1:
         wants = tuple((share, (0, n)) for share in shares)
         bias = finish(start(bias, cp, cp.all, (2, 3), bias_has, wants, op))
-        updates = (_attend(finish(part), bias, *shared, mine) for part in coming)
+        updates = (_attend(finish(part), bias, shared, mine) for part in coming)
     else:
         by_rank = [[(lo + a, lo + b) for a, b in split(hi - lo, panels)] for lo, hi in shares]
         wants = [tuple((parts[k], (0, n)) for parts in by_rank) for k in range(panels)]
@@ -158,7 +154,7 @@ def _in_whole_rows(
 
         def step(k: int, z: Tensor, *args: Tensor) -> Tensor:
             *shared, bias = args
-            return _attend(z, bias, *shared, by_rank[cp.all.index][k])
+            return _attend(z, bias, shared, by_rank[cp.all.index][k])
 
         updates = (stream(step, routes, (finish(part), *shared), (bias,), dim=2) for part in coming)
     done = tuple((rows, share) for (rows, _), share in zip(as_rows, shares))
@@ -200,21 +196,12 @@ def _shared_weights(w: Weights, heads: int) -> tuple[Tensor, ...]:
     return w.norm_weight, w.norm_bias, torch.cat([w.q * scale, w.g]), torch.cat([w.k, w.v]), w.o
 
 
-def _attend(
-    z: Tensor,
-    bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    qg: Tensor,
-    kv: Tensor,
-    o: Tensor,
-    queries: Interval,
-) -> Tensor:
+def _attend(z: Tensor, bias: Tensor, shared: Sequence[Tensor], queries: Interval) -> Tensor:
     """Complete rows z (B, r, N, c) and the bias (B, h, M, N) of some queries to the update of these (B, r, M, c)."""
     # The gradient of the bias is added up once per block: a block of one row would make that dear.
-    qkvg_bytes = z[:, :1].numel() // z.shape[3] * 2 * kv.shape[0] * z.element_size()
+    qkvg_bytes = z[:, :1].numel() // z.shape[3] * sum(w.shape[0] for w in shared[2:4]) * z.element_size()
     rows = max(4, rows_per_block(qkvg_bytes, z.device))
-    return by_rows(partial(_attend_rows, queries), rows, (z,), (bias, norm_weight, norm_bias, qg, kv, o))
+    return by_rows(partial(_attend_rows, queries), rows, (z,), (bias, *shared))
 
 
 def _attend_rows(

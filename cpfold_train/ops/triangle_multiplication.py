@@ -26,7 +26,7 @@ from cpfold_train.ops.stream import stream
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.cost import channel_groups, choose, triangle_multiplication_cost
 from cpfold_train.parallel.grid import split
-from cpfold_train.parallel.layouts import col_parts, col_ring, everything, row_parts, row_ring, tiles, with_dim
+from cpfold_train.parallel.layouts import col_parts, everything, row_parts, tiles, with_dim
 from cpfold_train.parallel.redistribute import Layout, Route, finish, start
 
 OP = "triangle_multiplication"
@@ -60,7 +60,7 @@ def triangle_multiplication_outgoing(z: Tensor, pair_mask: Tensor, w: Weights, c
     """
     n = z.shape[1] * cp.grid.rows
     rows, cols = row_parts(cp.grid, n), col_parts(cp.grid, n)
-    blocks = [col_ring(cp.grid, n, k) for k in range(cp.grid.cols)]
+    blocks = [col_parts(cp.grid, n, k) for k in range(cp.grid.cols)]
     pieces = [(tuple(zip(rows, block)), tuple(zip(cols, block))) for block in blocks]
     return _update(z, pair_mask, w, lambda a, b: a @ b.mT, pieces, False, cp)
 
@@ -69,7 +69,7 @@ def triangle_multiplication_incoming(z: Tensor, pair_mask: Tensor, w: Weights, c
     """``gate_ij W norm(sum_k a_ki b_kj)``; otherwise as :func:`triangle_multiplication_outgoing`."""
     n = z.shape[1] * cp.grid.rows
     rows, cols = row_parts(cp.grid, n), col_parts(cp.grid, n)
-    blocks = [row_ring(cp.grid, n, k) for k in range(cp.grid.rows)]
+    blocks = [row_parts(cp.grid, n, k) for k in range(cp.grid.rows)]
     pieces = [(tuple(zip(block, rows)), tuple(zip(block, cols))) for block in blocks]
     return _update(z, pair_mask, w, lambda a, b: a.mT @ b, pieces, True, cp)
 

@@ -17,7 +17,7 @@ def tiles(grid: Grid, rows: int, cols: int) -> Layout:
 
 def mirrored_tiles(grid: Grid, n: int) -> Layout:
     """Rank (I, J) holds the tile that, transposed, covers its own tile of an n x n tensor."""
-    return tuple((c, r) for r, c in tiles(grid, n, n))
+    return swapped(tiles(grid, n, n))
 
 
 def whole_rows(grid: Grid, rows: int, cols: int, sharers: int = 1) -> Layout:
@@ -77,23 +77,18 @@ def with_dim(intervals: tuple[Interval, ...], layout: Layout) -> Layout:
     return tuple((interval, *box) for interval, box in zip(intervals, layout))
 
 
-def row_parts(grid: Grid, n: int) -> tuple[Interval, ...]:
-    """The rows of each rank's tile."""
-    return tuple(part for part in split(n, grid.rows) for _ in range(grid.cols))
+def swapped(layout: Layout) -> Layout:
+    """The same boxes of the transposed tensor."""
+    return tuple((second, first) for first, second in layout)
 
 
-def col_parts(grid: Grid, n: int) -> tuple[Interval, ...]:
-    """The columns of each rank's tile."""
-    return split(n, grid.cols) * grid.rows
-
-
-def row_ring(grid: Grid, n: int, step: int) -> tuple[Interval, ...]:
-    """The part of R that each rank works on in a step: its own first, then the following ones around the grid."""
+def row_parts(grid: Grid, n: int, step: int = 0) -> tuple[Interval, ...]:
+    """The rows of each rank's tile, or those that lie ``step`` tiles further around the grid."""
     parts = split(n, grid.rows)
     return tuple(parts[(row + step) % grid.rows] for row in range(grid.rows) for _ in range(grid.cols))
 
 
-def col_ring(grid: Grid, n: int, step: int) -> tuple[Interval, ...]:
-    """The part of C that each rank works on in a step: its own first, then the following ones around the grid."""
+def col_parts(grid: Grid, n: int, step: int = 0) -> tuple[Interval, ...]:
+    """The columns of each rank's tile, or those that lie ``step`` tiles further around the grid."""
     parts = split(n, grid.cols)
     return tuple(parts[(col + step) % grid.cols] for _ in range(grid.rows) for col in range(grid.cols))
