@@ -8,6 +8,8 @@ import numpy as np
 
 PROTEIN, DNA, RNA, NONPOLYMER = range(4)
 MOL_TYPES = ("protein", "dna", "rna", "nonpolymer")
+BOND_TYPES = ("other", "single", "double", "triple", "aromatic", "covalent")
+"""``covalent`` are those that an entry lists between residues; what ``type_bonds`` holds is one more than the index."""
 
 _AMINO_ACIDS = "ALA ARG ASN ASP CYS GLN GLU GLY HIS ILE LEU LYS MET PHE PRO SER THR TRP TYR VAL UNK"
 AMINO_ACIDS = tuple(_AMINO_ACIDS.split())
