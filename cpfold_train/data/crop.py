@@ -28,7 +28,7 @@ def crop_tokens(structure: Structure, size: int, kind: str, interface: float, rn
         return np.arange(len(structure))
     if kind == "contiguous":
         return contiguous_crop(structure.asym_id, size, rng)
-    return spatial_crop(structure.center, structure.resolved, structure.asym_id, size, interface, rng)
+    return spatial_crop(*structure.center, structure.asym_id, size, interface, rng)
 
 
 def spatial_crop(

@@ -1,20 +1,32 @@
-"""What the readers of the file formats hand over: the polymers of an entry."""
+"""What the readers of the file formats hand over: the chains of an entry."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import biotite.structure as struc
 import numpy as np
 
-from cpfold_train.data.residues import polymer_type
+from cpfold_train.data.components import component, polymer_type
+from cpfold_train.data.residues import NONPOLYMER
+
+WATER = ("HOH", "DOD", "WAT")
 
 
 @dataclass
-class Polymer:
-    """A chain as the file gives it: ``atoms`` of residue ``place[i]`` of ``sequence``."""
+class Chain:
+    """A polymer, or a ligand of one or several residues, as the file gives it.
+
+    Attributes:
+        name: mmCIF's label.
+        auth_name: the authors' name, which alignments go by.
+        mol_type: molecule type.
+        sequence: names of its residues, unresolved ones included.
+        atoms: the resolved heavy atoms.
+        place: (atoms,) index into ``sequence`` of each.
+    """
 
     name: str
     auth_name: str
@@ -24,12 +36,22 @@ class Polymer:
     place: np.ndarray
 
 
+class Site(NamedTuple):
+    """An atom: name of its chain, place of its residue, and its own name."""
+
+    chain: str
+    place: int
+    atom: str
+
+
 @dataclass
 class Entry:
-    """What a file holds: its polymers, its description, and what was left out (``Counter`` of residues by reason)."""
+    """What a file holds: its chains, its description, the covalent links between residues that no sequence implies,
+    and what was left out (``Counter`` of residues by reason)."""
 
-    polymers: list[Polymer]
+    chains: list[Chain]
     meta: dict[str, Any]
+    links: list[tuple[Site, Site]] = field(default_factory=list)
     left_out: Counter = field(default_factory=Counter)
 
 
@@ -42,11 +64,29 @@ def heavy(atoms: struc.AtomArray) -> struc.AtomArray:
     return atoms
 
 
-def count_left_out(atoms: struc.AtomArray, left_out: Counter) -> None:
-    """Add the residues of ``atoms`` to ``left_out``, as water or as non-polymer."""
-    names = atoms.res_name[struc.get_residue_starts(atoms)] if atoms.array_length() else np.array([], dtype=str)
-    water = np.isin(names, ("HOH", "DOD", "WAT"))
-    left_out.update({"water": int(water.sum()), "non-polymer": int((~water).sum())})
+def ligand(name: str, auth_name: str, atoms: struc.AtomArray, starts: np.ndarray, left_out: Counter) -> Chain | None:
+    """A chain of the non-polymer residues that begin at ``starts``; None if there is none that the CCD knows.
+
+    Waters and unknown ligands are counted in ``left_out``.
+    """
+    names = atoms.res_name[starts].tolist()
+    kept = [i for i, residue in enumerate(names) if residue not in WATER and component(residue) is not None]
+    water = sum(residue in WATER for residue in names)
+    left_out.update({"water": water, "unknown ligand": len(names) - water - len(kept)})
+    if not kept:
+        return None
+    residue = np.repeat(np.arange(len(starts)), np.diff([*starts, atoms.array_length()]))
+    inside = np.isin(residue, kept)
+    place = np.searchsorted(kept, residue[inside])
+    return Chain(name, auth_name, NONPOLYMER, [names[i] for i in kept], atoms[inside], place)
+
+
+def is_backbone(first: Site, second: Site) -> bool:
+    """Whether a link is one that the sequence implies: between neighbours, C to N or O3' to P."""
+    ends = {(first.place, first.atom), (second.place, second.atom)}
+    lower = min(first.place, second.place)
+    implied = ({(lower, "C"), (lower + 1, "N")}, {(lower, "O3'"), (lower + 1, "P")})
+    return first.chain == second.chain and ends in implied
 
 
 def majority_type(names: list[str]) -> int | None:

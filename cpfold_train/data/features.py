@@ -119,7 +119,7 @@ def token_features(crop: Crop, n: int) -> dict[str, np.ndarray]:
     """Features of all tokens of the crop, padded to ``n`` with zeros. ``disto_center`` (n, 3) is in Angstrom."""
     structure, tokens = crop.structure, crop.tokens
     asym_id = structure.asym_id[tokens].astype(np.int64)
-    center, known = structure.disto_center()
+    center, known = structure.disto_center
     profile, deletion_mean = msa.profile(crop.rows)
     features = {
         "token_index": np.arange(len(tokens)),

@@ -8,31 +8,39 @@ import biotite.structure as struc
 import biotite.structure.io.pdbx as pdbx
 import numpy as np
 
-from cpfold_train.data.entry import Entry, Polymer, count_left_out, heavy, majority_type
+from cpfold_train.data.entry import Chain, Entry, Site, heavy, is_backbone, ligand, majority_type
 from cpfold_train.data.residues import DNA, PROTEIN, RNA
 from cpfold_train.errors import DataError
 
 _POLYMERS = {"polypeptide(L)": PROTEIN, "polydeoxyribonucleotide": DNA, "polyribonucleotide": RNA}
 
 
-def read_mmcif(block: pdbx.CIFBlock) -> Entry:
-    """Polymers by label (not author) chain and residue numbers, sequences as deposited."""
-    atoms = pdbx.get_structure(
-        block,
-        model=1,
-        altloc="occupancy",
-        use_author_fields=False,
-        extra_fields=["b_factor", "label_entity_id", "auth_asym_id"],
-    )
-    atoms = heavy(atoms)
+def read_mmcif(block: pdbx.CIFBlock, assembly: str | None = None) -> Entry:
+    """Chains by label (not author) chain and residue numbers, sequences as deposited.
+
+    Args:
+        assembly: id of the biological assembly to build; None for the deposited coordinates. A copy of chain A is
+            called A-2, A-3, ...
+
+    Raises:
+        DataError: no such assembly, or no sequence.
+    """
     entry = Entry([], _meta(block))
+    atoms = heavy(_atoms(block, assembly))
     key, sequences = _sequences(block)
-    in_polymer = np.isin(atoms.get_annotation(key), list(sequences)) & (atoms.res_id > 0)
-    count_left_out(atoms[~in_polymer], entry.left_out)
-    atoms = atoms[in_polymer]
+    owner = atoms.get_annotation(key)
+    if key == "chain_id":
+        owner = np.array([name.split("-")[0] for name in owner.tolist()])
+    in_polymer = np.isin(owner, list(sequences)) & (atoms.res_id > 0)
     for name in dict.fromkeys(atoms.chain_id.tolist()):
-        chain = atoms[atoms.chain_id == name]
-        mol_type, numbers, sequence = sequences[str(chain.get_annotation(key)[0])]
+        here = np.flatnonzero(atoms.chain_id == name)
+        chain, auth_name = atoms[here], str(atoms.auth_asym_id[here[0]])
+        if not in_polymer[here].any():
+            found = ligand(name, auth_name, chain, _residue_starts(chain), entry.left_out)
+            entry.chains += [] if found is None else [found]
+            continue
+        chain = chain[in_polymer[here]]
+        mol_type, numbers, sequence = sequences[str(owner[here[0]])]
         if mol_type is None:
             entry.left_out["other polymer"] += struc.get_residue_count(chain)
             continue
@@ -41,8 +49,72 @@ def read_mmcif(block: pdbx.CIFBlock) -> Entry:
         same = (np.array(sequence)[place] == chain.res_name) & (np.array(numbers)[place] == chain.res_id)
         if not same.all():
             entry.left_out["other residue at the position"] += len(np.unique(place[~same]))
-        entry.polymers.append(Polymer(name, str(chain.auth_asym_id[0]), mol_type, sequence, chain[same], place[same]))
+        entry.chains.append(Chain(name, auth_name, mol_type, sequence, chain[same], place[same]))
+    entry.links = _links(block, entry.chains)
     return entry
+
+
+def _atoms(block: pdbx.CIFBlock, assembly: str | None) -> struc.AtomArray:
+    common = {
+        "model": 1,
+        "altloc": "occupancy",
+        "use_author_fields": False,
+        "extra_fields": ["b_factor", "label_entity_id", "auth_asym_id", "auth_seq_id"],
+    }
+    if assembly is None:
+        return pdbx.get_structure(block, **common)
+    try:
+        known = list(pdbx.list_assemblies(block))
+    except KeyError:
+        known = []
+    if assembly not in known:
+        raise DataError(f"it has no assembly {assembly}: there are {', '.join(known) or 'none'}")
+    atoms = pdbx.get_assembly(block, assembly_id=assembly, **common)
+    names = [name if copy == 0 else f"{name}-{copy + 1}" for name, copy in zip(atoms.chain_id, atoms.sym_id)]
+    atoms.set_annotation("chain_id", np.array(names))
+    return atoms
+
+
+def _residue_starts(atoms: struc.AtomArray) -> np.ndarray:
+    """First atom of each residue of a non-polymer, which has no label residue numbers."""
+    changes = [column[1:] != column[:-1] for column in (atoms.auth_seq_id, atoms.ins_code, atoms.res_name)]
+    return np.concatenate([[0], 1 + np.flatnonzero(np.any(changes, axis=0))])
+
+
+def _links(block: pdbx.CIFBlock, chains: list[Chain]) -> list[tuple[Site, Site]]:
+    """The covalent links of ``struct_conn`` within the entry, without those that the sequence implies."""
+    if "struct_conn" not in block:
+        return []
+    table = block["struct_conn"]
+
+    def column(name: str) -> list[str]:
+        return table[name].as_array(str).tolist() if name in table else ["?"] * table.row_count
+
+    ends = []
+    for end in ("1", "2"):
+        names = (f"ptnr{end}_label_asym_id", f"ptnr{end}_auth_seq_id", f"pdbx_ptnr{end}_PDB_ins_code")
+        ends.append(list(zip(*map(column, (*names, f"ptnr{end}_label_atom_id")))))
+    same_copy = [a == b for a, b in zip(column("ptnr1_symmetry"), column("ptnr2_symmetry"))]
+    listed = [pair for kind, same, *pair in zip(column("conn_type_id"), same_copy, *ends) if kind == "covale" and same]
+    wanted = {end[0] for pair in listed for end in pair}
+    sites: dict[str, dict[tuple, Site]] = {}
+    for chain in chains:
+        label, _, copy = chain.name.partition("-")
+        if label in wanted:
+            known = sites.setdefault(copy, {})
+            atoms = chain.atoms
+            columns = (atoms.auth_seq_id, atoms.ins_code, atoms.atom_name, chain.place)
+            for number, insertion, atom, place in zip(*(column.tolist() for column in columns)):
+                known[label, str(number), insertion, atom] = Site(chain.name, place, atom)
+    links = []
+    for known in sites.values():
+        for pair in listed:
+            keys = [(chain, number, "" if code in "?." else code, atom) for chain, number, code, atom in pair]
+            if all(key in known for key in keys):
+                first, second = (known[key] for key in keys)
+                if not is_backbone(first, second):
+                    links.append((first, second))
+    return links
 
 
 def _sequences(block: pdbx.CIFBlock) -> tuple[str, dict[str, tuple[int | None, list[int], list[str]]]]:

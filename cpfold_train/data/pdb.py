@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import biotite.structure as struc
@@ -10,21 +11,35 @@ import biotite.structure.io.pdb as biotite_pdb
 import numpy as np
 
 from cpfold_train.data.align import align
-from cpfold_train.data.entry import Entry, Polymer, count_left_out, heavy, majority_type
-from cpfold_train.data.residues import polymer_type
+from cpfold_train.data.components import polymer_type
+from cpfold_train.data.entry import Chain, Entry, Site, heavy, is_backbone, ligand, majority_type
+from cpfold_train.errors import DataError
+
+_COVALENT = ("B", "BR", "C", "CL", "F", "I", "N", "O", "P", "S", "SE", "SI")
+"""Elements whose bonds are covalent: CONECT lists what coordinates a metal as well."""
 
 
-def read_pdb(text: str) -> Entry:
-    """Polymers by chain letter; observed residues are aligned with SEQRES, or stand for it where there is none."""
-    file = biotite_pdb.PDBFile.read(io.StringIO(text))
-    atoms = heavy(file.get_structure(model=1, altloc="occupancy", extra_fields=["b_factor"]))
+def read_pdb(text: str, assembly: str | None = None) -> Entry:
+    """Polymers by chain letter; observed residues are aligned with SEQRES, or stand for it where there is none.
+
+    Every other residue is a chain of its own, named after its chain letter, residue and number.
+
+    Args:
+        assembly: number of the biological assembly (REMARK 350) to build; None for the coordinates of the file.
+
+    Raises:
+        DataError: no such assembly.
+    """
+    atoms = heavy(_atoms(text, assembly))
+    atoms.set_annotation("row", np.arange(len(atoms)))
     entry = Entry([], _meta(text))
     seqres = _sequences(text)
+    ligands = []
     for name in dict.fromkeys(atoms.chain_id.tolist()):
         chain = atoms[atoms.chain_id == name]
         starts = struc.get_residue_starts(chain, add_exclusive_stop=True)
         names, numbers = chain.res_name[starts[:-1]].tolist(), chain.res_id[starts[:-1]]
-        sequence = seqres.get(name)
+        sequence = seqres.get(name.split("-")[0])
         if sequence is None:
             # Without SEQRES a single residue is a ligand or a free amino acid rather than a chain.
             linked = [i for i, residue in enumerate(names) if polymer_type(residue) is not None]
@@ -38,11 +53,48 @@ def read_pdb(text: str) -> Entry:
         mol_type = majority_type(sequence)
         residue = np.repeat(np.arange(len(names)), np.diff(starts))
         kept = np.isin(residue, list(places))
-        count_left_out(chain[~kept], entry.left_out)
         if places and mol_type is not None:
             place = np.array([places[i] for i in residue[kept].tolist()])
-            entry.polymers.append(Polymer(name, name, mol_type, sequence, chain[kept], place))
+            entry.chains.append(Chain(name, name, mol_type, sequence, chain[kept], place))
+        for i in (i for i in range(len(names)) if i not in places):
+            part = chain[starts[i] : starts[i + 1]]
+            own_name = f"{name}:{names[i]}{part.res_id[0]}{part.ins_code[0]}"
+            ligands.append(ligand(own_name, name, part, np.array([0]), entry.left_out))
+    entry.chains += [found for found in ligands if found is not None]
+    entry.links = _links(atoms, entry.chains)
     return entry
+
+
+def _atoms(text: str, assembly: str | None) -> struc.AtomArray:
+    file = biotite_pdb.PDBFile.read(io.StringIO(text))
+    common = {"model": 1, "altloc": "occupancy", "extra_fields": ["b_factor"], "include_bonds": True}
+    if assembly is None:
+        return file.get_structure(**common)
+    known = re.findall(r"^REMARK 350 BIOMOLECULE: *(\d+)", text, flags=re.MULTILINE)
+    if assembly not in known:
+        raise DataError(f"it has no assembly {assembly}: there are {', '.join(known) or 'none'}")
+    atoms = file.get_assembly(assembly_id=assembly, **common)
+    names = [name if copy == 0 else f"{name}-{copy + 1}" for name, copy in zip(atoms.chain_id, atoms.sym_id)]
+    atoms.set_annotation("chain_id", np.array(names))
+    return atoms
+
+
+def _links(atoms: struc.AtomArray, chains: list[Chain]) -> list[tuple[Site, Site]]:
+    """The covalent bonds of CONECT records between residues, without disulphides and what the sequence implies."""
+    first, second, _ = atoms.bonds.as_array().T
+    residue = np.cumsum(np.isin(np.arange(len(atoms)), struc.get_residue_starts(atoms)))
+    covalent = np.isin(atoms.element, _COVALENT)
+    sulphur = atoms.atom_name == "SG"
+    listed = (residue[first] != residue[second]) & covalent[first] & covalent[second]
+    listed &= ~(sulphur[first] & sulphur[second])
+    wanted = set(np.concatenate([first[listed], second[listed]]).tolist())
+    sites = {}
+    for chain in chains:
+        for i in np.flatnonzero(np.isin(chain.atoms.row, list(wanted))).tolist():
+            sites[int(chain.atoms.row[i])] = Site(chain.name, int(chain.place[i]), str(chain.atoms.atom_name[i]))
+    pairs = zip(first[listed].tolist(), second[listed].tolist())
+    links = [(sites[i], sites[j]) for i, j in pairs if i in sites and j in sites]
+    return [link for link in links if not is_backbone(*link)]
 
 
 def _match(names: list[str], numbers: np.ndarray, sequence: list[str]) -> np.ndarray:

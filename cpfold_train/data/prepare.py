@@ -12,15 +12,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from cpfold_train.data.a3m import chains_of, merge, read_alignment
 from cpfold_train.data.alignment import Alignment, pack_alignments
-from cpfold_train.data.parse import SUFFIXES, entry_id, read_structure
-from cpfold_train.data.residues import AMINO_ACIDS, MOL_TYPES, THREE_LETTERS, TOKENS
+from cpfold_train.data.parse import SUFFIXES, chain_letters, entry_id, read_structure
+from cpfold_train.data.residues import MOL_TYPES
 from cpfold_train.data.shards import write_shard
 from cpfold_train.data.structure import Structure, pack_arrays, pack_structure
 from cpfold_train.errors import ConfigError, DataError
@@ -169,7 +168,7 @@ def _convert(job: tuple[Path, list[Path]], min_residues: int, max_residues: int 
         result.dropped = f"{tokens} residues are fewer than --min-residues {min_residues}"
     elif max_residues is not None and tokens > max_residues:
         result.dropped = f"{tokens} residues are more than --max-residues {max_residues}"
-    elif not structure.resolved.any():
+    elif not structure.center[1].any():
         result.dropped = "no residue has coordinates"
     if result.dropped:
         return result
@@ -193,8 +192,9 @@ def _align_entities(structure: Structure, files: list[Path], depth: int, problem
             asym_id = next(i for i, chain in enumerate(structure.meta["chains"]) if chain["entity"] == entity)
             query = structure.res_type[structure.asym_id == asym_id]
             mol_type = MOL_TYPES.index(structure.meta["chains"][asym_id]["type"])
+            letters = chain_letters(structure, asym_id)
             try:
-                found.setdefault(entity, []).append(read_alignment(path, mol_type, _letters(query), query))
+                found.setdefault(entity, []).append(read_alignment(path, mol_type, letters, query))
             except (DataError, OSError, UnicodeDecodeError) as error:
                 problems.append(str(error))
     return {entity: merge(alignments, depth) for entity, alignments in sorted(found.items()) if alignments}
@@ -202,19 +202,11 @@ def _align_entities(structure: Structure, files: list[Path], depth: int, problem
 
 def _entities_of(path: Path, structure: Structure) -> list[int]:
     """Entities of the chains in a file name. ``AC`` means the chains A and C, unless a chain is itself called AC."""
-    chains = {chain["auth_name"]: chain["entity"] for chain in structure.meta["chains"]}
+    polymers = (chain for chain in structure.meta["chains"] if chain["type"] != "nonpolymer")
+    chains = {chain["auth_name"]: chain["entity"] for chain in polymers}
     names = chains_of(path)[1]
     listed = [names] if names in chains else list(names)
     return list(dict.fromkeys(chains[name] for name in listed if name in chains))
-
-
-_LETTERS = {name: letter for letter, name in THREE_LETTERS.items()}
-
-
-def _letters(tokens: np.ndarray) -> str:
-    """One-letter sequence of a chain's tokens, X or N where unknown."""
-    names = [TOKENS[token] for token in tokens.tolist()]
-    return "".join(_LETTERS.get(name, "X") if name in AMINO_ACIDS else name[-1] for name in names)
 
 
 def _report(out: Path, results: list[Result], unused: list[str], tars: list[str]) -> None:
@@ -237,7 +229,7 @@ def _report(out: Path, results: list[Result], unused: list[str], tars: list[str]
         ],
     }
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    table = Table(title=f"{len(kept)} of {len(results)} entries kept, {totals['tokens']:,} residues")
+    table = Table(title=f"{len(kept)} of {len(results)} entries kept, {totals['tokens']:,} tokens")
     for column in ("entry", "residues", "resolved", "chains", "alignment rows", "left out, or why it was dropped"):
         table.add_column(column, justify="right" if column in ("residues", "resolved", "chains") else "left")
     for result in results:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 
 PROTEIN, DNA, RNA, NONPOLYMER = range(4)
@@ -17,7 +15,7 @@ NUCLEOTIDES = ("A", "G", "C", "U", "N", "DA", "DG", "DC", "DT", "DN")
 TOKENS = ("<pad>", "-", *AMINO_ACIDS, *NUCLEOTIDES)
 TOKEN_IDS = {name: i for i, name in enumerate(TOKENS)}
 GAP = TOKEN_IDS["-"]
-UNKNOWN = {PROTEIN: TOKEN_IDS["UNK"], DNA: TOKEN_IDS["DN"], RNA: TOKEN_IDS["N"]}
+UNKNOWN = {PROTEIN: TOKEN_IDS["UNK"], DNA: TOKEN_IDS["DN"], RNA: TOKEN_IDS["N"], NONPOLYMER: TOKEN_IDS["UNK"]}
 _OF_PROTEIN = frozenset(AMINO_ACIDS)
 _OF_NUCLEIC = frozenset(NUCLEOTIDES)
 
@@ -33,6 +31,7 @@ DISTO_ATOM = np.array(
 """Atom whose distances the distogram predicts, by token: C-beta, C4 of purines, C2 of pyrimidines."""
 
 THREE_LETTERS = dict(zip("ARNDCQEGHILKMFPSTWYV", AMINO_ACIDS))
+_LETTERS = {name: letter for letter, name in THREE_LETTERS.items()}
 
 METHODS = {
     "md": 0,
@@ -64,39 +63,14 @@ def letter_table(mol_type: int) -> np.ndarray:
     return table
 
 
-@cache
 def token_of(residue: str, mol_type: int) -> tuple[int, bool]:
-    """Token of a residue name in a polymer, and whether the residue is a modified one.
-
-    A modified residue gets the token of its parent in the Chemical Component Dictionary, or the unknown token.
-    """
+    """Token of a polymer's residue, and whether it is a modified one; those have the unknown token, as in Boltz-2."""
     standard = _OF_PROTEIN if mol_type == PROTEIN else _OF_NUCLEIC
-    if residue in standard:
-        return TOKEN_IDS[residue], False
-    parent = _parent(residue)
-    return (TOKEN_IDS[parent] if parent in standard else UNKNOWN[mol_type]), True
+    return (TOKEN_IDS[residue], False) if residue in standard else (UNKNOWN[mol_type], True)
 
 
-def _parent(residue: str) -> str | None:
-    parents = _component_column("mon_nstd_parent_comp_id")
-    return parents.get(residue, "").split(",")[0].strip() or None
-
-
-@cache
-def _component_column(name: str) -> dict[str, str]:
-    # Imported here: the dictionary takes a second to load and only `prepare` needs it, never a data worker.
-    from biotite.structure.info.ccd import get_ccd
-
-    components = get_ccd()["chem_comp"]
-    return dict(zip(components["id"].as_array(str).tolist(), components[name].as_array(str).tolist()))
-
-
-@cache
-def polymer_type(residue: str) -> int | None:
-    """Molecule type that a residue is a link of, by the Chemical Component Dictionary; None for ligands."""
-    kind = _component_column("type").get(residue, "").upper()
-    if "PEPTIDE LINKING" in kind or kind.startswith(("L-PEPTIDE", "D-PEPTIDE")):
-        return PROTEIN
-    if "DNA" in kind:
-        return DNA
-    return RNA if "RNA" in kind else None
+def letter_of(residue: str | None, mol_type: int) -> str:
+    """One-letter code of a standard residue, X (proteins) or N where it is unknown."""
+    if mol_type == PROTEIN:
+        return _LETTERS.get(residue, "X")
+    return residue[-1] if residue in _OF_NUCLEIC else "N"

@@ -21,8 +21,7 @@ class Structure:
     """L tokens, their M heavy atoms in Angstrom, resolved or not, and the C kinds of residue that they belong to.
 
     A residue of a polymer, modified or not, is one token, an atom of anything else one each. Chain by chain; a polymer
-    has all residues of its sequence, and a residue all heavy atoms that the Chemical Component Dictionary (CCD) gives it
-    in a chain.
+    has all residues of its sequence, and a residue all heavy atoms that the Chemical Component Dictionary (CCD) lists.
 
     Attributes:
         meta: the sample's JSON: id, resolution, method and ``chains``, a list with entity, sym, type, length of each.
