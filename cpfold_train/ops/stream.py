@@ -54,6 +54,7 @@ class _Stream(torch.autograd.Function):
                 parts[0] += part
             else:
                 parts.append(part)
+            del part, pieces
         ctx.sizes = [1 if dim is None else part.shape[dim] for part in parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
@@ -70,28 +71,34 @@ class _Stream(torch.autograd.Function):
         returning: list[Returning] = []
         turns = zip(ctx.routes, pieces_in_turn(ctx.routes, sources), grads)
         for k, (here, pieces, part_grad) in enumerate(turns):
+            needed = [i for i, need in enumerate(needs) if need]
             args = [x.detach().requires_grad_(need) for x, need in zip((*local, *pieces), needs)]
             with torch.enable_grad(), torch.autocast(device, dtype, enabled):
                 part = ctx.step(k, *args)
-            needed = [i for i, need in enumerate(needs) if need]
             found = dict(zip(needed, torch.autograd.grad(part, [args[i] for i in needed], part_grad)))
             for i in needed:
                 if i < ctx.count:
-                    wide[i] += found[i]
+                    wide[i] += found.pop(i)
             collect(returning)
-            returning = [(here[i - ctx.count], found[i], wide[i]) for i in needed if i >= ctx.count]
+            returning = [(here[i - ctx.count], piece_grad, wide[i]) for i, piece_grad in found.items()]
             give_back(returning)
+            # None of it may live on beside the next step's.
+            del part, pieces, args, found
         collect(returning)
         return None, None, None, None, *(g if g is None else g.to(x.dtype) for g, x in zip(wide, tensors))
 
 
 def pieces_in_turn(routes: Sequence[Sequence[Route]], sources: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The pieces of each step, handed out when those of the next step are on their way."""
+    """The pieces of each step, handed out when those of the next step are on their way.
+
+    The list is emptied for the next step: whoever loops over it would else hold three steps' pieces.
+    """
     coming = [route.fetch(x) for route, x in zip(routes[0], sources)]
     for here, following in zip(routes, [*routes[1:], ()]):
         pieces = [route.arrive(piece) for route, piece in zip(here, coming)]
         coming = [route.fetch(x) for route, x in zip(following, sources)]
         yield pieces
+        pieces.clear()
 
 
 Returning = tuple[Route, Tensor, Tensor]
