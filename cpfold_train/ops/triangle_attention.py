@@ -159,9 +159,10 @@ def _in_whole_rows(
 
         def step(k: int, z: Tensor, *args: Tensor) -> Tensor:
             *shared, bias = args
-            return _attend(z, bias, _of_heads(shared, groups[k], heads), mine)
+            return _attend_rows(mine, z, bias, *_of_heads(shared, groups[k], heads))
 
-        updates = (stream(step, routes, (finish(part), *shared), (bias,)) for part in coming)
+        rows = _rows_at_once(z[0], n, shared)
+        updates = (stream(step, routes, shared, (bias,), inputs=(finish(part),), rows=rows) for part in coming)
     done = tuple((rows, share) for (rows, _), share in zip(as_rows, shares))
     going = [start(update, cp, cp.all, (1, 2), done, has, op) for update in updates]
     return finish(going[0]) if len(going) == 1 else torch.cat([finish(part) for part in going], 1)
@@ -209,11 +210,16 @@ def _of_heads(shared: Sequence[Tensor], some: Interval, heads: int) -> tuple[Ten
 
 
 def _attend(z: Tensor, bias: Tensor, shared: Sequence[Tensor], queries: Interval) -> Tensor:
-    """Complete rows z (B, r, N, c) and the bias (B, h, M, N) of some queries to what heads add to these (B, r, M, c)."""
-    # The gradient of the bias is added up once per block: a block of one row would make that dear.
-    qkvg_bytes = z[:, :1].numel() // z.shape[3] * sum(w.shape[0] for w in shared[2:4]) * z.element_size()
-    rows = max(4, rows_per_block(qkvg_bytes, z.device))
+    """Complete rows z (B, r, N, c) and the bias (B, h, M, N) of some queries to the update of these (B, r, M, c)."""
+    rows = _rows_at_once(z, z.shape[2], shared)
     return by_rows(partial(_attend_rows, queries), rows, (z,), (bias, *shared))
+
+
+def _rows_at_once(z: Tensor, n: int, shared: Sequence[Tensor]) -> int:
+    """How many complete rows of n pairs, of z (B, ..., c), to attend in at a time."""
+    qkvg_bytes = z.shape[0] * n * sum(w.shape[0] for w in shared[2:4]) * z.element_size()
+    # The gradient of the bias is added up once per block: a block of one row would make that dear.
+    return max(4, rows_per_block(qkvg_bytes, z.device))
 
 
 def _attend_rows(
@@ -226,6 +232,8 @@ def _attend_rows(
     kv: Tensor,
     o: Tensor,
 ) -> Tensor:
+    """What :func:`_attend` returns, for a block of rows and the heads that the bias and the weights have."""
+
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (2, bias.shape[1], -1)).permute(3, 0, 1, 4, 2, 5).contiguous()
 

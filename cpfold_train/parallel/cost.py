@@ -16,8 +16,8 @@ and for the triangle attention around the starting node, with a bias of h channe
 
 g is the number of groups, of channels or of rows, that travel one after the other so that one can be worked on
 meanwhile. b is 2 where the bias is gathered whole, and 3 where it comes in k panels of heads, which are fetched once
-more in the backward pass. q ranks hold the same rows, each with its own part of the queries and of the bias: rows cost q times as
-much then, the bias 1/q. The incoming edges and the ending node are the transpose: R and C change places.
+more in the backward pass. q ranks hold the same rows, each with its own part of the queries and of the bias: rows cost
+q times as much then, the bias 1/q. The incoming edges and the ending node are the transpose: R and C change places.
 
 The faster way is the one with fewer bytes, where each message counts as ``MESSAGE_BYTES``, provided that it holds no
 more than ``HELD_TILES`` tiles. A ring repeats its products in the backward pass, so it has to be better by a tenth.
