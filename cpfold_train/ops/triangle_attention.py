@@ -148,7 +148,7 @@ def _in_whole_rows(
     if panels == 1:
         wants = tuple((share, (0, n)) for share in shares)
         bias = finish(start(bias, cp, cp.all, (2, 3), bias_has, wants, op))
-        updates = (_attend(finish(part), bias, shared, mine) for part in coming)
+        updates = (_attend(finish(part), bias, shared, mine, cp.kernels) for part in coming)
     else:
         every, groups = ((0, heads),) * cp.all.size, split(heads, panels)
         wants = tuple((share, (0, n)) for share in shares)
@@ -159,7 +159,7 @@ def _in_whole_rows(
 
         def step(k: int, z: Tensor, *args: Tensor) -> Tensor:
             *shared, bias = args
-            return _attend_rows(mine, z, bias, *_of_heads(shared, groups[k], heads))
+            return _attend_rows(mine, cp.kernels, z, bias, *_of_heads(shared, groups[k], heads))
 
         rows = _rows_at_once(z[0], n, shared)
         updates = (stream(step, routes, shared, (bias,), inputs=(finish(part),), rows=rows) for part in coming)
@@ -209,10 +209,10 @@ def _of_heads(shared: Sequence[Tensor], some: Interval, heads: int) -> tuple[Ten
     return norm_weight, norm_bias, qg, kv, o.unflatten(1, (heads, -1))[:, slice(*some)].flatten(1)
 
 
-def _attend(z: Tensor, bias: Tensor, shared: Sequence[Tensor], queries: Interval) -> Tensor:
+def _attend(z: Tensor, bias: Tensor, shared: Sequence[Tensor], queries: Interval, kernels: str) -> Tensor:
     """Complete rows z (B, r, N, c) and the bias (B, h, M, N) of some queries to the update of these (B, r, M, c)."""
     rows = _rows_at_once(z, z.shape[2], shared)
-    return by_rows(partial(_attend_rows, queries), rows, (z,), (bias, *shared))
+    return by_rows(partial(_attend_rows, queries, kernels), rows, (z,), (bias, *shared))
 
 
 def _rows_at_once(z: Tensor, n: int, shared: Sequence[Tensor]) -> int:
@@ -224,6 +224,7 @@ def _rows_at_once(z: Tensor, n: int, shared: Sequence[Tensor]) -> int:
 
 def _attend_rows(
     queries: Interval,
+    kernels: str,
     z: Tensor,
     bias: Tensor,
     norm_weight: Tensor,
@@ -240,5 +241,5 @@ def _attend_rows(
     x = layer_norm(z, norm_weight.shape, norm_weight, norm_bias)
     q, g = heads(linear(x[:, :, slice(*queries)], qg))
     k, v = heads(linear(x, kv))
-    attended = biased_attention(q, k, v, bias) * g.sigmoid()
+    attended = biased_attention(q, k, v, bias, kernels) * g.sigmoid()
     return linear(attended.transpose(2, 3).flatten(3), o)
