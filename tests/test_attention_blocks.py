@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
+from types import ModuleType
+
 import pytest
 import torch
 
+from cpfold_train.model.pair_stack import TriangleAttentionStartingNode
 from cpfold_train.ops import biased_attention as blocks
 from cpfold_train.ops.ring_attention import ring_attention
 from cpfold_train.parallel.redistribute import Route
@@ -42,6 +47,56 @@ def test_blocks(small_blocks):
     assert len(list(blocks.score_blocks(q, bias))) == 9
     for actual, expected in zip(with_gradients(blocks.biased_attention), with_gradients(formula)):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def stand_in() -> tuple[ModuleType, list[tuple[int, ...]]]:
+    """A module with the interface of the cuEquivariance kernel, in plain torch, and the shapes of the biases it got."""
+
+    def triangle_attention(q, k, v, bias, mask=None, scale=None, return_aux=False):
+        batch, _, heads, queries, _ = q.shape
+        assert bias.shape == (batch, 1, heads, queries, k.shape[3]) and mask is None and not return_aux
+        calls.append(tuple(bias.shape))
+        return torch.softmax(scale * q @ k.mT + bias, -1) @ v
+
+    calls: list[tuple[int, ...]] = []
+    module = ModuleType("cuequivariance_torch")
+    module.triangle_attention = triangle_attention
+    return module, calls
+
+
+def test_kernel_of_cuequivariance_is_called_as_it_wants_to_be(monkeypatch):
+    module, calls = stand_in()
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    function = partial(blocks.biased_attention, kernels="cuequivariance")
+    for actual, expected in zip(with_gradients(function), with_gradients(formula)):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    assert calls == [(B, 1, HEADS, N, N)]
+
+
+def attend_with(cp, kernels: str) -> tuple[list[torch.Tensor], int]:
+    """A triangle attention's result and gradients on this rank, and how often the stand-in was called."""
+    module, calls = stand_in()
+    sys.modules[module.__name__] = module
+    cp.kernels = kernels
+    try:
+        torch.manual_seed(0)
+        layer = TriangleAttentionStartingNode(8, 4, 2).double()
+        torch.nn.init.normal_(layer.mha.linear_o.weight)
+        z = torch.randn(1, 8 // cp.grid.rows, 8 // cp.grid.cols, 8, dtype=torch.float64)
+        out = layer(z, torch.ones(1, 8, dtype=torch.float64), cp)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), layer.parameters())], len(calls)
+    finally:
+        cp.kernels = "torch"
+        del sys.modules[module.__name__]
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 2)], ids=lambda g: f"{g[0]}x{g[1]}")
+def test_kernels_are_chosen_by_the_running_grid(ranks, grid):
+    with_torch, with_stand_in = (ranks.run(attend_with, *grid, kernels) for kernels in ("torch", "cuequivariance"))
+    for (expected, never), (actual, calls) in zip(with_torch, with_stand_in):
+        assert never == 0 < calls
+        for one, other in zip(actual, expected):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 def ring(cp) -> list[torch.Tensor]:

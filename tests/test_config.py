@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from cpfold_train.errors import ConfigError
 from cpfold_train.training import entry
+from cpfold_train.training.check import check
 from cpfold_train.training.config import TrainerConfig
 from cpfold_train.training.launch import plan_world
 
@@ -83,6 +84,7 @@ def test_recipe_beats_the_defaults_and_the_command_line_beats_the_recipe():
         ("data.train=[nothing/*.tar]", ["nothing/*.tar"]),
         ("crop_size=0", ["crop_size=1"]),
         ("cp.timeout_s=0", ["cp.timeout_s"]),
+        ("kernels=triton", ["kernels=torch", "kernels=cuequivariance"]),
         ("data.crop=round", ["data.crop=spatial", "data.crop=contiguous"]),
         ("data.max_msa_rows=0", ["data.max_msa_rows=1"]),
         ("trainer.precision=bf16-true", ["trainer.precision=bf16-mixed"]),
@@ -102,6 +104,24 @@ def test_wrong_input_gets_one_sentence(monkeypatch, capsys, argument, words):
 def test_wandb_absent(monkeypatch, capsys):
     monkeypatch.setattr("cpfold_train.training.dashboard.find_spec", lambda name: None)
     assert "pip install" in refusal(monkeypatch, capsys, "wandb.enabled=true")
+
+
+def test_kernels_that_cannot_run(monkeypatch):
+    def refused(*overrides: str) -> str:
+        with pytest.raises(ConfigError) as error:
+            check(OmegaConf.to_object(compose("kernels=cuequivariance", *overrides)))
+        return str(error.value)
+
+    monkeypatch.setattr("cpfold_train.training.check.find_spec", lambda name: None)
+    assert "pip install -e '.[cuequivariance]'" in refused()
+    monkeypatch.setattr("cpfold_train.training.check.find_spec", lambda name: name)
+    assert "type trainer.accelerator=gpu" in refused()
+    assert "type trainer.precision=bf16-mixed" in refused("trainer.accelerator=gpu")
+    check(
+        OmegaConf.to_object(
+            compose("kernels=cuequivariance", "trainer.accelerator=gpu", "trainer.precision=bf16-mixed")
+        )
+    )
 
 
 def test_world_follows_the_grid_or_the_launcher(monkeypatch):

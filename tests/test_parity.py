@@ -21,6 +21,7 @@ from cpfold_train.model.trunk import DistogramModule, Trunk
 from cpfold_train.ops import outer_product_mean as opm
 from cpfold_train.ops import pair_weighted_averaging as pwa
 from cpfold_train.ops import triangle_attention
+from cpfold_train.ops.attention_pair_bias import all_tokens
 from cpfold_train.ops.outer_product_mean import pair_counts
 from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.parallel.context import TILED, ContextParallel
@@ -63,7 +64,7 @@ def attention(module, x, cp, algorithm):
 
 
 def single_attention(module, x, cp):
-    return module(x["s"], x["z"], x["token_mask"], cp)
+    return all_tokens(module(x["s"], x["z"], x["token_mask"], cp), cp)
 
 
 def averaging(module, x, cp):

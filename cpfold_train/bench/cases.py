@@ -17,6 +17,7 @@ from cpfold_train.model.pair_stack import (
     TriangleMultiplicationOutgoing,
 )
 from cpfold_train.model.pairformer import AttentionPairBias, PairformerLayer
+from cpfold_train.ops.attention_pair_bias import all_tokens
 from cpfold_train.ops.outer_product_mean import pair_counts
 from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.parallel.context import ContextParallel
@@ -71,7 +72,7 @@ CASES = {
     "attention_pair_bias": Case(
         lambda c: AttentionPairBias(c.token_s, c.token_z, c.pairformer.num_heads),
         ("s", "z"),
-        lambda f, x, cp: (f(x["s"], x["z"], x["token_mask"], cp),),
+        lambda f, x, cp: (all_tokens(f(x["s"], x["z"], x["token_mask"], cp), cp),),
     ),
     "transition": Case(lambda c: Transition(c.token_z, 4 * c.token_z), ("z",), lambda f, x, cp: (f(x["z"]),)),
     "msa_block": Case(lambda c: MSALayer(c.msa, c.token_z), ("m", "z"), _msa_block),

@@ -25,6 +25,7 @@ from cpfold_train.bench.simulate import simulate
 from cpfold_train.errors import ConfigError
 from cpfold_train.memory import return_large_tensors
 from cpfold_train.model.config import ModelConfig
+from cpfold_train.ops.biased_attention import KERNELS
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.cost import ALGORITHMS
 from cpfold_train.parallel.gather import barrier
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--algorithm", choices=ALGORITHMS, default="auto", help="of the triangle ops (default: auto, by the cost model)"
     )
+    parser.add_argument("--kernels", choices=KERNELS, default="torch", help="of triangle attention (default: torch)")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps, of which the median counts (default: 3)")
     parser.add_argument("--threads", type=int, help="threads a rank (default: cores / ranks, at least 1)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda runs one rank a GPU over NCCL")
@@ -86,6 +88,10 @@ def run(args: argparse.Namespace) -> None:
     if args.device == "cuda" and grid.cp_size > torch.cuda.device_count():
         raise ConfigError(
             f"--grid {grid} needs {grid.cp_size} GPUs and there are {torch.cuda.device_count()}: type a smaller --grid"
+        )
+    if args.kernels == "cuequivariance" and (args.device != "cuda" or not find_spec("cuequivariance_torch")):
+        raise ConfigError(
+            "--kernels cuequivariance needs --device cuda and the package: type pip install -e '.[cuequivariance]'"
         )
     if args.against and not args.boltz_python:
         raise ConfigError("--against boltz needs the package: type pip install -e '.[boltz]', or --boltz-python PATH")
@@ -138,7 +144,7 @@ def _rank(rank: int, rows: int, cols: int, job: dict) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(rows * cols)}
     device = torch.device(job["device"], rank) if job["device"] == "cuda" else torch.device("cpu")
-    cp = ContextParallel(Grid(rows, cols, 1, rank), device.type, algorithm=job["algorithm"])
+    cp = ContextParallel(Grid(rows, cols, 1, rank), device.type, algorithm=job["algorithm"], kernels=job["kernels"])
 
     torch.manual_seed(rank)
     config = ModelConfig(token_z=job["token_z"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cpfold_train.model.config import PairformerConfig
 from cpfold_train.model.layers import Transition, linear, without_autocast
 from cpfold_train.model.pair_stack import PairStack
-from cpfold_train.ops.attention_pair_bias import attention_pair_bias
+from cpfold_train.ops.attention_pair_bias import all_tokens, attention_pair_bias
+from cpfold_train.ops.by_rows import by_rows, rows_per_block
 from cpfold_train.ops.recompute import recompute
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.random import Draws
@@ -27,10 +29,36 @@ class AttentionPairBias(nn.Module):
         self.proj_o = linear(c_s, c_s, "zero")
 
     def forward(self, s: Tensor, z: Tensor, token_mask: Tensor, cp: ContextParallel) -> Tensor:
-        """Update for s (B, N, c_s), the same on all ranks; z is a tile (B, N/R, N/C, c_z), token_mask (B, N)."""
-        q, k, v = (p(s).unflatten(-1, (self.num_heads, -1)) for p in (self.proj_q, self.proj_k, self.proj_v))
-        o = attention_pair_bias(q * q.shape[-1] ** -0.5, k, v, self.proj_z(z), token_mask, cp)
-        return self.proj_o(self.proj_g(s).sigmoid() * o.flatten(-2))
+        """Update for the tile's rows of s.
+
+        Args:
+            s: (B, N, c_s), the same on all ranks.
+            z: tile (B, N/R, N/C, c_z).
+            token_mask: (B, N), 1 for real tokens.
+            cp: the running grid.
+
+        Returns:
+            (B, N/R, c_s), the same on all ranks of a grid row.
+        """
+        n = s.shape[1]
+        rows, cols = slice(*cp.grid.row_tokens(n)), slice(*cp.grid.col_tokens(n))
+        queries, keys = s[:, rows], s[:, cols]
+        q, k, v = (
+            project(x).unflatten(-1, (self.num_heads, -1))
+            for project, x in ((self.proj_q, queries), (self.proj_k, keys), (self.proj_v, keys))
+        )
+        o = attention_pair_bias(q * q.shape[-1] ** -0.5, k, v, self._bias(z), token_mask[:, cols], cp)
+        return self.proj_o(self.proj_g(queries).sigmoid() * o.flatten(-2))
+
+    def _bias(self, z: Tensor) -> Tensor:
+        """(B, N/R, N/C, h), a few rows at a time: the norm of a whole tile would have to be kept."""
+        norm, project = self.proj_z
+        rows = rows_per_block(z[:, :1].numel() * z.element_size(), z.device)
+        return by_rows(_normed_linear, rows, (z,), (norm.weight, norm.bias, project.weight))
+
+
+def _normed_linear(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias), weight)
 
 
 class PairformerLayer(PairStack):
@@ -67,9 +95,10 @@ class PairformerLayer(PairStack):
         with without_autocast(s):
             dtype = self.pre_norm_s.weight.dtype
             s, z_wide = s.to(dtype), z.to(dtype)
-            s = s + self.attention(self.pre_norm_s(s), z_wide, token_mask, cp)
-            s = s + self.transition_s(s)
-        return s, z
+            rows = s[:, slice(*cp.grid.row_tokens(s.shape[1]))]
+            rows = rows + self.attention(self.pre_norm_s(s), z_wide, token_mask, cp)
+            rows = rows + self.transition_s(rows)
+            return all_tokens(rows, cp), z
 
 
 class PairformerModule(nn.Module):

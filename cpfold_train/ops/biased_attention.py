@@ -3,6 +3,8 @@
 The scores of complete rows are (B, r, h, N, N). They are computed for one row and some queries at a time, and again in
 the backward pass (Dao et al., "FlashAttention", NeurIPS 2022). Unlike torch's fused CPU kernel this gives the gradient
 of the bias. Queries are the outer loop, so that their part of the bias and of its gradient stays in cache for all rows.
+
+On NVIDIA GPUs the kernel of the cuEquivariance package can do the same (not measured).
 """
 
 from __future__ import annotations
@@ -14,21 +16,28 @@ from torch import Tensor
 
 from cpfold_train.ops.by_rows import rows_per_block
 
+KERNELS = ("torch", "cuequivariance")
 SCORE_BYTES = 1 << 19
 """Scores that a CPU thread takes at a time: it goes over them ten times, so they should fit in its core's cache."""
 
 
-def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, kernels: str = "torch") -> Tensor:
     """``softmax_j(q_i . k_j + bias_ij) v_j`` for each row and head on its own; the softmax is in fp32 at least.
 
     Args:
         q: (B, r, h, M, d) queries, already scaled.
         k, v: (B, r, h, N, d).
         bias: (B, h, M, N), the same for all r rows; very negative where a key is masked.
+        kernels: one of ``KERNELS``. The cuEquivariance package works on CUDA tensors only; its limits on d and dtype
+            are those of ``cuequivariance_torch.triangle_attention``.
 
     Returns:
         (B, r, h, M, d).
     """
+    if kernels == "cuequivariance":
+        from cuequivariance_torch import triangle_attention
+
+        return triangle_attention(q, k, v, bias[:, None], scale=1.0)
     return _BiasedAttention.apply(q, k, v, bias)
 
 

@@ -7,7 +7,7 @@ intermediates stay in cache and are never kept: the backward pass computes a blo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ BLOCK_BYTES = 1 << 22
 matmul."""
 GPU_BLOCK_BYTES = 1 << 28
 """The same on a GPU, where a block must be worth its kernel launches."""
+
+AutocastState = tuple[str, torch.dtype, bool]
 
 
 def rows_per_block(bytes_per_row: int, device: torch.device, cpu_bytes: int = BLOCK_BYTES) -> int:
@@ -51,20 +53,8 @@ class _ByRows(torch.autograd.Function):
     def forward(ctx, function, rows: int, dim: int, count: int, *tensors: Tensor) -> Tensor:
         ctx.function, ctx.rows, ctx.dim, ctx.count = function, rows, dim, count
         ctx.save_for_backward(*tensors)
-        device = tensors[0].device.type
-        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        inputs, shared = tensors[:count], tensors[count:]
-        total = inputs[0].shape[1]
-        out = None
-        for start in range(0, total, rows):
-            stop = min(start + rows, total)
-            part = function(*(x[:, start:stop] for x in inputs), *shared)
-            if out is None:
-                shape = list(part.shape)
-                shape[dim] = total
-                out = part.new_empty(shape)
-            out.narrow(dim, start, stop - start).copy_(part)
-        return out
+        ctx.autocast = autocast_state(tensors[0].device)
+        return in_blocks(function, rows, tensors[:count], tensors[count:], dim)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -76,20 +66,77 @@ class _ByRows(torch.autograd.Function):
             # A sum over many blocks in bf16 would stop growing after a few hundred of them.
             wide = torch.promote_types(x.dtype, torch.float32)
             grads[i] = torch.empty_like(x) if i < ctx.count else torch.zeros_like(x, dtype=wide)
-        total = tensors[0].shape[1]
-        device, dtype, enabled = ctx.autocast
-        for start in range(0, total, ctx.rows):
-            stop = min(start + ctx.rows, total)
-            block = [x[:, start:stop] if i < ctx.count else x for i, x in enumerate(tensors)]
-            for i in needed:
-                block[i] = block[i].detach().requires_grad_()
-            with torch.enable_grad(), torch.autocast(device, dtype, enabled):
-                part = ctx.function(*block)
-            part_grad = grad.narrow(ctx.dim, start, stop - start)
-            for i, g in zip(needed, torch.autograd.grad(part, [block[i] for i in needed], part_grad)):
+        inputs, shared = tensors[: ctx.count], tensors[ctx.count :]
+        for block, found in block_gradients(
+            ctx.function, ctx.rows, inputs, shared, needed, grad, ctx.autocast, ctx.dim
+        ):
+            while found:
+                i, g = found.popitem()
                 if i < ctx.count:
-                    grads[i][:, start:stop] = g
+                    grads[i][:, block] = g
                 else:
                     grads[i] += g
         cast = (g if g is None else g.to(x.dtype) for g, x in zip(grads, tensors))
         return None, None, None, None, *cast
+
+
+def in_blocks(
+    function: Callable[..., Tensor], rows: int, inputs: Sequence[Tensor], shared: Sequence[Tensor], dim: int = 1
+) -> Tensor:
+    """What :func:`by_rows` returns, without gradient; all at once if there are no inputs."""
+    if not inputs:
+        return function(*shared)
+    out = None
+    for block in _blocks(inputs, rows):
+        part = function(*(x[:, block] for x in inputs), *shared)
+        if out is None:
+            shape = list(part.shape)
+            shape[dim] = inputs[0].shape[1]
+            out = part.new_empty(shape)
+        out.narrow(dim, block.start, block.stop - block.start).copy_(part)
+    return out
+
+
+def block_gradients(
+    function: Callable[..., Tensor],
+    rows: int,
+    inputs: Sequence[Tensor],
+    shared: Sequence[Tensor],
+    needed: Sequence[int],
+    grad: Tensor,
+    autocast: AutocastState,
+    dim: int = 1,
+) -> Iterator[tuple[slice, dict[int, Tensor]]]:
+    """For one block of :func:`in_blocks` after the other, its rows and what it adds to the gradients.
+
+    Whoever loops over it should empty the gradients, which may be as large as what is shared: the next block's are made
+    meanwhile.
+
+    Args:
+        needed: which of ``(*inputs, *shared)`` need a gradient; these are the keys of the gradients.
+        grad: gradient of the result.
+        autocast: :func:`autocast_state` of the forward pass, in which each block is computed again.
+    """
+    device, dtype, enabled = autocast
+    for block in _blocks(inputs, rows):
+        args = [*(x[:, block] for x in inputs), *shared]
+        for i in needed:
+            args[i] = args[i].detach().requires_grad_()
+        with torch.enable_grad(), torch.autocast(device, dtype, enabled):
+            part = function(*args)
+        part_grad = grad.narrow(dim, block.start, block.stop - block.start) if inputs else grad
+        yield block, dict(zip(needed, torch.autograd.grad(part, [args[i] for i in needed], part_grad)))
+
+
+def autocast_state(device: torch.device) -> AutocastState:
+    """Device type, dtype and whether mixed precision is on: what ``torch.autocast`` takes."""
+    return device.type, torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
+
+
+def _blocks(inputs: Sequence[Tensor], rows: int) -> Iterator[slice]:
+    if not inputs:
+        yield slice(None)
+        return
+    total = inputs[0].shape[1]
+    for start in range(0, total, rows):
+        yield slice(start, min(start + rows, total))

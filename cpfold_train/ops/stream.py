@@ -8,10 +8,12 @@ tiles), panels of the triangle bias and chunks of MSA depth are all of this form
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from cpfold_train.ops.by_rows import autocast_state, block_gradients, in_blocks
 from cpfold_train.parallel.redistribute import Route
 
 Step = Callable[..., Tensor]
@@ -20,78 +22,101 @@ Step = Callable[..., Tensor]
 def stream(
     step: Step,
     routes: Sequence[Sequence[Route]],
-    local: Sequence[Tensor],
+    shared: Sequence[Tensor],
     sources: Sequence[Tensor],
     dim: int | None = None,
+    inputs: Sequence[Tensor] = (),
+    rows: int = 1,
 ) -> Tensor:
-    """``step(k, *local, *pieces_k)`` for k = 0, 1, ..., added up or joined.
+    """``step(k, *inputs, *shared, *pieces_k)`` for k = 0, 1, ..., added up or joined.
 
     Args:
         step: differentiable. Everything that needs a gradient must be an argument.
         routes: for each k, how the piece of each source comes to this rank. All ranks must list the same steps.
-        local: tensors that every step uses whole.
+        shared: tensors that every step uses whole.
         sources: sharded tensors of which pieces are fetched.
         dim: where the parts are joined; None adds them up.
+        inputs: tensors (B, r, ...) whose rows each step treats independently; its result has the same rows.
+        rows: how many of them a step gets at a time, as in :func:`~cpfold_train.ops.by_rows.by_rows`.
 
     Returns:
         The sum, or the parts joined along ``dim``.
     """
-    return _Stream.apply(step, routes, dim, len(local), *local, *sources)
+    return _Stream.apply(step, routes, dim, rows, (len(inputs), len(shared)), *inputs, *shared, *sources)
 
 
 class _Stream(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, step: Step, routes: Sequence[Sequence[Route]], dim: int | None, count: int, *tensors: Tensor):
-        ctx.step, ctx.routes, ctx.dim, ctx.count = step, routes, dim, count
+    def forward(ctx, step: Step, routes, dim: int | None, rows: int, counts: tuple[int, int], *tensors: Tensor):
+        ctx.step, ctx.routes, ctx.dim, ctx.rows, ctx.counts = step, routes, dim, rows, counts
         ctx.save_for_backward(*tensors)
-        device = tensors[0].device.type
-        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        local, sources = tensors[:count], tensors[count:]
+        ctx.autocast = autocast_state(tensors[0].device)
+        inputs, shared, sources = _groups(tensors, counts)
         parts: list[Tensor] = []
         for k, pieces in enumerate(pieces_in_turn(routes, sources)):
-            part = step(k, *local, *pieces)
+            part = in_blocks(partial(step, k), rows, inputs, (*shared, *pieces))
             if dim is None and parts:
                 parts[0] += part
             else:
                 parts.append(part)
+            del part, pieces
         ctx.sizes = [1 if dim is None else part.shape[dim] for part in parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         tensors = ctx.saved_tensors
-        local, sources = tensors[: ctx.count], tensors[ctx.count :]
-        needs = ctx.needs_input_grad[4:]
+        inputs, shared, sources = _groups(tensors, ctx.counts)
+        local = len(inputs) + len(shared)
+        needs = ctx.needs_input_grad[5:]
+        needed = [i for i, need in enumerate(needs) if need]
         # Sums over many pieces: in bf16 they would stop growing.
         wide = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if need else None
                 for x, need in zip(tensors, needs)]  # fmt: skip
         grads = [grad] * len(ctx.routes) if ctx.dim is None else grad.split(ctx.sizes, ctx.dim)
-        device, dtype, enabled = ctx.autocast
         returning: list[Returning] = []
         turns = zip(ctx.routes, pieces_in_turn(ctx.routes, sources), grads)
         for k, (here, pieces, part_grad) in enumerate(turns):
-            args = [x.detach().requires_grad_(need) for x, need in zip((*local, *pieces), needs)]
-            with torch.enable_grad(), torch.autocast(device, dtype, enabled):
-                part = ctx.step(k, *args)
-            needed = [i for i, need in enumerate(needs) if need]
-            found = dict(zip(needed, torch.autograd.grad(part, [args[i] for i in needed], part_grad)))
-            for i in needed:
-                if i < ctx.count:
-                    wide[i] += found[i]
+            back: dict[int, Tensor] = {}
+            blocks = block_gradients(
+                partial(ctx.step, k), ctx.rows, inputs, (*shared, *pieces), needed, part_grad, ctx.autocast
+            )
+            for block, found in blocks:
+                while found:
+                    i, g = found.popitem()
+                    if i < len(inputs):
+                        wide[i][:, block] += g
+                    elif i < local:
+                        wide[i] += g
+                    elif i in back:
+                        back[i] += g
+                    else:
+                        back[i] = g.to(wide[i].dtype)
             collect(returning)
-            returning = [(here[i - ctx.count], found[i], wide[i]) for i in needed if i >= ctx.count]
+            returning = [(here[i - local], g.to(tensors[i].dtype), wide[i]) for i, g in back.items()]
             give_back(returning)
+            # None of it may live on beside the next step's.
+            del pieces, blocks, back
         collect(returning)
-        return None, None, None, None, *(g if g is None else g.to(x.dtype) for g, x in zip(wide, tensors))
+        return *(None,) * 5, *(g if g is None else g.to(x.dtype) for g, x in zip(wide, tensors))
+
+
+def _groups(tensors: Sequence[Tensor], counts: tuple[int, int]) -> tuple[Sequence[Tensor], ...]:
+    inputs, shared = counts
+    return tensors[:inputs], tensors[inputs : inputs + shared], tensors[inputs + shared :]
 
 
 def pieces_in_turn(routes: Sequence[Sequence[Route]], sources: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The pieces of each step, handed out when those of the next step are on their way."""
+    """The pieces of each step, handed out when those of the next step are on their way.
+
+    The list is emptied for the next step: whoever loops over it would else hold three steps' pieces.
+    """
     coming = [route.fetch(x) for route, x in zip(routes[0], sources)]
     for here, following in zip(routes, [*routes[1:], ()]):
         pieces = [route.arrive(piece) for route, piece in zip(here, coming)]
         coming = [route.fetch(x) for route, x in zip(following, sources)]
         yield pieces
+        pieces.clear()
 
 
 Returning = tuple[Route, Tensor, Tensor]

@@ -5,7 +5,7 @@ T = B (N/R) (N/C) c is the size of a tile.
 
 All-to-all: an exchange inside the row group (the column group) turns tiles into complete rows (columns), on which
 attention is local; the result goes back the same way. Only the triangle bias, h channels of N x N, is needed by every
-rank; it is gathered whole where that is at most half a tile, else in panels of so many queries. Each rank sends
+rank; it is gathered whole where that is at most half a tile, else in panels of so many heads. Each rank sends
 2 T (C - 1) / C elements forward for the starting node, 2 T (R - 1) / R for the ending node, and (P - 1) T h / c of
 bias; as many backward, and the bias once more where there are several panels. On large grids the bias outweighs z:
 there q ranks hold the same rows, each attends for 1/q of the queries and gets 1/q of the bias.
@@ -41,6 +41,7 @@ from cpfold_train.parallel.layouts import (
     tiles,
     whole_cols,
     whole_rows,
+    with_dim,
 )
 from cpfold_train.parallel.redistribute import Layout, Route, finish, start
 
@@ -79,7 +80,7 @@ def triangle_attention_starting(z: Tensor, token_mask: Tensor, w: Weights, cp: C
         blocks = [col_parts(cp.grid, n, k) for k in range(cp.grid.cols)]
         return _around_the_grid(z, bias, w, row_parts(cp.grid, n), col_parts(cp.grid, n), blocks, as_tiles, cp, op)
     groups = row_groups(cp.grid, n, z.shape[3], bias.shape[1])
-    sharers = row_sharers(cp.grid, n, z.shape[3], bias.shape[1])
+    sharers = row_sharers(cp.grid, z.shape[3], bias.shape[1])
     some = n // groups
     as_rows, shares = whole_rows(cp.grid, some, n, sharers), col_shares(cp.grid, n, sharers)
     return _in_whole_rows(z.chunk(groups, 1), bias, w, tiles(cp.grid, some, n), as_rows, shares, as_tiles, n, cp, op)
@@ -97,7 +98,7 @@ def triangle_attention_ending(z: Tensor, token_mask: Tensor, w: Weights, cp: Con
         rows, queries = col_parts(cp.grid, n), row_parts(cp.grid, n)
         return _around_the_grid(z, bias, w, rows, queries, blocks, as_tiles, cp, op).transpose(1, 2)
     groups = row_groups(cp.grid, n, z.shape[3], bias.shape[1], ending=True)
-    sharers = row_sharers(cp.grid, n, z.shape[3], bias.shape[1], ending=True)
+    sharers = row_sharers(cp.grid, z.shape[3], bias.shape[1], ending=True)
     some = n // groups
     has, as_rows = (swapped(layout) for layout in (tiles(cp.grid, n, some), whole_cols(cp.grid, n, some, sharers)))
     shares = row_shares(cp.grid, n, sharers)
@@ -140,23 +141,28 @@ def _in_whole_rows(
     rows of a group. Ranks that have the same rows attend for their ``shares`` of the queries.
     """
     coming = [start(part, cp, cp.all, (1, 2), has, as_rows, op) for part in z]
-    shared = _shared_weights(w, bias.shape[1])
+    heads = bias.shape[1]
+    shared = _shared_weights(w, heads)
     mine = shares[cp.all.index]
-    panels = bias_panels(cp.grid, n, z[0].shape[3], bias.shape[1], n // (mine[1] - mine[0]))
+    panels = bias_panels(cp.grid, z[0].shape[3], heads, n // (mine[1] - mine[0]))
     if panels == 1:
         wants = tuple((share, (0, n)) for share in shares)
         bias = finish(start(bias, cp, cp.all, (2, 3), bias_has, wants, op))
-        updates = (_attend(finish(part), bias, shared, mine) for part in coming)
+        updates = (_attend(finish(part), bias, shared, mine, cp.kernels) for part in coming)
     else:
-        by_rank = [[(lo + a, lo + b) for a, b in split(hi - lo, panels)] for lo, hi in shares]
-        wants = [tuple((parts[k], (0, n)) for parts in by_rank) for k in range(panels)]
-        routes = [[Route(cp, cp.all, (2, 3), bias_has, boxes, op)] for boxes in wants]
+        every, groups = ((0, heads),) * cp.all.size, split(heads, panels)
+        wants = tuple((share, (0, n)) for share in shares)
+        routes = [
+            [Route(cp, cp.all, (1, 2, 3), with_dim(every, bias_has), with_dim((group,) * cp.all.size, wants), op)]
+            for group in groups
+        ]
 
         def step(k: int, z: Tensor, *args: Tensor) -> Tensor:
             *shared, bias = args
-            return _attend(z, bias, shared, by_rank[cp.all.index][k])
+            return _attend_rows(mine, cp.kernels, z, bias, *_of_heads(shared, groups[k], heads))
 
-        updates = (stream(step, routes, (finish(part), *shared), (bias,), dim=2) for part in coming)
+        rows = _rows_at_once(z[0], n, shared)
+        updates = (stream(step, routes, shared, (bias,), inputs=(finish(part),), rows=rows) for part in coming)
     done = tuple((rows, share) for (rows, _), share in zip(as_rows, shares))
     going = [start(update, cp, cp.all, (1, 2), done, has, op) for update in updates]
     return finish(going[0]) if len(going) == 1 else torch.cat([finish(part) for part in going], 1)
@@ -196,16 +202,29 @@ def _shared_weights(w: Weights, heads: int) -> tuple[Tensor, ...]:
     return w.norm_weight, w.norm_bias, torch.cat([w.q * scale, w.g]), torch.cat([w.k, w.v]), w.o
 
 
-def _attend(z: Tensor, bias: Tensor, shared: Sequence[Tensor], queries: Interval) -> Tensor:
+def _of_heads(shared: Sequence[Tensor], some: Interval, heads: int) -> tuple[Tensor, ...]:
+    """The part of :func:`_shared_weights` that concerns some of the heads."""
+    norm_weight, norm_bias, qg, kv, o = shared
+    qg, kv = (x.unflatten(0, (2, heads, -1))[:, slice(*some)].flatten(0, 2) for x in (qg, kv))
+    return norm_weight, norm_bias, qg, kv, o.unflatten(1, (heads, -1))[:, slice(*some)].flatten(1)
+
+
+def _attend(z: Tensor, bias: Tensor, shared: Sequence[Tensor], queries: Interval, kernels: str) -> Tensor:
     """Complete rows z (B, r, N, c) and the bias (B, h, M, N) of some queries to the update of these (B, r, M, c)."""
+    rows = _rows_at_once(z, z.shape[2], shared)
+    return by_rows(partial(_attend_rows, queries, kernels), rows, (z,), (bias, *shared))
+
+
+def _rows_at_once(z: Tensor, n: int, shared: Sequence[Tensor]) -> int:
+    """How many complete rows of n pairs, of z (B, ..., c), to attend in at a time."""
+    qkvg_bytes = z.shape[0] * n * sum(w.shape[0] for w in shared[2:4]) * z.element_size()
     # The gradient of the bias is added up once per block: a block of one row would make that dear.
-    qkvg_bytes = z[:, :1].numel() // z.shape[3] * sum(w.shape[0] for w in shared[2:4]) * z.element_size()
-    rows = max(4, rows_per_block(qkvg_bytes, z.device))
-    return by_rows(partial(_attend_rows, queries), rows, (z,), (bias, *shared))
+    return max(4, rows_per_block(qkvg_bytes, z.device))
 
 
 def _attend_rows(
     queries: Interval,
+    kernels: str,
     z: Tensor,
     bias: Tensor,
     norm_weight: Tensor,
@@ -214,11 +233,13 @@ def _attend_rows(
     kv: Tensor,
     o: Tensor,
 ) -> Tensor:
+    """What :func:`_attend` returns, for a block of rows and the heads that the bias and the weights have."""
+
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (2, bias.shape[1], -1)).permute(3, 0, 1, 4, 2, 5).contiguous()
 
     x = layer_norm(z, norm_weight.shape, norm_weight, norm_bias)
     q, g = heads(linear(x[:, :, slice(*queries)], qg))
     k, v = heads(linear(x, kv))
-    attended = biased_attention(q, k, v, bias) * g.sigmoid()
+    attended = biased_attention(q, k, v, bias, kernels) * g.sigmoid()
     return linear(attended.transpose(2, 3).flatten(3), o)

@@ -93,7 +93,7 @@ def _update(
         routes = [[Route(cp, cp.all, (2, 3), has, wants, OP) for wants in step] for step in pieces]
         x = stream(lambda _, a, b: product(a, b), routes, (), (a, b))
     else:
-        x = _by_channels(a, b, product, n, cp)
+        x = _by_channels(a, b, product, n, incoming, cp)
     shared = w.norm_in_weight, w.norm_in_bias, w.norm_out_weight, w.norm_out_bias, w.p_out, w.g_out
     return by_rows(_gated_output, rows, (x.permute(0, 2, 3, 1), z), shared)
 
@@ -103,17 +103,19 @@ def _algorithm(z: Tensor, incoming: bool, cp: ContextParallel) -> str:
     return choose(cp.algorithm, *costs, z.numel() * z.element_size())
 
 
-def _by_channels(a: Tensor, b: Tensor, product: Product, n: int, cp: ContextParallel) -> Tensor:
+def _by_channels(a: Tensor, b: Tensor, product: Product, n: int, incoming: bool, cp: ContextParallel) -> Tensor:
     """The product of all tiles, with all pairs of a few channels on each rank: (B, c, N/R, N/C) to the same.
 
-    Channels go in groups: one travels while another is multiplied, there, back and in the backward pass.
+    Channels go in groups: one travels while another is multiplied, there, back and in the backward pass. Where they do
+    not divide, the first ranks get more of the outgoing edges and the last ranks more of the incoming ones.
     """
     groups = channel_groups(cp.grid, a.shape[1])
     moves = []
     for a_g, b_g in zip(a.chunk(groups, 1), b.chunk(groups, 1)):
         c = a_g.shape[1]
         as_tiles = with_dim(((0, c),) * cp.all.size, tiles(cp.grid, n, n))
-        as_channels = with_dim(split(c, cp.all.size), everything(cp.grid, n, n))
+        shares = split(c, cp.all.size)[:: -1 if incoming else 1]
+        as_channels = with_dim(shares, everything(cp.grid, n, n))
         there = (start(x, cp, cp.all, (1, 2, 3), as_tiles, as_channels, OP) for x in (a_g, b_g))
         moves.append((*there, as_channels, as_tiles))
     going = [

@@ -53,6 +53,7 @@ class ContextParallel:
         all: every rank of the replica.
         ledger: what this rank sent and waited for.
         algorithm: how the triangle ops communicate.
+        kernels: what computes the attention within complete rows.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class ContextParallel:
         device_type: str = "cpu",
         timeout: timedelta = timedelta(minutes=30),
         algorithm: str = "auto",
+        kernels: str = "torch",
     ) -> None:
         """Build the mesh on the default process group, which is started where there is none: on its own for a world of
         one rank, else from the launcher's environment variables.
@@ -70,6 +72,7 @@ class ContextParallel:
             device_type: ``"cpu"`` or ``"cuda"``.
             timeout: how long an exchange may take before it is an error.
             algorithm: ``alltoall``, ``ring`` or ``auto`` for the triangle ops; see :mod:`cpfold_train.parallel.cost`.
+            kernels: ``torch`` or ``cuequivariance``; see :mod:`cpfold_train.ops.biased_attention`.
         """
         if not dist.is_initialized():
             backend = "nccl" if device_type == "cuda" else "gloo"
@@ -79,6 +82,7 @@ class ContextParallel:
             raise ValueError(f"the grid has {grid.world_size} ranks, the process group {dist.get_world_size()}")
         self.grid = grid
         self.algorithm = algorithm
+        self.kernels = kernels
         self.ledger = Ledger()
         ranks = torch.arange(grid.world_size).reshape(grid.dp, grid.rows, grid.cols)
         self.mesh = DeviceMesh(device_type, ranks, mesh_dim_names=("dp", "cp_row", "cp_col"))

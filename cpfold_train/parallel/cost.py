@@ -10,14 +10,14 @@ and for the triangle attention around the starting node, with a bias of h channe
 
     all-to-all   sent 2 T (q + 1 - 2 q / C) + b T (P - 1) h / (c q)
                                                          messages 2 (C - 1 + C / q - 1) g
-                                                                  + b (P - 1) (a rank's bias panels) / q
+                                                                  + b (P - 1) k (R + q - gcd(R, q)) / (R q)
     ring         sent 3 T ((C - 1) 2 w + (R - 1 / C) h) / c
                                                          messages as for the triangle multiplication
 
 g is the number of groups, of channels or of rows, that travel one after the other so that one can be worked on
-meanwhile. b is 2 where the bias is gathered whole, and 3 where it comes in panels, which are fetched once more in the
-backward pass. q ranks hold the same rows, each with its own part of the queries and of the bias: rows cost q times as
-much then, the bias 1/q. The incoming edges and the ending node are the transpose: R and C change places.
+meanwhile. b is 2 where the bias is gathered whole, and 3 where it comes in k panels of heads, which are fetched once
+more in the backward pass. q ranks hold the same rows, each with its own part of the queries and of the bias: rows cost
+q times as much then, the bias 1/q. The incoming edges and the ending node are the transpose: R and C change places.
 
 The faster way is the one with fewer bytes, where each message counts as ``MESSAGE_BYTES``, provided that it holds no
 more than ``HELD_TILES`` tiles. A ring repeats its products in the backward pass, so it has to be better by a tenth.
@@ -65,33 +65,35 @@ def triangle_attention_cost(
     if algorithm == "ring":
         sent = 3 * ((cols - 1) * 2 * width + (rows - 1 / cols) * heads) / c
         return Cost(sent, 3 * _ring_messages(rows, cols), held=9 * width / c)
-    sharers = row_sharers(grid, n, c, heads, ending)
-    panels = bias_panels(grid, n, c, heads, sharers)
+    sharers = row_sharers(grid, c, heads, ending)
+    panels = bias_panels(grid, c, heads, sharers)
     times = 2 if panels == 1 else 3
-    panels_of_a_rank = (rows + panels * sharers - gcd(rows, panels * sharers)) / rows
+    shares_of_a_tile = (rows + sharers - gcd(rows, sharers)) / rows
     messages = 2 * (cols - 1 + cols / sharers - 1) * row_groups(grid, n, c, heads, ending)
-    messages += times * (p - 1) * panels_of_a_rank / sharers
-    return Cost(_sent_by_sharers(grid, n, c, heads, ending, sharers), messages, held=2 + sharers)
+    messages += times * (p - 1) * panels * shares_of_a_tile / sharers
+    return Cost(_sent_by_sharers(grid, c, heads, ending, sharers), messages, held=2 + sharers)
 
 
-def bias_panels(grid: Grid, n: int, c: int, heads: int, sharers: int) -> int:
-    """Panels in which a rank's part of the triangle bias is gathered, so that none is larger than half a tile of z."""
-    return min(n // sharers, ceil(2 * heads * grid.cp_size / (c * sharers)))
+def bias_panels(grid: Grid, c: int, heads: int, sharers: int) -> int:
+    """Panels in which a rank's part of the triangle bias is gathered: of as many heads as are half a tile of z, or of
+    one head."""
+    return ceil(heads / max(1, c * sharers // (2 * grid.cp_size)))
 
 
-def row_sharers(grid: Grid, n: int, c: int, heads: int, ending: bool = False) -> int:
+def row_sharers(grid: Grid, c: int, heads: int, ending: bool = False) -> int:
     """How many ranks hold the same complete rows in a triangle attention, each for a part of the queries.
 
-    Each of them projects all keys, so the fewest are taken that send at most a tenth more than any other number.
+    Each of them holds and projects all keys, so the fewest are taken that send at most a quarter more than any other
+    number.
     """
     cols = _oriented(grid, ending)[1]
-    sent = {q: _sent_by_sharers(grid, n, c, heads, ending, q) for q in range(1, cols + 1) if cols % q == 0}
-    return next(q for q in sent if sent[q] <= 1.1 * min(sent.values()))
+    sent = {q: _sent_by_sharers(grid, c, heads, ending, q) for q in range(1, cols + 1) if cols % q == 0}
+    return next(q for q in sent if sent[q] <= 1.25 * min(sent.values()))
 
 
-def _sent_by_sharers(grid: Grid, n: int, c: int, heads: int, ending: bool, sharers: int) -> float:
+def _sent_by_sharers(grid: Grid, c: int, heads: int, ending: bool, sharers: int) -> float:
     _, cols, p = _oriented(grid, ending)
-    times = 2 if bias_panels(grid, n, c, heads, sharers) == 1 else 3
+    times = 2 if bias_panels(grid, c, heads, sharers) == 1 else 3
     return 2 * (sharers + 1 - 2 * sharers / cols) + times * (p - 1) * heads / (c * sharers)
 
 
@@ -106,9 +108,9 @@ def row_groups(grid: Grid, n: int, c: int, heads: int, ending: bool = False) -> 
     Where the bias comes in panels there is one group: another would fetch all panels again.
     """
     rows, cols, _ = _oriented(grid, ending)
-    sharers = row_sharers(grid, n, c, heads, ending)
+    sharers = row_sharers(grid, c, heads, ending)
     divisible = n // rows % (GROUPS * cols) == 0
-    return GROUPS if cols > 1 and divisible and bias_panels(grid, n, c, heads, sharers) == 1 else 1
+    return GROUPS if cols > 1 and divisible and bias_panels(grid, c, heads, sharers) == 1 else 1
 
 
 def choose(algorithm: str, ring: Cost, alltoall: Cost, tile_bytes: int) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from cpfold_train.data.crop import CROPS
 from cpfold_train.data.features import NUM_BINS
 from cpfold_train.data.shards import open_shards
 from cpfold_train.errors import ConfigError
+from cpfold_train.ops.biased_attention import KERNELS
 from cpfold_train.parallel.cost import ALGORITHMS
 from cpfold_train.training.config import TrainConfig
 
@@ -30,6 +32,9 @@ def check(config: TrainConfig) -> None:
         if value < least:
             raise ConfigError(f"{name}={value} is too small: type {name}={least} or more")
     _one_of("cp.algorithm", config.cp.algorithm, ALGORITHMS)
+    _one_of("kernels", config.kernels, KERNELS)
+    if config.kernels == "cuequivariance":
+        _require_cuequivariance(config)
     _one_of("data.crop", config.data.crop, tuple(CROPS))
     _one_of("trainer.precision", str(config.trainer.precision), PRECISIONS)
     _one_of("model.num_bins", config.model.num_bins, (NUM_BINS,))
@@ -48,6 +53,22 @@ def check(config: TrainConfig) -> None:
         from cpfold_train.training.dashboard import require_wandb
 
         require_wandb()
+
+
+def _require_cuequivariance(config: TrainConfig) -> None:
+    """Raise ConfigError where its kernels cannot run: they are for GPUs and have no backward pass in full fp32."""
+    if find_spec("cuequivariance_torch") is None:
+        raise ConfigError(
+            "kernels=cuequivariance needs the cuequivariance_torch package: type pip install -e '.[cuequivariance]', "
+            "or kernels=torch"
+        )
+    if config.trainer.accelerator == "cpu":
+        raise ConfigError("kernels=cuequivariance needs GPUs: type trainer.accelerator=gpu, or kernels=torch")
+    if str(config.trainer.precision) != "bf16-mixed":
+        raise ConfigError(
+            f"kernels=cuequivariance does not train in trainer.precision={config.trainer.precision}: "
+            "type trainer.precision=bf16-mixed, or kernels=torch"
+        )
 
 
 def _one_of(name: str, value: str | int, known: tuple[str | int, ...]) -> None:

@@ -100,13 +100,14 @@ class TrainerConfig:
 
 @dataclass
 class TrainConfig:
-    """One run."""
+    """One run; ``kernels`` is what computes triangle attention."""
 
     crop_size: int = MISSING
     batch_size: int = MISSING
     dp: Any = MISSING
     seed: int = MISSING
     ckpt_path: str | None = MISSING
+    kernels: str = MISSING
     cp: ContextParallelConfig = field(default_factory=ContextParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -42,7 +42,9 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
     timeout = timedelta(seconds=config.cp.timeout_s)
     trainer = pl.Trainer(
         **dataclasses.asdict(config.trainer) | {"num_nodes": world.num_nodes},
-        strategy=GridStrategy(world.grid.rows, world.grid.cols, world.grid.dp, timeout, config.cp.algorithm),
+        strategy=GridStrategy(
+            world.grid.rows, world.grid.cols, world.grid.dp, timeout, config.cp.algorithm, config.kernels
+        ),
         devices=world.devices,
         logger=_loggers(config, run_dir, record),
         callbacks=_callbacks(config, run_dir),

@@ -28,6 +28,7 @@ class GridStrategy(DDPStrategy):
         dp: number of replicas.
         timeout: how long a rank may wait for another before that is an error.
         algorithm: how the triangle ops communicate.
+        kernels: what computes the attention within complete rows.
 
     Attributes:
         grid: its geometry.
@@ -36,7 +37,9 @@ class GridStrategy(DDPStrategy):
 
     cp: ContextParallel
 
-    def __init__(self, rows: int, cols: int, dp: int, timeout: timedelta, algorithm: str, **kwargs: Any) -> None:
+    def __init__(
+        self, rows: int, cols: int, dp: int, timeout: timedelta, algorithm: str, kernels: str, **kwargs: Any
+    ) -> None:
         super().__init__(
             timeout=timeout,
             # With only the distogram loss the single track and its projections receive no gradient.
@@ -45,12 +48,12 @@ class GridStrategy(DDPStrategy):
             **kwargs,
         )
         self.grid = Grid(rows, cols, dp)
-        self._algorithm = algorithm
+        self._algorithm, self._kernels = algorithm, kernels
 
     def setup_distributed(self) -> None:
         super().setup_distributed()
         self.grid = replace(self.grid, rank=self.global_rank)
-        self.cp = ContextParallel(self.grid, self.root_device.type, self._timeout, self._algorithm)
+        self.cp = ContextParallel(self.grid, self.root_device.type, self._timeout, self._algorithm, self._kernels)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, int]:
