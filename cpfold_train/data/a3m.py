@@ -36,8 +36,9 @@ _PAIRED_FILE = re.compile(r"(^|[_.-])pair(ed|ing)?([_.-]|$)")
 def chains_of(path: Path) -> tuple[str, str, str]:
     """Read ``4hhb_AC_uniref.a3m.gz`` as entry, chain letters and label."""
     stem = Path(path.name.removesuffix(".gz")).stem
-    entry, chains, label = [*stem.split("_", 2), "", ""][:3]
-    return entry.lower(), chains, label
+    prefix = "pdb_" if stem.lower().startswith("pdb_") else ""  # of PDB ids with more than four characters
+    entry, chains, label = [*stem[len(prefix) :].split("_", 2), "", ""][:3]
+    return prefix + entry.lower(), chains, label
 
 
 def read_rows(path: Path) -> tuple[list[str], np.ndarray]:
