@@ -7,8 +7,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -17,6 +15,7 @@ from cpfold_train.data.inspect_picture import draw_sample
 from cpfold_train.data.residues import BOND_TYPES
 from cpfold_train.data.shards import Entry, open_shards, read_sample
 from cpfold_train.data.structure import Structure
+from cpfold_train.data.tables import make_console, make_table
 from cpfold_train.errors import ConfigError
 
 LONGEST_TABLE = 100
@@ -43,9 +42,7 @@ def run(args: argparse.Namespace) -> None:
     if min(args.crop) < 1:
         raise ConfigError("a crop has at least one token: type for example --crop 1024")
     entries = open_shards([f"{args.shards}/*.tar" if Path(args.shards).is_dir() else args.shards])
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120  # in a file nothing limits it, and rich would take 80
+    console = make_console()
     if args.id is None:
         console.print(samples_table(entries))
         return
@@ -64,26 +61,13 @@ def samples_table(entries: list[Entry]) -> Table:
     """A row for each sample, by the index alone."""
     chains = [chain for entry in entries for chain in entry.chains]
     polymers = [chain for chain in chains if chain["type"] != "nonpolymer"]
-    table = Table(
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
+    table = make_table(
+        "id, tokens, chains, residues, resolved, ligands, MSA rows, Å, released, clusters",
+        text="id, released",
         title=f"{len(entries):,} samples, {sum(entry.tokens for entry in entries):,} tokens, "
         f"{len(polymers):,} polymer chains, {len(chains) - len(polymers):,} ligands, "
         f"{len({chain['cluster'] for chain in chains}):,} clusters",
     )
-    for column in (
-        "id",
-        "tokens",
-        "chains",
-        "residues",
-        "resolved",
-        "ligands",
-        "MSA rows",
-        "Å",
-        "released",
-        "clusters",
-    ):
-        table.add_column(column, justify="left" if column in ("id", "released") else "right", no_wrap=True)
     for entry in entries[:LONGEST_TABLE]:
         own = [chain for chain in entry.chains if chain["type"] != "nonpolymer"]
         numbers = (
@@ -108,14 +92,12 @@ def chains_table(key: str, structure: Structure, alignments: dict[int, Alignment
     """A row for each polymer chain, and one for the ligands of each kind."""
     meta = structure.meta
     resolution = "" if meta["resolution"] is None else f", {meta['resolution']:g} Å"
-    table = Table(
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
+    table = make_table(
+        "chain, type, entity, copy, residues, resolved, MSA rows, cluster",
+        text="chain, type, cluster",
         title=escape(f"{key}: {meta['title'] or ''}"),
         caption=escape(f"{meta['method']}{resolution}, released {meta['release_date']}"),
     )
-    for column in ("chain", "type", "entity", "copy", "residues", "resolved", "MSA", "cluster"):
-        table.add_column(column, justify="left" if column in ("chain", "type", "cluster") else "right")
     ligands: dict[int, list[dict]] = {}
     for chain in meta["chains"]:
         if chain["type"] == "nonpolymer":
@@ -142,7 +124,9 @@ def components_table(structure: Structure) -> Table:
     """The components other than standard residues, and the bonds that are stored."""
     kinds = Counter(BOND_TYPES[kind] for kind in structure.bond_type.tolist())
     bonds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items())) or "none"
-    table = Table("component", "atoms", "ligand residues", "modified residues", box=box.SIMPLE, title=f"bonds: {bonds}")
+    table = make_table(
+        "component, atoms, ligand residues, modified residues", text="component", title=f"bonds: {bonds}"
+    )
     first = np.diff(structure.component, prepend=-1) != 0
     first |= np.diff(structure.res_index, prepend=-1) != 0
     first |= np.diff(structure.asym_id, prepend=-1) != 0

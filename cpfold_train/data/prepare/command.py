@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
         result.dropped = excluded.get(result.key)
     results += [Result(key, f"{key}.cif.gz", dropped=reason) for key, reason in failed.items()]
     tars = _write_shards(args.out, work, chosen, clusters, args.shard_size * 1e6)
-    unused = sorted(path.name for files in alignments.values() for path, _ in files)
+    unused = [] if only else sorted(path.name for files in alignments.values() for path, _ in files)
     shared = shared_clusters(kept, clusters, chosen)
     n_clusters = len({cluster for (key, _), cluster in clusters.items() if key in chosen})
     write_report(args.out, sorted(results, key=lambda result: result.key), chosen, n_clusters, shared, unused, tars)

@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from cpfold_train.data.prepare.convert import Result
+from cpfold_train.data.tables import make_console, make_table
 
 LONGEST_TABLE = 100
 """Entries up to which the terminal shows each."""
@@ -57,12 +57,12 @@ def write_report(
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     if kept:
         draw(out / "report.png", kept)
-    console = Console()
+    console = make_console()
     console.print(_summary(results, report) if len(results) > LONGEST_TABLE else _table(results, chosen, report))
     if unused:
-        console.print(f"{len(unused)} alignments without an entry: {escape(_some(unused))}")
+        console.print(f"alignments without an entry: {escape(_some(unused))}")
     if shared:
-        console.print(f"[yellow]{len(shared)} validation entries resemble training entries: {_some(shared)}[/]")
+        console.print(f"[yellow]validation entries that resemble training entries: {escape(_some(shared))}[/]")
     console.print(f"{len(tars)} shards, report.json and report.png in {out}")
 
 
@@ -92,10 +92,9 @@ def _title(report: dict) -> str:
 
 
 def _table(results: list[Result], chosen: dict[str, str], report: dict) -> Table:
-    table = Table(title=_title(report))
-    for column in ("entry", "tokens", "residues", "chains", "ligands", "MSA rows"):
-        table.add_column(column, justify="left" if column == "entry" else "right", no_wrap=True)
-    table.add_column("left out, or why dropped", min_width=30)
+    table = make_table(
+        "entry, tokens, residues, chains, ligands, MSA, notes", text="entry, notes", title=_title(report)
+    )
     for result in results:
         counts = [result.counts.get(name) for name in ("tokens", "residues", "chains", "ligands")]
         cells = ["" if number is None else f"{number:,}" for number in counts]
@@ -108,7 +107,7 @@ def _table(results: list[Result], chosen: dict[str, str], report: dict) -> Table
 
 def _summary(results: list[Result], report: dict) -> Table:
     """Counts by reason, each with the first entry that it is about; numbers in a reason do not tell reasons apart."""
-    table = Table("what", "count", "first", title=_title(report))
+    table = make_table("what, count, first", text="what, first", title=_title(report))
     firsts: dict[str, str] = {}
     counts: Counter = Counter()
     for result in results:
