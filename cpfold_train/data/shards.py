@@ -20,7 +20,14 @@ import numpy as np
 
 from cpfold_train.data.alignment import Alignment, unpack_alignments
 from cpfold_train.data.residues import MOL_TYPES
-from cpfold_train.data.structure import FORMAT_VERSION, Structure, pack_arrays, unpack_arrays, unpack_structure
+from cpfold_train.data.structure import (
+    FORMAT_VERSION,
+    Structure,
+    check_version,
+    pack_arrays,
+    unpack_arrays,
+    unpack_structure,
+)
 from cpfold_train.errors import ConfigError, DataError
 
 
@@ -92,8 +99,10 @@ def scan(path: Path) -> dict[str, np.ndarray]:
                 key, extension = member.name.split(".", 1)
                 places.setdefault(key, {})[extension] = (member.offset_data, member.size)
                 if extension == "json":
-                    metas[key] = json.load(tar.extractfile(member))
+                    metas[key] = check_version(json.load(tar.extractfile(member)))
         return _columns(path.stat().st_size, metas, places)
+    except DataError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
     except (tarfile.TarError, ValueError, KeyError, OSError) as error:
         raise DataError(f"{path} is not a shard that prepare wrote: {type(error).__name__}: {error}") from error
 
