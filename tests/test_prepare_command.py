@@ -116,7 +116,7 @@ def test_alignments_by_table(folder, tmp_path):
     assert report_of(tmp_path / "out")[1]["again"]["msa_depth"] == {"0": 2}
 
 
-def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch, capsys):
     """What was finished is not converted again, unless its input or the options changed; the bytes are the same."""
     prepare(folder, tmp_path / "whole")
     out, seen, real = tmp_path / "out", [], work.convert
@@ -129,8 +129,9 @@ def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(work, "convert", interrupted)
     stop = "tiny"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stopped:
         prepare(folder, out)
+    assert stopped.value.code == 130 and "run the same command again" in capsys.readouterr().err
     assert seen == ["again", "broken", "tiny"] and not list(out.glob("*.tar"))
     os.utime(folder[0] / "broken.cif", (1, 1))
     stop = None

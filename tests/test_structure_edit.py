@@ -84,7 +84,10 @@ def test_clashes(block, monkeypatch):
         make_chain("G", ["ALA"] * 10, origin=(0, 200, 0)),
         make_chain("H", ["ALA"] * 10, origin=(0, 201.6, 0)),
         make_chain("I", ["ALA"] * 10, origin=(0, 203.5, 0)),
+        make_chain("J", ["ALA"] * 20, origin=(0, 300, 0)),
+        make_chain("K", ["ALA"] * 10, origin=(0, 301, 0)),
+        make_chain("L", ["ALA"] * 10, origin=(6 * 3.8, 302, 0)),
     ]
     structure = make_structure(chains)
-    # Equal shares and sizes: the later one goes. C has the greater share.
-    assert [structure.meta["chains"][i]["name"] for i in clashing_chains(structure)] == ["B", "C", "H"]
+    # Equal shares and sizes: the later one goes. C has the greater share. L clashes only with K, which is gone by then.
+    assert [structure.meta["chains"][i]["name"] for i in clashing_chains(structure)] == ["B", "C", "H", "K"]

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -91,7 +92,11 @@ def run(args: argparse.Namespace) -> None:
     work = _work_folder(args.out, args.overwrite)
     options = Options(args.assembly, _limits(args), args.max_msa_depth, args.msa)
     converted = track(convert_all(jobs, options, work, args.workers), "preparing", total=len(jobs), transient=True)
-    results = sorted(converted, key=lambda result: result.key)
+    try:
+        results = sorted(converted, key=lambda result: result.key)
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on from here", file=sys.stderr)
+        raise SystemExit(130) from None
     kept = [result for result in results if result.dropped is None]
     clusters = entity_clusters(kept, args.clusters)
     chosen, excluded = split(kept, clusters, val, args.val_after, args.val_fraction)

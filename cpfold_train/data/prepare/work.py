@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -45,7 +46,8 @@ def convert_all(jobs: list[Job], options: Options, folder: Path, workers: int) -
     if workers == 1:
         yield from map(work, unfinished)
         return
-    with ProcessPoolExecutor(workers) as pool:
+    # Ctrl-C reaches the workers too; they finish the entries that they are at.
+    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         left = iter(unfinished)
         running = {pool.submit(work, job) for job in islice(left, _AHEAD * workers)}
         try:
@@ -54,6 +56,9 @@ def convert_all(jobs: list[Job], options: Options, folder: Path, workers: int) -
                 running |= {pool.submit(work, job) for job in islice(left, len(done))}
                 for future in done:
                     yield future.result()
+        except (KeyboardInterrupt, GeneratorExit):
+            pool.shutdown(cancel_futures=True)
+            raise
         except BrokenProcessPool as error:
             at = sorted(mark.stem for mark in folder.glob("*.started"))
             raise DataError(
