@@ -19,6 +19,9 @@ from cpfold_train.parallel.random import numpy_generator
 _MAX_SIDE = 768
 """Most rows of the drawn distance map; larger samples are drawn with a stride."""
 
+_SHORT_SCALE = 40.0
+"""Angstrom at the dark end of the distance map of small complexes."""
+
 _MAX_NAMES = 24
 _WINDOW = 9
 """Residues over which the identity is averaged."""
@@ -36,7 +39,7 @@ def draw_sample(path: Path, structure: Structure, alignments: dict[int, Alignmen
     """
     colours = _colours(structure)
     figure = Figure(figsize=(14, 10), layout="constrained")
-    grid = figure.add_gridspec(3, 2, height_ratios=(6, 2, 0.5 + 0.25 * len(crops)))
+    grid = figure.add_gridspec(3, 2, height_ratios=(6, 2 if alignments else 0.4, 0.5 + 0.25 * len(crops)))
     _draw_chains(figure.add_subplot(grid[0, 0]), structure, colours)
     _draw_distances(figure.add_subplot(grid[0, 1]), structure, figure)
     coverage = figure.add_subplot(grid[1, :])
@@ -86,14 +89,16 @@ def _draw_distances(axis: Axes, structure: Structure, figure: Figure) -> None:
     tokens = np.arange(0, len(structure), -(-len(structure) // _MAX_SIDE))
     distance = np.linalg.norm(center[tokens, None] - center[None, tokens], axis=-1)
     shown = np.ma.masked_where(~(known[tokens, None] & known[None, tokens]), distance)
+    # Half of the distances are told apart, and contacts always.
+    longest = max(_SHORT_SCALE, float(np.median(shown.compressed()))) if shown.count() else _SHORT_SCALE
     end = len(structure) - 0.5
     image = axis.imshow(
-        shown, cmap="viridis_r", vmin=0, vmax=40, extent=(-0.5, end, end, -0.5), interpolation="nearest"
+        shown, cmap="viridis_r", vmin=0, vmax=longest, extent=(-0.5, end, end, -0.5), interpolation="nearest"
     )
     for border in _borders(structure):
-        axis.axhline(border, color="white", linewidth=0.6)
-        axis.axvline(border, color="white", linewidth=0.6)
-    axis.set_facecolor("0.9")
+        axis.axhline(border, color="white", linewidth=0.5)
+        axis.axvline(border, color="white", linewidth=0.5)
+    axis.set_facecolor("0.75")
     axis.set(xlabel="token", ylabel="token", title="distances of center atoms (unresolved grey, lines between chains)")
     figure.colorbar(image, ax=axis, label="Å", extend="max", shrink=0.9)
 
@@ -120,11 +125,12 @@ def _draw_alignments(axis: Axes, structure: Structure, alignments: dict[int, Ali
         smooth = [np.convolve(counts.sum(axis=0), window, mode="same") for counts in (same, there)]
         identity[tokens] = 100 * smooth[0] / np.maximum(smooth[1], 1)
         axis.fill_between(tokens, rows[tokens], step="mid", color=colours[asym_id], alpha=0.6, linewidth=0)
-    axis.set(xlim=(-0.5, len(structure) - 0.5), ylim=(0, None), ylabel="rows with a residue", title="alignments")
+    axis.set(xlim=(-0.5, len(structure) - 0.5), ylim=(0, None), title="alignments")
     if np.isnan(rows).all():
         axis.text(0.5, 0.5, "no alignment", transform=axis.transAxes, ha="center", va="center", color="0.4")
         axis.set_yticks([])
         return
+    axis.set_ylabel("rows with a residue")
     right = axis.twinx()
     right.plot(identity, color="black", linewidth=0.7)
     right.set(ylim=(0, 100), ylabel=f"% identical over {_WINDOW} (line)")
