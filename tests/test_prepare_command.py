@@ -172,6 +172,12 @@ def test_an_unforeseen_entry_is_dropped(folder, tmp_path, monkeypatch):
     assert "dropped" not in entries["tiny"]
 
 
+def test_nothing_is_kept(folder, tmp_path, capsys):
+    assert prepare(folder, tmp_path / "out", "--only", "broken,wet") == 2
+    assert "error: no entry was kept: " in capsys.readouterr().err
+    assert report_of(tmp_path / "out")[0]["dropped"] == 2
+
+
 def test_shards_are_replaced_only_on_request(folder, tmp_path, capsys):
     """And then none of the earlier ones stays behind."""
     out = tmp_path / "out"

@@ -23,7 +23,7 @@ from cpfold_train.data.prepare.sources import find_sources, names
 from cpfold_train.data.prepare.splits import Clusters, shared_clusters, split
 from cpfold_train.data.prepare.work import convert_all, members_size, read_members
 from cpfold_train.data.shards import index_path, write_shard
-from cpfold_train.errors import ConfigError
+from cpfold_train.errors import ConfigError, DataError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
 
     Raises:
         ConfigError: an option cannot work.
-        DataError: a worker process died.
+        DataError: a worker process died, or no entry was kept.
     """
     _check(args)
     val = names(args.val)
@@ -109,6 +109,8 @@ def run(args: argparse.Namespace) -> None:
     n_clusters = len({cluster for (key, _), cluster in clusters.items() if key in chosen})
     write_report(args.out, sorted(results, key=lambda result: result.key), chosen, n_clusters, shared, unused, tars)
     shutil.rmtree(work)
+    if not chosen:
+        raise DataError(f"no entry was kept: {args.out / 'report.json'} says why")
 
 
 def _check(args: argparse.Namespace) -> None:
