@@ -72,12 +72,12 @@ def test_report(folder, tmp_path, capsys):
 def test_report_of_many(tmp_path, capsys):
     """Thousands of entries are counted by reason, with the first of each; numbers do not tell reasons apart."""
     results = [Result(f"e{i}", f"e{i}.cif", dropped=f"{i} residues are fewer than --min-residues 16") for i in range(9)]
-    results += [Result(f"f{i}", f"f{i}.cif", dropped=f"f{i}.cif holds no chain") for i in range(200)]
+    results += [Result(f"{i}f", f"{i}f.cif", dropped=f"{i}f.cif holds no chain") for i in range(200)]
     results += [Result("g", "g.cif", counts={"tokens": 5}, removed={"crystallisation aid": 3})]
     write_report(tmp_path, results, {"g": "train"}, 1, [], [], ["train-000000.tar"])
     shown = " ".join(capsys.readouterr().out.split())
     assert (
-        "dropped: FILE holds no chain" in shown and "200" in shown and "f0: f0.cif" in shown and "f1.cif" not in shown
+        "dropped: FILE holds no chain" in shown and "200" in shown and "0f: 0f.cif" in shown and "1f.cif" not in shown
     )
     assert "N residues are" in shown and "crystallisation aid" in shown
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -58,7 +59,8 @@ def write_report(
     if kept:
         draw(out / "report.png", kept)
     console = make_console()
-    console.print(_summary(results, report) if len(results) > LONGEST_TABLE else _table(results, chosen, report))
+    console.print(_summary(results) if len(results) > LONGEST_TABLE else _table(results, chosen))
+    console.print(_headline(report))
     if unused:
         console.print(f"alignments without an entry: {escape(_some(unused))}")
     if shared:
@@ -71,7 +73,7 @@ def _described(result: Result, chosen: dict[str, str]) -> dict:
     return values | ({"split": chosen[result.key]} if result.key in chosen else {})
 
 
-def _total(counts) -> dict[str, int]:
+def _total(counts: Iterable[dict[str, int]]) -> dict[str, int]:
     total: Counter = Counter()
     for each in counts:
         total.update(each)
@@ -82,7 +84,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-def _title(report: dict) -> str:
+def _headline(report: dict) -> str:
     totals = report["totals"]
     return (
         f"{report['kept']:,} of {report['kept'] + report['dropped']:,} entries kept "
@@ -91,10 +93,8 @@ def _title(report: dict) -> str:
     )
 
 
-def _table(results: list[Result], chosen: dict[str, str], report: dict) -> Table:
-    table = make_table(
-        "entry, tokens, residues, chains, ligands, MSA, notes", text="entry, notes", title=_title(report)
-    )
+def _table(results: list[Result], chosen: dict[str, str]) -> Table:
+    table = make_table("entry, tokens, residues, chains, ligands, MSA, notes", text="entry, notes")
     for result in results:
         counts = [result.counts.get(name) for name in ("tokens", "residues", "chains", "ligands")]
         cells = ["" if number is None else f"{number:,}" for number in counts]
@@ -105,15 +105,15 @@ def _table(results: list[Result], chosen: dict[str, str], report: dict) -> Table
     return table
 
 
-def _summary(results: list[Result], report: dict) -> Table:
+def _summary(results: list[Result]) -> Table:
     """Counts by reason, each with the first entry that it is about; numbers in a reason do not tell reasons apart."""
-    table = make_table("what, count, first", text="what, first", title=_title(report))
+    table = make_table("what, count, first", text="what, first")
     firsts: dict[str, str] = {}
     counts: Counter = Counter()
     for result in results:
         if result.dropped:
-            reason = "dropped: " + " ".join("N" if word[0].isdigit() else word for word in result.dropped.split())
-            reason = reason.replace(result.source, "FILE")
+            words = result.dropped.replace(result.source, "FILE").split()
+            reason = "dropped: " + " ".join("N" if word[0].isdigit() else word for word in words)
             counts[reason] += 1
             firsts.setdefault(reason, f"{result.key}: {result.dropped}")
         for kind, by_reason in (("chains removed", result.removed), ("residues left out", result.left_out)):
