@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cpfold_train.data.loader import PLACEMENTS, TileLoader
+from cpfold_train.data.shards import open_shards
 from cpfold_train.errors import ConfigError, DataError
 from cpfold_train.parallel.grid import Grid
 
@@ -146,9 +147,8 @@ def test_corrupt_sample_is_named(tmp_path, workers):
     for path in Path("data/shards").glob("val-000000.*"):
         shutil.copy(path, tmp_path)
     tar = tmp_path / "val-000000.tar"
-    index = json.loads((tmp_path / "val-000000.index.json").read_text())
-    sample = next(each for each in index["samples"] if each["key"] == "1pzp")
-    offset, size = sample["members"]["structure.npz"]
+    sample = next(entry for entry in open_shards([str(tar)]) if entry.key == "1pzp")
+    offset, size = sample.members["structure.npz"]
     data = bytearray(tar.read_bytes())
     data[offset + 100 : offset + size] = bytes(size - 100)
     tar.write_bytes(data)

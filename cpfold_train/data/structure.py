@@ -124,18 +124,27 @@ def pack_structure(structure: Structure) -> dict[str, bytes]:
     }
 
 
+def check_version(meta: dict[str, Any]) -> dict[str, Any]:
+    """A sample's JSON, if this program reads its format.
+
+    Raises:
+        DataError: it has another version.
+    """
+    if meta["format_version"] != FORMAT_VERSION:
+        raise DataError(
+            f"it has format version {meta['format_version']} and this program reads {FORMAT_VERSION}: "
+            "make the shards again with python -m cpfold_train prepare"
+        )
+    return meta
+
+
 def unpack_structure(members: dict[str, bytes]) -> Structure:
     """The inverse of :func:`pack_structure`.
 
     Raises:
         DataError: the sample has another format version.
     """
-    meta = json.loads(members["json"])
-    if meta["format_version"] != FORMAT_VERSION:
-        raise DataError(
-            f"it has format version {meta['format_version']} and this program reads {FORMAT_VERSION}: "
-            "make the shards again with python -m cpfold_train prepare"
-        )
+    meta = check_version(json.loads(members["json"]))
     arrays = unpack_arrays(members["structure.npz"])
     return Structure(meta=meta, **{name: arrays[name] for name in ARRAYS})
 
