@@ -17,7 +17,8 @@ from cpfold_train.data.structure import Structure
 from cpfold_train.parallel.grid import Interval
 
 UNSPECIFIED, UNSELECTED, POCKET_TO_BINDER, BINDER_TO_POCKET, CONTACT = range(5)
-"""Classes of ``contact_conditioning``; unspecified where a sample says nothing, unselected where it is silent on a pair."""
+"""Classes of ``contact_conditioning``: unspecified where a sample says nothing, unselected where it says nothing of a
+pair."""
 
 CUTOFFS = (4.0, 20.0)
 """Angstrom between the nearest atoms; a threshold d is drawn with density 1 / d."""
@@ -134,10 +135,10 @@ def _contact(points: _Points, asym_id: np.ndarray, res_index: np.ndarray, rng: n
         touching, others = np.unique(points.token), points
     pairs = [np.zeros((0, 2), dtype=np.int64)]
     for token in rng.permutation(touching)[:_CONTACT_TOKENS]:
-        apart = (len(chains) > 1) | (np.abs(res_index[others.token] - res_index[token]) > _SEPARATION)
-        near = others.where(np.flatnonzero(apart & (others.token != token))).near(
-            points.where(points.token == token), cutoff
-        )
+        candidates = others
+        if len(chains) == 1:
+            candidates = others.where(np.abs(res_index[others.token] - res_index[token]) > _SEPARATION)
+        near = candidates.near(points.where(points.token == token), cutoff)
         pairs.append(np.stack([np.full(len(near), token), near], axis=1))
     found = np.concatenate(pairs)
     if not len(found):

@@ -1,4 +1,4 @@
-"""Template structures laid on the tokens of a sample: how a shard holds them, and their features under Boltz-2's names."""
+"""Template structures laid on a sample's tokens: how a shard holds them, and their features under Boltz-2's names."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def template_features(
 
 
 def _axes(backbone: np.ndarray) -> np.ndarray:
-    """(P, 3, 3) axes in columns of the frames of N, CA and C: towards C, towards N, normal (AlphaFold 2, Algorithm 21)."""
+    """(P, 3, 3) axes, in columns, of frames of N, CA and C: to C, to N, normal (AlphaFold 2, Algorithm 21)."""
     to_n, to_c = backbone[:, 0] - backbone[:, 1], backbone[:, 2] - backbone[:, 1]
     first = to_c / (np.linalg.norm(to_c, axis=1, keepdims=True) + 1e-10)
     second = to_n - first * (first * to_n).sum(axis=1, keepdims=True)
