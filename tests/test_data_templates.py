@@ -47,6 +47,15 @@ def test_alignment_carries_over_what_the_template_has(query):
     assert template.frame_known.all() and template.disto_known.all()
 
 
+def test_related_sequences_are_aligned(query):
+    """The alpha and beta chains of haemoglobin: their two histidines at the iron stand in each other's places."""
+    template = make_template(query, query, [(1, 0)])
+    shown = dict(zip((template.token - 141).tolist(), template.center.tolist()))
+    for in_beta, in_alpha in ((62, 57), (91, 86)):
+        assert shown[in_beta] == query.center[0][in_alpha].tolist()
+    assert len(shown) >= 138
+
+
 def test_round_trip(query):
     templates = [make_template(query, query, chains) for chains in ([(0, 2)], [(1, 3), (0, 0)])]
     again = unpack_templates(unpack_arrays(pack_arrays(pack_templates(templates))))
