@@ -101,7 +101,10 @@ def test_frames_of_polymers(structure):
 
 def test_frames_of_ligands(structure):
     """Each atom with the two nearest resolved ones of its chain, by all distances; none where these are in line."""
-    tokens = np.flatnonzero(np.random.default_rng(0).random(len(structure)) < 0.8)
+    rng = np.random.default_rng(0)
+    resolved = structure.resolved & (rng.random(len(structure.resolved)) < 0.8)
+    structure = replace(structure, resolved=resolved)
+    tokens = np.flatnonzero(rng.random(len(structure)) < 0.8)
     atoms = crop_atoms(structure, tokens)
     frames = frame_features(structure, tokens, atoms)
     coords, resolved = structure.coords[atoms.atom].astype(np.float64), structure.resolved[atoms.atom]
@@ -120,7 +123,7 @@ def test_frames_of_ligands(structure):
         angle = np.degrees(np.arccos((sides[0] @ sides[1]) / np.prod(np.linalg.norm(sides, axis=1))))
         assert frames["frame_resolved_mask"][token] == (25 < angle < 155)
         checked += 1
-    assert checked >= 5
+    assert checked >= 3
 
 
 def test_atoms_in_line_span_no_frame(samples):

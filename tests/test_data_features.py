@@ -119,6 +119,8 @@ def test_bonds_of_a_ligand(samples):
     assert {"single", "double"} <= kinds <= {"single", "double", "aromatic"}
     np.testing.assert_array_equal(features["token_bonds"][..., 0], features["type_bonds"] > 0)
     assert np.count_nonzero(features["type_bonds"]) == 2 * len(structure.bond_type)
+    for (first, second), kind in zip(structure.atom_token[structure.bond_atoms], structure.bond_type):
+        assert features["type_bonds"][first, second] == features["type_bonds"][second, first] == kind + 1
 
 
 def test_of_two_bonds_between_tokens_the_later_one_counts_both_ways(samples):
@@ -134,8 +136,8 @@ def test_of_two_bonds_between_tokens_the_later_one_counts_both_ways(samples):
 def test_a_bond_from_the_last_residue_to_the_first_closes_a_chain(samples):
     structure, _ = read_sample(samples["4hhb"])
     assert not token_features(structure, np.arange(574))["cyclic_period"].any()
-    ends = structure.atom_start[[141, 286]] + np.array([0, 2])
-    closed = replace(structure, bond_atoms=ends[None].astype(np.int32), bond_type=np.array([5], np.uint8))
+    ends = structure.atom_start[[[141, 286], [287, 300]]] + np.array([0, 2])
+    closed = replace(structure, bond_atoms=ends.astype(np.int32), bond_type=np.array([5, 5], np.uint8))
     period = token_features(closed, np.arange(100, 300))["cyclic_period"]
     assert period.tolist() == [0] * 41 + [146] * 146 + [0] * 13
 
@@ -276,5 +278,5 @@ def test_no_rank_builds_a_whole_pair_feature(samples):
         tile_features(crop, grid, 3072, 64, a)
         peaks[str(grid)] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert peaks["1x1"] > 8 * 3072**2 > 3 * peaks["4x4"]
-    assert peaks["4x4"] < peaks["1x1"] / 16 + 16e6
+    assert 8 * 3072**2 < peaks["1x1"] < 11 * 3072**2
+    assert peaks["4x4"] < peaks["1x1"] / 16 + 12e6
