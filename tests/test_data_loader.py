@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpfold_train.data.loader import PLACEMENTS, TileLoader
+from cpfold_train.data.batch import PLACEMENTS
+from cpfold_train.data.loader import TileLoader
 from cpfold_train.data.shards import open_shards
 from cpfold_train.errors import ConfigError, DataError
 from cpfold_train.parallel.grid import Grid

@@ -170,7 +170,8 @@ def contiguous_crop(
 ) -> np.ndarray:
     """One stretch of random length from each chain, chains in random order (AlphaFold-Multimer, algorithm 1).
 
-    The chains of the focus come first and are not left out. A stretch ends at residues: it is widened to them where there is room.
+    The chains of the focus come first and are not left out. A stretch ends at residues: it is widened to them where
+    there is room.
     """
     residue_start, residue_stop = _windows(structure, 0)
     chains = sorted(rng.permutation(np.unique(structure.asym_id)), key=lambda chain: chain not in focus)

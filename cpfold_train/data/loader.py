@@ -18,14 +18,12 @@ import torch
 import webdataset as wds
 from torch.utils.data import get_worker_info
 
+from cpfold_train.data.batch import Augmentation, Crop, collate, make_crop
 from cpfold_train.data.crop import CROPS
-from cpfold_train.data.features import PLACEMENTS, Crop, make_crop, tile_features
 from cpfold_train.data.shards import Entry, open_shards, read_sample
 from cpfold_train.errors import ConfigError
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.random import numpy_generator
-
-__all__ = ["PLACEMENTS", "TileLoader", "collate"]
 
 Draw = tuple[Entry, tuple[int, int, int]]
 """A sample and what its random choices are keyed by: (seed, epoch, position)."""
@@ -45,6 +43,8 @@ class TileLoader:
         shuffle: draw another order, other crops and other rows in each epoch; without it every epoch is the same.
         crop: ``spatial`` or ``contiguous``.
         interface: probability that a spatial crop is centred on an interface.
+        max_templates: most templates of a sample.
+        augmentation: what else is drawn.
         samples_per_epoch: positions of an epoch over all replicas; by default the number of samples.
         pin_memory: put batches in page-locked memory, for faster copies to a GPU.
         prefetch_factor: batches that each worker prepares ahead.
@@ -67,6 +67,8 @@ class TileLoader:
         shuffle: bool = True,
         crop: str = "spatial",
         interface: float = 0.5,
+        max_templates: int = 4,
+        augmentation: Augmentation = Augmentation(),  # noqa: B008, it is frozen
         samples_per_epoch: int | None = None,
         pin_memory: bool = False,
         prefetch_factor: int = 2,
@@ -81,7 +83,15 @@ class TileLoader:
         self.grid, self.seed, self.batch_size, self.shuffle = grid, seed, batch_size, shuffle
         self.num_workers, self.start_method, self.pin_memory = num_workers, start_method, pin_memory
         self.prefetch_factor = prefetch_factor
-        self.make = partial(_crop, crop_size=crop_size, max_msa_rows=max_msa_rows, crop=crop, interface=interface)
+        self.make = partial(
+            _crop,
+            crop_size=crop_size,
+            max_msa_rows=max_msa_rows,
+            max_templates=max_templates,
+            crop=crop,
+            interface=interface,
+            augmentation=augmentation,
+        )
         self.samples = samples
         self.batches = -(-samples // (grid.dp * batch_size))
         self.epoch = 0
@@ -174,16 +184,3 @@ def _batches(source: Iterable[list[Draw]], make: partial, grid: Grid, samples: i
     for draws in source:
         filler = torch.tensor([position >= samples for _, (_, _, position) in draws])
         yield {**collate([make(draw) for draw in draws], grid), "filler": filler}
-
-
-def collate(crops: list[Crop], grid: Grid) -> dict[str, Any]:
-    """Pad crops to a common size that the grid divides, and stack this rank's tiles.
-
-    Returns:
-        Tensors (B, ...) and ``id``, a list of B strings.
-    """
-    n = grid.pad_tokens(max(len(crop.tokens) for crop in crops))
-    s = grid.pad_rows(max(len(crop.rows.sampled) for crop in crops))
-    samples = [tile_features(crop, grid, n, s) for crop in crops]
-    batch = {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in PLACEMENTS}
-    return {**batch, "id": [sample["id"] for sample in samples]}

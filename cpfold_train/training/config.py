@@ -23,6 +23,17 @@ class ContextParallelConfig:
 
 
 @dataclass
+class AugmentationConfig:
+    """What is drawn about a training sample beside its crop; see :class:`cpfold_train.data.batch.Augmentation`."""
+
+    single_sequence: float = MISSING
+    random_depth: bool = MISSING
+    random_templates: bool = MISSING
+    pocket: float = MISSING
+    contact: float = MISSING
+
+
+@dataclass
 class DataConfig:
     """Where the shards are and how they are read; see ``conf/data``."""
 
@@ -32,6 +43,8 @@ class DataConfig:
     crop: str = MISSING
     interface: float = MISSING
     max_msa_rows: int = MISSING
+    max_templates: int = MISSING
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     num_workers: int = MISSING
 
 

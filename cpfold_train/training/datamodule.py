@@ -6,7 +6,8 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from cpfold_train.data.loader import PLACEMENTS, TileLoader
+from cpfold_train.data.batch import PLACEMENTS, Augmentation
+from cpfold_train.data.loader import TileLoader
 from cpfold_train.training.config import DataConfig
 
 _PLAIN = ("sample_key", "num_tokens")
@@ -29,7 +30,12 @@ class TileData(LightningDataModule):
         self._common = {"crop_size": crop_size, "batch_size": batch_size, "seed": seed}
 
     def train_dataloader(self) -> TileLoader:
-        return self._loader(self._data.train, shuffle=True, samples_per_epoch=self._data.samples_per_epoch)
+        return self._loader(
+            self._data.train,
+            shuffle=True,
+            samples_per_epoch=self._data.samples_per_epoch,
+            augmentation=Augmentation(**vars(self._data.augmentation)),
+        )
 
     def val_dataloader(self) -> TileLoader | list:
         return self._loader(self._data.val, shuffle=False) if self._data.val else []
@@ -42,6 +48,7 @@ class TileData(LightningDataModule):
             crop=self._data.crop,
             interface=self._data.interface,
             max_msa_rows=self._data.max_msa_rows,
+            max_templates=self._data.max_templates,
             num_workers=self._data.num_workers,
             pin_memory=strategy.root_device.type == "cuda",
             **self._common,
@@ -49,9 +56,9 @@ class TileData(LightningDataModule):
         )
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Name what each rank holds: tiles and replicated features become DTensors, without communication."""
+        """Name what each rank holds: all features become DTensors, without communication."""
         cp = self.trainer.strategy.cp
-        wrap = {"tile": cp.tiled, "replicate": cp.replicated}
+        wrap = {"tile": cp.tiled, "replicate": cp.replicated, "atoms": cp.shared_out}
         return {
             name: value if name in _PLAIN or name not in PLACEMENTS else wrap[PLACEMENTS[name]](value)
             for name, value in batch.items()
