@@ -11,7 +11,6 @@ from cpfold_train.bench.command import boltz_python
 from cpfold_train.data.crop import (
     CROPS,
     INTERFACE_DISTANCE,
-    CropSettings,
     contiguous_crop,
     crop_tokens,
     draw_seed,
@@ -27,8 +26,8 @@ LENGTHS, TYPES = (150, 90, 30, 25, 1, 12), ("protein", "protein", "dna", "nonpol
 
 
 def crop(structure, kind, seed=0, focus=(), **limits):
-    settings = CropSettings({kind: 1.0}, **({"max_tokens": 64} | limits))
-    return crop_tokens(structure, settings, np.random.default_rng(seed), focus)
+    limits = {"max_tokens": 64} | limits
+    return crop_tokens(structure, np.random.default_rng(seed), kinds={kind: 1.0}, focus=focus, **limits)
 
 
 def atoms_of(structure, tokens):
@@ -127,9 +126,9 @@ def test_contiguous_is_one_stretch_a_chain(made):
 
 
 def test_kinds_are_drawn_by_their_weights(made):
-    settings = CropSettings({"contiguous": 3, "spatial": 1}, 64)
-    center = made.center[1]
-    contiguous = [not center[crop_tokens(made, settings, np.random.default_rng(s))].all() for s in range(200)]
+    known, kinds = made.center[1], {"contiguous": 3, "spatial": 1}
+    crops = [crop_tokens(made, np.random.default_rng(s), kinds=kinds, max_tokens=64) for s in range(200)]
+    contiguous = [not known[tokens].all() for tokens in crops]
     assert 120 < sum(contiguous) < 170, "a spatial crop has resolved tokens alone"
 
 

@@ -13,6 +13,7 @@ import torch
 
 from cpfold_train.data.batch import PLACEMENTS
 from cpfold_train.data.loader import TileLoader
+from cpfold_train.data.sampling import Source
 from cpfold_train.data.shards import open_shards
 from cpfold_train.errors import ConfigError, DataError
 from cpfold_train.parallel.grid import Grid
@@ -22,13 +23,14 @@ SHARDS = ["data/shards/train-*.tar"]
 
 def loader(grid=None, **settings):
     settings = {"crop_size": 64, "max_msa_rows": 16, "batch_size": 2, "samples_per_epoch": 20, "seed": 5} | settings
-    return TileLoader(settings.pop("shards", SHARDS), grid or Grid(), **settings)
+    source = {name: settings.pop(name) for name in ("sampling", "crop") if name in settings}
+    return TileLoader([Source(settings.pop("shards", SHARDS), **source)], grid or Grid(), **settings)
 
 
 def same(a, b):
     assert a.keys() == b.keys()
     for name in a:
-        assert a[name] == b[name] if name == "id" else torch.equal(a[name], b[name]), name
+        assert a[name] == b[name] if name in ("id", "crop_size") else torch.equal(a[name], b[name]), name
 
 
 def draws(batches):
@@ -41,7 +43,7 @@ def test_batch_shapes():
     n, s = grid.pad_tokens(100), 16
     assert batch["res_type"].shape == (2, n, 33) and batch["token_bonds"].shape == (2, n // 2, n // 3, 1)
     assert batch["disto_target"].shape == (2, n // 2, n // 3, 1) and batch["msa"].shape == (2, s // 2, n // 3)
-    assert set(batch) == {*PLACEMENTS, "id", "filler"} and batch["num_tokens"].tolist() == [100, 100]
+    assert set(batch) == {*PLACEMENTS, "id", "filler", "crop_size"} and batch["num_tokens"].tolist() == [100, 100]
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])

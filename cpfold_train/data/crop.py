@@ -7,7 +7,6 @@ tokens of a ligand's residue come together or not at all, as in Boltz-2. Nothing
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,23 +25,17 @@ Focus = tuple[int, ...]
 """What a crop is to show: a chain (i,), an interface of two chains (i, j), or () for whatever the crop draws."""
 
 
-@dataclass(frozen=True)
-class CropSettings:
-    """How crops are drawn.
-
-    Attributes:
-        kinds: relative probability of each kind of ``CROPS``.
-        max_tokens: most tokens.
-        max_atoms: most atoms, None for no limit.
-    """
-
-    kinds: Mapping[str, float]
-    max_tokens: int
-    max_atoms: int | None = None
+SPATIAL: Mapping[str, float] = {"spatial": 1.0}
 
 
 def crop_tokens(
-    structure: Structure, settings: CropSettings, rng: np.random.Generator, focus: Focus = ()
+    structure: Structure,
+    rng: np.random.Generator,
+    *,
+    max_tokens: int,
+    max_atoms: int | None = None,
+    kinds: Mapping[str, float] = SPATIAL,
+    focus: Focus = (),
 ) -> np.ndarray:
     """Draw a crop.
 
@@ -50,31 +43,41 @@ def crop_tokens(
     the nearest tokens, ``interface`` the same around a token near another chain, ``neighbourhood`` the nearest tokens
     with their neighbours in sequence.
 
+    Args:
+        max_tokens: most tokens.
+        max_atoms: most atoms, None for no limit.
+        kinds: relative probability of each kind of ``CROPS``.
+        focus: what to show.
+
     Returns:
         (n,) int64, ascending.
 
     Raises:
         DataError: not even one residue fits.
     """
-    kind = rng.choice(list(settings.kinds), p=np.array([*settings.kinds.values()]) / sum(settings.kinds.values()))
-    max_atoms = len(structure.resolved) if settings.max_atoms is None else settings.max_atoms
-    if len(structure) <= settings.max_tokens and len(structure.resolved) <= max_atoms:
+    kind = rng.choice(list(kinds), p=np.array(list(kinds.values())) / sum(kinds.values()))
+    atoms = len(structure.resolved)
+    max_atoms = atoms if max_atoms is None else max_atoms
+    if len(structure) <= max_tokens and atoms <= max_atoms:
         return np.arange(len(structure))
     if kind == "contiguous":
-        tokens = contiguous_crop(structure, settings.max_tokens, max_atoms, rng, focus)
+        tokens = contiguous_crop(structure, max_tokens, max_atoms, rng, focus)
     else:
         if kind != "spatial" and len(focus) < 2:
             focus = draw_focus(structure, rng, focus)
         # A small crop is made of small pieces.
-        size = int(min(rng.choice(NEIGHBOURHOODS), settings.max_tokens // 2)) if kind == "neighbourhood" else 0
-        start, stop = _windows(structure, 0)
-        atoms = structure.atom_start[stop] - structure.atom_start[start]
-        fits = (stop - start <= settings.max_tokens) & (atoms <= max_atoms)
-        seed = draw_seed(structure, rng, focus, fits)
-        tokens = neighbourhood_crop(structure, seed, size, settings.max_tokens, max_atoms)
+        size = int(min(rng.choice(NEIGHBOURHOODS), max_tokens // 2)) if kind == "neighbourhood" else 0
+        seed = draw_seed(structure, rng, focus, _fits(structure, max_tokens, max_atoms))
+        tokens = neighbourhood_crop(structure, seed, size, max_tokens, max_atoms)
     if not len(tokens):
-        raise DataError(f"no residue fits in a crop of {settings.max_tokens} tokens and {max_atoms} atoms")
+        raise DataError(f"no residue fits in a crop of {max_tokens} tokens and {max_atoms} atoms")
     return tokens
+
+
+def _fits(structure: Structure, max_tokens: int, max_atoms: int) -> np.ndarray:
+    """(L,) bool: the token's residue alone is within the limits."""
+    start, stop = _windows(structure, 0)
+    return (stop - start <= max_tokens) & (structure.atom_start[stop] - structure.atom_start[start] <= max_atoms)
 
 
 def draw_focus(structure: Structure, rng: np.random.Generator, focus: Focus = ()) -> Focus:
