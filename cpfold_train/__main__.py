@@ -9,7 +9,8 @@ import sys
 from cpfold_train.errors import ConfigError, DataError
 
 SUBCOMMANDS = {
-    "prepare": ("cpfold_train.data.prepare", "turn structure files and alignments into training shards"),
+    "prepare": ("cpfold_train.data.prepare.command", "turn structure files and alignments into training shards"),
+    "inspect": ("cpfold_train.data.inspect", "list the samples of shards, or describe and draw one of them"),
     "compare": ("cpfold_train.training.compare", "compare the loss curves of runs, such as one on each grid"),
     "bench": ("cpfold_train.bench.command", "time an op on a grid of ranks, and count what it sends and holds"),
 }

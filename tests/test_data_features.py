@@ -11,7 +11,6 @@ import torch
 from cpfold_train.data import msa
 from cpfold_train.data.alignment import UNPAIRED, Alignment
 from cpfold_train.data.batch import PLACEMENTS, Augmentation, make_crop, tile_features
-from cpfold_train.data.crop import INTERFACE_DISTANCE, contiguous_crop, spatial_crop
 from cpfold_train.data.features import bond_tile, distogram_tile, token_features
 from cpfold_train.data.make_template import make_template
 from cpfold_train.data.residues import BOND_TYPES, GAP
@@ -235,36 +234,6 @@ def test_copies_of_a_chain_show_the_same_sequences(samples):
     rows = crop_of(samples, "4hhb", crop_size=10_000, max_msa_rows=10**6).rows
     np.testing.assert_array_equal(rows.all[:, 0], rows.all[:, 2])
     assert 400 < (rows.paired[:, :4].all(axis=1)).sum() < len(rows.all)
-
-
-def test_spatial_crop_is_the_nearest_tokens():
-    rng = np.random.default_rng(0)
-    center, resolved = rng.normal(size=(400, 3)) * 20, rng.random(400) < 0.9
-    tokens = spatial_crop(center, resolved, np.zeros(400, int), 60, 0.0, np.random.default_rng(3))
-    assert len(tokens) == 60 and (np.diff(tokens) > 0).all() and resolved[tokens].all()
-    distance = np.linalg.norm(center[:, None] - center[tokens], axis=-1)
-    outside = np.setdiff1d(np.flatnonzero(resolved), tokens)
-    nearest = [distance[tokens, k].max() <= distance[outside, k].min() for k in range(60)]
-    assert sum(nearest) >= 1
-
-
-def test_interface_crops_have_two_chains(samples):
-    structure, _ = read_sample(samples["4hhb"])
-    for seed in range(10):
-        rng = np.random.default_rng(seed)
-        tokens = spatial_crop(*structure.center, structure.asym_id, 60, 1.0, rng)
-        center, asym_id = structure.center[0][tokens], structure.asym_id[tokens]
-        apart = np.linalg.norm(center[:, None] - center, axis=-1)[asym_id[:, None] != asym_id]
-        assert apart.size and apart.min() < INTERFACE_DISTANCE
-
-
-def test_contiguous_crop():
-    asym_id = np.repeat([0, 1, 2], [50, 30, 20])
-    for seed in range(30):
-        tokens = contiguous_crop(asym_id, 40, np.random.default_rng(seed))
-        assert len(tokens) == 40 and (np.diff(tokens) > 0).all()
-        for chain in np.unique(asym_id[tokens]):
-            assert (np.diff(tokens[asym_id[tokens] == chain]) == 1).all()
 
 
 def test_no_rank_builds_a_whole_pair_feature(samples):

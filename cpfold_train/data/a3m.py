@@ -1,12 +1,15 @@
-"""Read a3m alignments and lay them on an entity's full sequence.
+"""Read alignments and lay them on an entity's full sequence.
 
 In an a3m file upper-case letters and ``-`` are the query's columns; lower-case letters are residues inserted between
 two columns. An insertion is recorded at the column that follows it, as the number of residues there ("deletion", seen
-from the query, which lacks them); insertions after the last column have no place and are not counted.
+from the query, which lacks them); insertions after the last column have no place and are not counted. Boltz's csv files
+hold the same sequences in a column ``sequence``, and beside each a ``key``; rows of different chains with the same key
+belong together.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
 import re
 from pathlib import Path
@@ -19,6 +22,7 @@ from cpfold_train.data.residues import GAP, letter_table
 from cpfold_train.errors import DataError
 from cpfold_train.parallel.random import key_of
 
+SUFFIXES = (".a3m", ".csv")
 MIN_IDENTITY = 0.9
 _SPECIES = (
     re.compile(r"\bOX=(\d+)"),
@@ -31,15 +35,30 @@ _PAIRED_FILE = re.compile(r"(^|[_.-])pair(ed|ing)?([_.-]|$)")
 
 def chains_of(path: Path) -> tuple[str, str, str]:
     """Read ``4hhb_AC_uniref.a3m.gz`` as entry, chain letters and label."""
-    stem = path.name.removesuffix(".gz").removesuffix(".a3m")
-    entry, chains, label = [*stem.split("_", 2), "", ""][:3]
-    return entry.lower(), chains, label
+    stem = Path(path.name.removesuffix(".gz")).stem
+    prefix = "pdb_" if stem.lower().startswith("pdb_") else ""  # of PDB ids with more than four characters
+    entry, chains, label = [*stem[len(prefix) :].split("_", 2), "", ""][:3]
+    return prefix + entry.lower(), chains, label
 
 
-def read_a3m(path: Path) -> tuple[list[str], list[str]]:
-    """Headers (without ``>``) and sequences of a plain or gzipped a3m file."""
+def read_rows(path: Path) -> tuple[list[str], np.ndarray]:
+    """Sequences of a plain or gzipped a3m or csv file, the query first, and their keys (D,) int64."""
     data = path.read_bytes()
     text = (gzip.decompress(data) if path.name.endswith(".gz") else data).decode().replace("\0", "")
+    if path.name.removesuffix(".gz").endswith(".csv"):
+        sequences, keys = _csv_rows(path, text)
+    else:
+        headers, sequences = _a3m_rows(text)
+        keys = [species_key(header) for header in headers]
+        if _PAIRED_FILE.search(chains_of(path)[2]) and set(keys[1:]) == {UNPAIRED}:
+            # Such files of one entry correspond row by row and name no organism.
+            keys = [abs(key_of("row", row)) for row in range(len(keys))]
+    if not sequences:
+        raise DataError(f"{path.name} holds no sequence")
+    return sequences, np.array([UNPAIRED, *keys[1:]], dtype=np.int64)
+
+
+def _a3m_rows(text: str) -> tuple[list[str], list[str]]:
     headers, sequences = [], []
     for line in text.splitlines():
         if line.startswith(">"):
@@ -47,9 +66,20 @@ def read_a3m(path: Path) -> tuple[list[str], list[str]]:
             sequences.append("")
         elif headers and not line.startswith("#"):
             sequences[-1] += line.strip()
-    if not headers:
-        raise DataError(f"{path.name} holds no sequence")
     return headers, sequences
+
+
+def _csv_rows(path: Path, text: str) -> tuple[list[str], list[int]]:
+    rows = list(csv.DictReader(text.splitlines()))
+    if rows and not {"key", "sequence"} <= rows[0].keys():
+        raise DataError(f"{path.name} lacks the columns key and sequence")
+    rows = [row for row in rows if row["sequence"]]
+    return [row["sequence"].strip() for row in rows], [file_key(row["key"]) for row in rows]
+
+
+def file_key(text: str | None) -> int:
+    """Key that Boltz's files give a sequence, as a number of ours; empty and -1 mean none."""
+    return UNPAIRED if text in (None, "", "-1") else abs(key_of("key", text))
 
 
 def species_key(header: str) -> int:
@@ -61,18 +91,18 @@ def species_key(header: str) -> int:
     return UNPAIRED
 
 
-def read_alignment(path: Path, mol_type: int, letters: str, query: np.ndarray) -> Alignment:
-    """Read an a3m and lay it on an entity.
+def read_alignment(path: Path, mol_type: int, letters: str) -> Alignment:
+    """Read an alignment and lay it on an entity.
 
     Args:
         mol_type: of the entity.
-        letters: (L letters) the entity's sequence.
-        query: (L,) its tokens, which become row 0 whatever the file's own query says.
+        letters: (L letters) the entity's sequence, which becomes row 0 whatever the file's own query says; a modified
+            residue has its parent's letter.
 
     Raises:
         DataError: the file's query is another sequence, or a row has another number of columns.
     """
-    headers, sequences = read_a3m(path)
+    sequences, keys = read_rows(path)
     own_query = "".join(c for c in sequences[0] if c.isupper())
     place = align(own_query, letters)
     same = sum(own_query[i] == letters[p] for i, p in enumerate(place) if p >= 0)
@@ -82,14 +112,11 @@ def read_alignment(path: Path, mol_type: int, letters: str, query: np.ndarray) -
             f"{path.name} does not belong to the sequence: {same} of its query's {len(own_query)} residues are found "
             f"among the entity's {len(letters)}"
         )
-    tokens, deletions = _encode(path, sequences, letter_table(mol_type))
+    table = letter_table(mol_type)
+    tokens, deletions = _encode(path, sequences, table)
     query_columns = np.flatnonzero(np.frombuffer(_columns(sequences[0]), np.uint8) != ord("-"))
     tokens, deletions = _lay(tokens, deletions, query_columns, place, len(letters))
-    tokens[0], deletions[0] = query, 0
-    keys = np.array([UNPAIRED] + [species_key(header) for header in headers[1:]], dtype=np.int64)
-    if _PAIRED_FILE.search(chains_of(path)[2]) and (keys == UNPAIRED).all():
-        # Such files of one entry correspond row by row and name no organism.
-        keys[1:] = [abs(key_of("row", row)) for row in range(1, len(keys))]
+    tokens[0], deletions[0] = table[np.frombuffer(letters.encode(), np.uint8)], 0
     return Alignment(tokens, deletions, keys)
 
 

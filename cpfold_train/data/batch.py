@@ -6,7 +6,7 @@ pure function of the sample and of (seed, epoch, position), the same on every ra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from cpfold_train.data import msa
 from cpfold_train.data.alignment import Alignment
 from cpfold_train.data.atoms import CropAtoms, atom_features, crop_atoms, place_of
 from cpfold_train.data.conditioning import Condition, conditioning_tile, draw_conditions
-from cpfold_train.data.crop import crop_tokens
+from cpfold_train.data.crop import SPATIAL, Focus, crop_tokens
 from cpfold_train.data.features import bond_tile, distogram_tile, token_features
 from cpfold_train.data.frames import frame_features
 from cpfold_train.data.structure import Structure
@@ -98,14 +98,16 @@ def make_crop(
     crop_size: int,
     max_msa_rows: int,
     max_templates: int = 4,
-    crop: str = "spatial",
-    interface: float = 0.5,
+    crop: Mapping[str, float] = SPATIAL,
+    max_atoms: int | None = None,
+    focus: Focus = (),
     augmentation: Augmentation = Augmentation(),
     draw: tuple[int, int, int],
 ) -> Crop:
     """Draw a crop and its features: a pure function of the sample and of ``draw``, (seed, epoch, position)."""
     seed, epoch, position = draw
-    tokens = crop_tokens(structure, crop_size, crop, interface, numpy_generator(seed, "crop", epoch, position))
+    rng = numpy_generator(seed, "crop", epoch, position)
+    tokens = crop_tokens(structure, rng, max_tokens=crop_size, max_atoms=max_atoms, kinds=crop, focus=focus)
     atoms = crop_atoms(structure, tokens)
 
     rng = numpy_generator(seed, "msa", epoch, position)

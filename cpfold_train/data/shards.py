@@ -1,7 +1,8 @@
 """Shards: WebDataset tars of samples, each with an index beside it for random access.
 
 A sample is the members ``ID.json``, ``ID.structure.npz`` and, where alignments exist, ``ID.msa.npz``. The index of
-``train-000000.tar`` is ``train-000000.index.json``; where it is missing or older than the tar, the tar is scanned.
+``train-000000.tar`` is ``train-000000.index.npz``: what choosing samples needs to know of all of them, as columns, so
+that it is small and quick to load. Where it is missing or older than the tar, the tar is scanned.
 """
 
 from __future__ import annotations
@@ -10,35 +11,68 @@ import glob
 import io
 import json
 import tarfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cpfold_train.data.alignment import Alignment, unpack_alignments
-from cpfold_train.data.structure import FORMAT_VERSION, Structure, unpack_arrays, unpack_structure
+from cpfold_train.data.residues import MOL_TYPES
+from cpfold_train.data.structure import (
+    FORMAT_VERSION,
+    Structure,
+    check_version,
+    pack_arrays,
+    unpack_arrays,
+    unpack_structure,
+)
+from cpfold_train.data.validate import check_sample
 from cpfold_train.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
-class Entry:
+class Place:
     """Where a sample lies.
 
     Attributes:
         tar: path of the shard.
         key: the sample's id.
-        tokens: how many it has.
-        chains: its chains as in the sample's JSON.
         members: offset and size in the tar, by extension.
     """
 
     tar: str
     key: str
-    tokens: int
-    chains: list[dict[str, Any]]
     members: dict[str, tuple[int, int]]
 
 
-def write_shard(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> None:
+@dataclass(frozen=True)
+class Entry(Place):
+    """Where a sample lies, and what its shard's index knows of it.
+
+    Attributes:
+        tokens: how many it has.
+        release_date: ISO 8601, None where the file did not say.
+        resolution: in Angstrom, None where there is none.
+        msa_rows: of the deepest alignment, 0 without one.
+        chains: ``type``, ``entity``, ``length`` and ``observed`` residues, and ``cluster`` of each.
+        interfaces: pairs of chains, as numbers in ``chains``.
+    """
+
+    tokens: int
+    release_date: str | None
+    resolution: float | None
+    msa_rows: int
+    chains: list[dict[str, Any]]
+    interfaces: list[list[int]]
+
+
+MEMBERS = ("json", "structure.npz", "msa.npz")
+_CHAIN = {"entity": np.int16, "length": np.int32, "observed": np.int32}
+
+
+def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
     """Write samples (key, members by extension) and the index. The same samples give the same bytes."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for key, members in samples:
@@ -46,38 +80,78 @@ def write_shard(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> None
                 info = tarfile.TarInfo(f"{key}.{extension}")
                 info.size, info.mode = len(data), 0o644
                 tar.addfile(info, io.BytesIO(data))
-    index_path(path).write_text(json.dumps(scan(path), indent=1) + "\n")
+    index_path(path).write_bytes(pack_arrays(scan(path)))
 
 
 def index_path(tar: Path) -> Path:
-    """Where the index of a shard lies: beside it, ``NAME.index.json``."""
-    return tar.with_suffix(".index.json")
+    """Where the index of a shard lies: beside it, ``NAME.index.npz``."""
+    return tar.with_suffix(".index.npz")
 
 
-def scan(path: Path) -> dict[str, Any]:
-    """The index of a tar, read off the tar."""
-    samples: dict[str, dict[str, Any]] = {}
+def scan(path: Path) -> dict[str, np.ndarray]:
+    """The index of a tar, read off the tar: columns over its S samples, their C chains and I interfaces.
+
+    Returns:
+        ``format_version`` and ``bytes`` of the tar; ``key``, ``tokens``, ``release_date`` (empty where unknown),
+        ``resolution`` (NaN where there is none) and ``msa_rows`` (S,); ``offset`` and ``size`` (S, 3) of ``MEMBERS``,
+        -1 where absent; ``chain_start`` and ``interface_start`` (S + 1,) into the columns of chains and interfaces;
+        ``chain_type``, ``chain_entity``, ``chain_length``, ``chain_observed`` and ``chain_cluster`` (C,), the last an
+        index into ``cluster``; ``interface`` (I, 2) chains, counted within the sample.
+
+    Raises:
+        DataError: it is not a tar that ``prepare`` wrote.
+    """
+    metas: dict[str, dict[str, Any]] = {}
+    places: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         with tarfile.open(path) as tar:
             for member in tar:
                 key, extension = member.name.split(".", 1)
-                sample = samples.setdefault(key, {"key": key, "members": {}})
-                sample["members"][extension] = [member.offset_data, member.size]
+                places.setdefault(key, {})[extension] = (member.offset_data, member.size)
                 if extension == "json":
-                    meta = json.load(tar.extractfile(member))
-                    sample.update(tokens=meta["counts"]["tokens"], chains=meta["chains"])
+                    metas[key] = check_version(json.load(tar.extractfile(member)))
+        return _columns(path.stat().st_size, metas, places)
+    except DataError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
     except (tarfile.TarError, ValueError, KeyError, OSError) as error:
         raise DataError(f"{path} is not a shard that prepare wrote: {type(error).__name__}: {error}") from error
-    return {"format_version": FORMAT_VERSION, "bytes": path.stat().st_size, "samples": list(samples.values())}
 
 
-def open_shards(patterns: list[str]) -> list[Entry]:
-    """Entries of all samples in the tars that the globs match, in order of tar and place.
+def _columns(size: int, metas: dict[str, dict], places: dict[str, dict[str, tuple[int, int]]]) -> dict[str, np.ndarray]:
+    samples = [metas[key] for key in places]
+    chains = [chain for meta in samples for chain in meta["chains"]]
+    cluster, number = np.unique([chain["cluster"] for chain in chains], return_inverse=True)
+    place = np.array([[members.get(name, (-1, -1)) for name in MEMBERS] for members in places.values()])
+    pairs = [pair for meta in samples for pair in meta["interfaces"]]
+    resolutions = [np.nan if meta["resolution"] is None else meta["resolution"] for meta in samples]
+    return {
+        "format_version": np.int32(FORMAT_VERSION),
+        "bytes": np.int64(size),
+        "key": np.array(list(places)),
+        "tokens": np.array([meta["counts"]["tokens"] for meta in samples], dtype=np.int32),
+        "release_date": np.array([meta["release_date"] or "" for meta in samples]),
+        "resolution": np.array(resolutions, dtype=np.float32),
+        "msa_rows": np.array([max(meta["msa_depth"].values(), default=0) for meta in samples], dtype=np.int32),
+        "offset": place[..., 0].astype(np.int64),
+        "size": place[..., 1].astype(np.int64),
+        "chain_start": np.cumsum([0] + [len(meta["chains"]) for meta in samples]).astype(np.int32),
+        "chain_type": np.array([MOL_TYPES.index(chain["type"]) for chain in chains], dtype=np.int8),
+        **{f"chain_{name}": np.array([chain[name] for chain in chains], dtype=kind) for name, kind in _CHAIN.items()},
+        "chain_cluster": number.astype(np.int32),
+        "cluster": cluster,
+        "interface_start": np.cumsum([0] + [len(meta["interfaces"]) for meta in samples]).astype(np.int32),
+        "interface": np.array(pairs, dtype=np.int16).reshape(-1, 2),
+    }
+
+
+def read_indices(patterns: Sequence[str]) -> list[tuple[str, dict[str, np.ndarray]]]:
+    """Path and index (see :func:`scan`) of all tars that the globs match, in order.
 
     Raises:
         ConfigError: a glob matches nothing.
+        DataError: a tar is not one that ``prepare`` wrote.
     """
-    entries = []
+    found = []
     for pattern in patterns:
         tars = sorted(path for path in glob.glob(pattern) if path.endswith(".tar"))
         if not tars:
@@ -85,36 +159,88 @@ def open_shards(patterns: list[str]) -> list[Entry]:
                 f"no shard matches {pattern}: type the path of existing .tar shards, or make them with "
                 f"python -m cpfold_train prepare STRUCTURES {Path(pattern).parent}"
             )
-        for tar in tars:
-            for sample in _index(Path(tar))["samples"]:
-                members = {extension: tuple(place) for extension, place in sample["members"].items()}
-                entries.append(Entry(tar, sample["key"], sample["tokens"], sample["chains"], members))
-    return entries
+        found.extend((tar, _index(Path(tar))) for tar in tars)
+    return found
 
 
-def _index(tar: Path) -> dict[str, Any]:
+def open_shards(patterns: Sequence[str]) -> list[Entry]:
+    """Entries of all samples in the tars that the globs match, in order of tar and place; see :func:`read_indices`."""
+    return [entry for tar, index in read_indices(patterns) for entry in _entries(tar, index)]
+
+
+def place_of(tar: str, index: dict[str, np.ndarray], row: int) -> Place:
+    """Where the sample in a row of the index lies."""
+    places = zip(MEMBERS, index["offset"][row].tolist(), index["size"][row].tolist())
+    return Place(tar, str(index["key"][row]), {name: (offset, size) for name, offset, size in places if offset >= 0})
+
+
+def _entries(tar: str, index: dict[str, np.ndarray]) -> list[Entry]:
+    columns = {name: values.tolist() for name, values in index.items()}
+    found = []
+    for row, tokens in enumerate(columns["tokens"]):
+        chains = range(*columns["chain_start"][row : row + 2])
+        resolution = columns["resolution"][row]
+        found.append(
+            Entry(
+                **vars(place_of(tar, index, row)),
+                tokens=tokens,
+                release_date=columns["release_date"][row] or None,
+                resolution=None if np.isnan(resolution) else round(resolution, 3),
+                msa_rows=columns["msa_rows"][row],
+                chains=[
+                    {
+                        "type": MOL_TYPES[columns["chain_type"][chain]],
+                        **{name: columns[f"chain_{name}"][chain] for name in _CHAIN},
+                        "cluster": columns["cluster"][columns["chain_cluster"][chain]],
+                    }
+                    for chain in chains
+                ],
+                interfaces=columns["interface"][slice(*columns["interface_start"][row : row + 2])],
+            )
+        )
+    return found
+
+
+def _index(tar: Path) -> dict[str, np.ndarray]:
     path = index_path(tar)
     if path.exists():
-        index = json.loads(path.read_text())
-        if index["bytes"] == tar.stat().st_size:
+        index = unpack_arrays(path.read_bytes())
+        if index["bytes"] == tar.stat().st_size and index["format_version"] == FORMAT_VERSION:
             return index
     return scan(tar)
 
 
-def read_sample(entry: Entry) -> tuple[Structure, dict[int, Alignment]]:
-    """Read and decode one sample by random access: its structure and its alignments by entity.
+def read_sample(place: Place) -> tuple[Structure, dict[int, Alignment]]:
+    """Read one sample by random access, decode and check it: its structure and its alignments by entity.
 
     Raises:
-        DataError: naming the tar, the sample and what is wrong.
+        DataError: naming the tar, the sample and what is wrong with it.
+        OSError: the file system failed, which says nothing about the sample.
     """
+    stored = {}
+    with open(place.tar, "rb") as file:
+        for extension, (offset, size) in place.members.items():
+            file.seek(offset - tarfile.BLOCKSIZE)
+            stored[extension] = file.read(tarfile.BLOCKSIZE + size)
     try:
-        members = {}
-        with open(entry.tar, "rb") as file:
-            for extension, (offset, size) in entry.members.items():
-                file.seek(offset)
-                members[extension] = file.read(size)
+        members = {extension: _member(place, extension, data) for extension, data in stored.items()}
         structure = unpack_structure(members)
         alignments = unpack_alignments(unpack_arrays(members["msa.npz"])) if "msa.npz" in members else {}
+        check_sample(structure, alignments, place.key)
+    except MemoryError:
+        raise
     except Exception as error:  # damaged bytes can fail anywhere in zip, zlib, numpy or json
-        raise DataError(f"{entry.tar}: sample {entry.key} cannot be read: {type(error).__name__}: {error}") from error
+        reason = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+        raise DataError(f"{place.tar}: sample {place.key} cannot be used: {reason}") from error
     return structure, alignments
+
+
+def _member(place: Place, extension: str, stored: bytes) -> bytes:
+    """Content of a member, whose header must be the one that the index promises."""
+    name, size = f"{place.key}.{extension}", place.members[extension][1]
+    header = tarfile.TarInfo.frombuf(stored[: tarfile.BLOCKSIZE], tarfile.ENCODING, "surrogateescape")
+    if (header.name, header.size) != (name, size):
+        raise DataError(f"the tar has {header.name} ({header.size} bytes) where its index has {name} ({size} bytes)")
+    if len(stored) < tarfile.BLOCKSIZE + size:
+        raise DataError(f"the tar ends within {name}")
+    return stored[tarfile.BLOCKSIZE :]

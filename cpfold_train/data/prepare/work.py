@@ -1,0 +1,111 @@
+"""Convert entries in parallel, so that a run that was interrupted goes on where it stopped.
+
+What is finished lies in a hidden folder until the shards are written: ``KEY.json`` says what became of an entry and
+which input it came from, and the sample's members lie beside it. The json file is written last and by renaming, so an
+entry is finished if it is there. ``KEY.started`` marks the entries that a process is at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from cpfold_train.data.prepare.convert import Job, Options, Result, convert
+from cpfold_train.data.shards import MEMBERS
+from cpfold_train.data.structure import FORMAT_VERSION
+from cpfold_train.errors import DataError
+
+_AHEAD = 4
+"""Jobs that wait in the pool, by worker."""
+
+
+def convert_all(jobs: list[Job], options: Options, folder: Path, workers: int) -> Iterator[Result]:
+    """Convert the entries that are not finished yet, and yield all results in the order in which they come.
+
+    Raises:
+        DataError: a worker process died.
+    """
+    for mark in folder.glob("*.started"):
+        mark.unlink()
+    unfinished = []
+    for job in jobs:
+        result = _finished(job, options, folder)
+        if result is None:
+            unfinished.append(job)
+        else:
+            yield result
+    work = partial(_convert_one, options=options, folder=folder)
+    if workers == 1:
+        yield from map(work, unfinished)
+        return
+    # Ctrl-C reaches the workers too; they finish the entries that they are at.
+    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        left = iter(unfinished)
+        running = {pool.submit(work, job) for job in islice(left, _AHEAD * workers)}
+        try:
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                running |= {pool.submit(work, job) for job in islice(left, len(done))}
+                for future in done:
+                    yield future.result()
+        except (KeyboardInterrupt, GeneratorExit):
+            pool.shutdown(cancel_futures=True)
+            raise
+        except BrokenProcessPool as error:
+            at = sorted(mark.stem for mark in folder.glob("*.started"))
+            raise DataError(
+                f"a worker process died (out of memory?) while these were converted: {', '.join(at)}; run the same "
+                "command again to go on from here, with fewer --workers, or leave one out with --skip ID"
+            ) from error
+
+
+def read_members(folder: Path, key: str) -> dict[str, bytes]:
+    """The members of a finished sample, by extension."""
+    return {name: path.read_bytes() for name, path in _members(folder, key).items() if path.exists()}
+
+
+def members_size(folder: Path, key: str) -> int:
+    """Bytes that they take together."""
+    return sum(path.stat().st_size for path in _members(folder, key).values() if path.exists())
+
+
+def _members(folder: Path, key: str) -> dict[str, Path]:
+    return {name: folder / f"{key}.member.{name}" for name in MEMBERS}
+
+
+def _convert_one(job: Job, options: Options, folder: Path) -> Result:
+    started = folder / f"{job.source.key}.started"
+    started.touch()
+    result, members = convert(job, options)
+    for name, path in _members(folder, result.key).items():
+        path.unlink(missing_ok=True)
+        if name in members:
+            path.write_bytes(members[name])
+    unnamed = folder / f"{result.key}.new"
+    unnamed.write_text(json.dumps({"fingerprint": _fingerprint(job, options), "result": asdict(result)}))
+    unnamed.replace(folder / f"{result.key}.json")
+    started.unlink()
+    return result
+
+
+def _finished(job: Job, options: Options, folder: Path) -> Result | None:
+    path = folder / f"{job.source.key}.json"
+    if not path.exists():
+        return None
+    stored = json.loads(path.read_text())
+    return Result(**stored["result"]) if stored["fingerprint"] == _fingerprint(job, options) else None
+
+
+def _fingerprint(job: Job, options: Options) -> str:
+    """Of the options and of the input files as the file system describes them."""
+    files = [job.source.path, *(path for path, _ in job.alignments)]
+    states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr((FORMAT_VERSION, job, options, states)).encode()).hexdigest()
