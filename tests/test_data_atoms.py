@@ -99,9 +99,11 @@ def test_frames_of_polymers(structure):
     assert (atoms.token[frames["frames_idx"]][mol_type < 3] == np.flatnonzero(mol_type < 3)[:, None]).all()
 
 
-def test_frames_of_ligands(structure):
+@pytest.mark.parametrize("key", ["4hhb", "7pzb"])
+def test_frames_of_ligands(samples, key):
     """Each atom with the two nearest resolved ones of its chain, by all distances; none where these are in line."""
     rng = np.random.default_rng(0)
+    structure, _ = read_sample(samples[key])
     resolved = structure.resolved & (rng.random(len(structure.resolved)) < 0.8)
     structure = replace(structure, resolved=resolved)
     tokens = np.flatnonzero(rng.random(len(structure)) < 0.8)

@@ -167,7 +167,7 @@ def test_token_features(samples):
     assert set(names[features["token_to_center_atom"][:574]]) == {b"CA"}
     glycine = features["res_type"][:, 9] == 1
     assert set(names[features["token_to_rep_atom"][:574][~glycine[:574]]]) == {b"CB"}
-    np.testing.assert_array_equal(features["atom_to_token"][features["token_to_rep_atom"]], np.arange(756))
+    np.testing.assert_array_equal(features["atom_to_token"][features["token_to_rep_atom"]], np.arange(len(structure)))
     coords = features["coords"][features["token_to_rep_atom"]]
     apart = np.diff(coords - features["disto_center"], axis=0)
     np.testing.assert_allclose(apart[features["token_disto_mask"][1:] == 1][:500], 0, atol=1e-4)
