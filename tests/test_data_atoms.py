@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from cpfold_train.data.atoms import atom_features, crop_atoms, rotations
 from cpfold_train.data.batch import make_crop
 from cpfold_train.data.frames import frame_features
 from cpfold_train.data.shards import open_shards, read_sample
+from cpfold_train.parallel.grid import Grid
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +140,17 @@ def test_atoms_in_line_span_no_frame(samples):
         frame_features(x, np.arange(5), crop_atoms(x, np.arange(5)))["frame_resolved_mask"] for x in (structure, line)
     ]
     assert masks[0].tolist() == [1] * 5 and masks[1].tolist() == [0, 1, 1, 1, 1]
+
+
+def shares_joined(cp, count):
+    """What a DTensor of this rank's share takes the whole to be."""
+    share = torch.arange(*cp.grid.atoms(count))[None]
+    return cp.shared_out(share).full_tensor()
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 2), (2, 3)])
+def test_shares_of_ranks_are_in_order(ranks, shape):
+    count = Grid(*shape).pad_atoms(1000)
+    assert count % (32 * shape[0] * shape[1]) == 0 and count - 1000 < 32 * shape[0] * shape[1]
+    for joined in ranks.run(shares_joined, *shape, count):
+        assert joined.tolist() == [list(range(count))]

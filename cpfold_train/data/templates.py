@@ -16,9 +16,9 @@ class Template:
     Attributes:
         token: (P,) int32 tokens of the sample, ascending.
         res_type: (P,) int8 what the template has there.
-        backbone: (P, 3, 3) float32 N, CA and C.
+        backbone: (P, 3, 3) float32 N, CA and C, zero unless all three are resolved.
         frame_known: (P,) bool, all three are resolved.
-        center: (P, 3) float32 C-alpha or C1', zero where unresolved.
+        center: (P, 3) float32 C-alpha, zero where unresolved.
         disto_center: (P, 3) float32 the distogram's atom, zero where unresolved.
         disto_known: (P,) bool.
     """
