@@ -3,16 +3,15 @@
 import itertools
 import json
 import pickle
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from cpfold_train.data.loader import PLACEMENTS, TileLoader
-from cpfold_train.data.shards import open_shards
+from cpfold_train.data.batch import PLACEMENTS
+from cpfold_train.data.loader import TileLoader
+from cpfold_train.data.sampling import Source
 from cpfold_train.errors import ConfigError, DataError
 from cpfold_train.parallel.grid import Grid
 
@@ -21,13 +20,14 @@ SHARDS = ["data/shards/train-*.tar"]
 
 def loader(grid=None, **settings):
     settings = {"crop_size": 64, "max_msa_rows": 16, "batch_size": 2, "samples_per_epoch": 20, "seed": 5} | settings
-    return TileLoader(settings.pop("shards", SHARDS), grid or Grid(), **settings)
+    source = {name: settings.pop(name) for name in ("sampling", "crop") if name in settings}
+    return TileLoader([Source(settings.pop("shards", SHARDS), **source)], grid or Grid(), **settings)
 
 
 def same(a, b):
     assert a.keys() == b.keys()
     for name in a:
-        assert a[name] == b[name] if name == "id" else torch.equal(a[name], b[name]), name
+        assert a[name] == b[name] if name in ("id", "crop_size") else torch.equal(a[name], b[name]), name
 
 
 def draws(batches):
@@ -40,7 +40,7 @@ def test_batch_shapes():
     n, s = grid.pad_tokens(100), 16
     assert batch["res_type"].shape == (2, n, 33) and batch["token_bonds"].shape == (2, n // 2, n // 3, 1)
     assert batch["disto_target"].shape == (2, n // 2, n // 3, 1) and batch["msa"].shape == (2, s // 2, n // 3)
-    assert set(batch) == {*PLACEMENTS, "id", "filler"} and batch["num_tokens"].tolist() == [100, 100]
+    assert set(batch) == {*PLACEMENTS, "id", "filler", "crop_size"} and batch["num_tokens"].tolist() == [100, 100]
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
@@ -109,8 +109,59 @@ def test_resume_reads_nothing_before_its_place(tmp_path, monkeypatch):
     real = module.read_sample
     monkeypatch.setattr(module, "read_sample", lambda entry: read.append(entry.key) or real(entry))
     resumed = loader()
-    resumed.load_state_dict({"epoch": 0, "position": 16})
+    resumed.load_state_dict({"epoch": 0, "position": 16, "step": 8})
     assert len(list(resumed)) == 2 and len(read) == 4
+
+
+def test_epochs_follow_without_a_stop():
+    """Workers live on into the next epoch, and start anew only where the stream is left."""
+    whole = loader(num_workers=2, samples_per_epoch=6)
+    epochs = [draws(whole)]
+    workers = whole._prepared
+    epochs += [draws(whole) for _ in range(3)]
+    assert whole._prepared is workers
+    serial = loader(samples_per_epoch=6)
+    assert epochs == [draws(serial) for _ in range(4)]
+    list(itertools.islice(iter(whole), 1))
+    assert whole._prepared is workers
+    assert draws(whole) == [draws(serial) for _ in range(2)][1]
+    assert whole._prepared is not workers
+    assert whole.waited_s > 0
+
+
+def test_workers_use_one_thread(monkeypatch):
+    from cpfold_train.data import loader as module
+
+    monkeypatch.setattr(module, "collate", lambda crops, grid: {"threads": torch.get_num_threads()})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert next(iter(loader(num_workers=1, start_method="fork")))["threads"] == 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_crop_sizes_by_optimizer_step():
+    """Steps of two batches; an epoch of five batches has three. Also after a resume, and with two replicas."""
+    schedule = {"crop_size": 40, "crop_schedule": {1: 50, 4: 70}, "accumulate": 2, "samples_per_epoch": 5}
+    expected = [40, 40, 50, 50, 50, 50, 50, 70, 70, 70]
+    for workers in (0, 2):
+        scheduled = loader(batch_size=1, num_workers=workers, **schedule)
+        sizes = [(batch["crop_size"], int(batch["num_tokens"].max())) for _ in range(2) for batch in scheduled]
+        assert [size for size, _ in sizes] == expected
+        assert all(tokens <= size for size, tokens in sizes)
+    stopped = loader(batch_size=1, **schedule)
+    list(stopped)
+    list(itertools.islice(iter(stopped), 2))
+    state = stopped.state_dict()
+    assert state == {"epoch": 1, "position": 2, "step": 4}
+    resumed = loader(batch_size=1, **schedule)
+    resumed.load_state_dict(state)
+    assert [batch["crop_size"] for batch in resumed] == expected[7:]
+    replica = loader(Grid(1, 1, 2, 1), batch_size=1, **schedule | {"accumulate": 1})
+    replica.load_state_dict(state)
+    assert [batch["crop_size"] for batch in replica] == [70, 70]
+    assert loader(batch_size=1, **schedule | {"crop_size": 90}).sizes == {0: 90, 1: 50, 4: 70}
 
 
 def test_resume_with_other_replicas():
@@ -138,22 +189,6 @@ def test_epochs():
 def test_missing_shards():
     with pytest.raises(ConfigError, match=r"no shard matches nowhere/x-\*.tar: type .* python -m cpfold_train prepare"):
         loader(shards=["nowhere/x-*.tar"])
-    with pytest.raises(ConfigError, match="crop=round is not known: type crop=spatial or crop=contiguous"):
-        loader(crop="round")
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_corrupt_sample_is_named(tmp_path, workers):
-    for path in Path("data/shards").glob("val-000000.*"):
-        shutil.copy(path, tmp_path)
-    tar = tmp_path / "val-000000.tar"
-    sample = next(entry for entry in open_shards([str(tar)]) if entry.key == "1pzp")
-    offset, size = sample.members["structure.npz"]
-    data = bytearray(tar.read_bytes())
-    data[offset + 100 : offset + size] = bytes(size - 100)
-    tar.write_bytes(data)
-    with pytest.raises(DataError, match=r"val-000000.tar: sample 1pzp cannot be read"):
-        list(loader(shards=[str(tar)], num_workers=workers))
 
 
 def test_data_errors_survive_a_worker():

@@ -1,93 +1,138 @@
 """Stream batches of tiles from shards, the same on any grid and with any number of workers.
 
-What a batch holds is a pure function of (seed, epoch, its number, the replica). Epoch e visits positions 0, 1, 2, ...;
-position p shows sample ``p mod M`` of pass ``p div M`` over the M samples, each pass in its own keyed order. Replica d
-of dp takes positions d, d + dp, d + 2 dp, ... and all ranks of its grid take the same ones. The number of positions is
-rounded up to fill a batch on every replica, by going on into the next pass, so that all replicas have equally many
-batches and no sample is left out.
+What a batch holds is a pure function of (seed, epoch, its number, the replica). Epoch e visits positions 0, 1, 2, ...
+of the stream (``sampling.py``). Replica d of dp takes positions d, d + dp, d + 2 dp, ... and all ranks of its grid take
+the same ones. The number of positions is rounded up to fill a batch on every replica, so that all replicas have equally
+many batches and no sample is left out.
+
+A sample that cannot be used is replaced by the next attempt at its position. All ranks of a replica read the same bytes
+and judge the whole sample, so they replace alike without asking each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from functools import lru_cache, partial
-from typing import Any
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import webdataset as wds
 from torch.utils.data import get_worker_info
 
-from cpfold_train.data.crop import CROPS
-from cpfold_train.data.features import PLACEMENTS, Crop, make_crop, tile_features
-from cpfold_train.data.shards import Entry, open_shards, read_sample
-from cpfold_train.errors import ConfigError
+from cpfold_train.data.batch import Augmentation, Crop, collate, make_crop
+from cpfold_train.data.quarantine import note
+from cpfold_train.data.sampling import Source, Stream, open_source
+from cpfold_train.data.shards import read_sample
+from cpfold_train.errors import ConfigError, DataError
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.parallel.random import numpy_generator
 
-__all__ = ["PLACEMENTS", "TileLoader", "collate"]
+NO_AUGMENTATION = Augmentation()
 
-Draw = tuple[Entry, tuple[int, int, int]]
-"""A sample and what its random choices are keyed by: (seed, epoch, position)."""
+
+class Slot(NamedTuple):
+    """A batch before it is made: its epoch, its positions, and the most tokens of a sample."""
+
+    epoch: int
+    positions: list[int]
+    crop_size: int
+
+
+@dataclass(frozen=True)
+class Making:
+    """How samples are made, beside what a slot says; see :class:`TileLoader`."""
+
+    stream: Stream
+    grid: Grid
+    settings: dict[str, Any]
+    max_bad: int
+    quarantine: Path | None
 
 
 class TileLoader:
     """Iterates over the batches of one epoch: dicts of this rank's tensors, with the batch dim first.
 
     Args:
-        shards: globs of .tar files.
+        sources: data sets.
         grid: this rank's place.
-        seed: of order, crops and MSA rows.
+        seed: of order, crops and all other draws.
         crop_size: most tokens of a sample.
+        crop_schedule: other sizes of crops, each from an optimizer step on.
+        accumulate: batches of an optimizer step, for ``crop_schedule``.
+        max_atoms: most atoms of a sample, None for no limit.
         max_msa_rows: most MSA rows of a sample.
+        max_templates: most templates of a sample.
+        augmentation: what else is drawn.
         batch_size: samples a batch and replica.
         num_workers: processes that prepare batches, 0 for none.
-        shuffle: draw another order, other crops and other rows in each epoch; without it every epoch is the same.
-        crop: ``spatial`` or ``contiguous``.
-        interface: probability that a spatial crop is centred on an interface.
+        shuffle: draw other samples and crops in each epoch; without it every epoch is the same.
         samples_per_epoch: positions of an epoch over all replicas; by default the number of samples.
+        max_bad_share: share of an epoch's samples that may be unusable before iterating raises DataError.
+        quarantine: file that receives the samples which could not be used.
         pin_memory: put batches in page-locked memory, for faster copies to a GPU.
         prefetch_factor: batches that each worker prepares ahead.
         start_method: how workers start, ``fork``, ``spawn`` or ``forkserver``; the platform's default if None.
 
     Iterating again begins the next epoch, also where the last one was left early. ``state_dict`` taken between two
-    batches resumes exactly there, also on another grid or with another number of workers or replicas.
+    batches resumes exactly there, also on another grid or with another number of workers or replicas. Workers live on
+    from one epoch to the next and prepare its first batches while the last ones are used.
+
+    Attributes:
+        waited_s: seconds spent waiting for batches since the start.
+        quarantined: samples of this replica that could not be used since the start.
     """
 
     def __init__(
         self,
-        shards: list[str],
+        sources: Sequence[Source],
         grid: Grid,
         *,
         seed: int = 0,
         crop_size: int = 256,
+        crop_schedule: Mapping[int, int] | None = None,
+        accumulate: int = 1,
+        max_atoms: int | None = None,
         max_msa_rows: int = 256,
+        max_templates: int = 4,
+        augmentation: Augmentation = NO_AUGMENTATION,
         batch_size: int = 1,
         num_workers: int = 0,
         shuffle: bool = True,
-        crop: str = "spatial",
-        interface: float = 0.5,
         samples_per_epoch: int | None = None,
+        max_bad_share: float = 0.05,
+        quarantine: Path | None = None,
         pin_memory: bool = False,
         prefetch_factor: int = 2,
         start_method: str | None = None,
     ) -> None:
-        self.entries = open_shards(list(shards))
-        samples = len(self.entries) if samples_per_epoch is None else samples_per_epoch
+        pools = tuple(open_source(source) for source in sources)
+        samples = sum(int(pool.first[-1]) for pool in pools) if samples_per_epoch is None else samples_per_epoch
         if min(crop_size, max_msa_rows, batch_size, samples) < 1 or num_workers < 0:
             raise ConfigError("crop_size, max_msa_rows, batch_size and samples_per_epoch start at 1, num_workers at 0")
-        if crop not in CROPS:
-            raise ConfigError(f"crop={crop} is not known: type crop={' or crop='.join(CROPS)}")
-        self.grid, self.seed, self.batch_size, self.shuffle = grid, seed, batch_size, shuffle
-        self.num_workers, self.start_method, self.pin_memory = num_workers, start_method, pin_memory
-        self.prefetch_factor = prefetch_factor
-        self.make = partial(_crop, crop_size=crop_size, max_msa_rows=max_msa_rows, crop=crop, interface=interface)
-        self.samples = samples
+        self.grid, self.batch_size, self.max_bad_share, self.accumulate = grid, batch_size, max_bad_share, accumulate
         self.batches = -(-samples // (grid.dp * batch_size))
+        self.sizes = {0: crop_size, **(crop_schedule or {})}
+        settings = {"max_atoms": max_atoms, "max_msa_rows": max_msa_rows, "max_templates": max_templates}
+        settings["augmentation"] = augmentation
+        max_bad = int(max_bad_share * self.batches * batch_size)
+        self._making = Making(Stream(pools, samples, seed, shuffle), grid, settings, max_bad, quarantine)
+        self._workers = {"num_workers": num_workers, "pin_memory": pin_memory}
+        if num_workers:
+            self._workers |= {"multiprocessing_context": start_method, "prefetch_factor": prefetch_factor}
         self.epoch = 0
         self.position = 0
         """Batch of the epoch that comes next."""
         self.resumed = False
+        self.waited_s, self.quarantined = 0.0, 0
+        self._steps_before = 0
+        """Optimizer steps before this epoch."""
+        self._bad_in_epoch = 0
+        self._prepared: Iterator[tuple[dict[str, Any] | None, list[str]]] | None = None
+        self._prepared_for: tuple[int, int, int] | None = None
+        """Epoch, batch and steps before the epoch, of what ``_prepared`` gives next."""
 
     def __len__(self) -> int:
         """Batches of an epoch, equal on all replicas."""
@@ -96,94 +141,135 @@ class TileLoader:
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch; no effect while in it, so that a resumed one is not lost."""
         if epoch != self.epoch:
-            self.epoch, self.position, self.resumed = epoch, 0, False
+            self._begin(epoch)
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch, and position of the next sample over all replicas."""
-        return {"epoch": self.epoch, "position": self.position * self.batch_size * self.grid.dp}
+        """Epoch, position of the next sample over all replicas, and the optimizer steps made so far."""
+        position = self.position * self.batch_size * self.grid.dp
+        return {
+            "epoch": self.epoch,
+            "position": position,
+            "step": self._steps_before + self.position // self.accumulate,
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Let the next iteration continue where :meth:`state_dict` was taken; samples before it are not read."""
         self.epoch = state["epoch"]
         self.position = state["position"] // (self.batch_size * self.grid.dp)
+        self._steps_before = state["step"] - self.position // self.accumulate
+        self._bad_in_epoch = 0
         self.resumed = True
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self.position >= self.batches or (self.position and not self.resumed):
-            self.epoch, self.position = self.epoch + 1, 0
+            self._begin(self.epoch + 1)
         self.resumed = False
-        dataset = wds.DataPipeline(
-            partial(
-                _draws,
-                self.entries,
-                self.grid,
-                seed=self.seed,
-                epoch=self.epoch,
-                shuffle=self.shuffle,
-                batch_size=self.batch_size,
-                start=self.position,
-                stop=self.batches,
-            ),
-            partial(_batches, make=self.make, grid=self.grid, samples=self.samples),
-        )
-        workers = {"multiprocessing_context": self.start_method, "prefetch_factor": self.prefetch_factor}
-        loader = wds.WebLoader(
-            dataset,
-            batch_size=None,
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
-            **(workers if self.num_workers else {}),
-        )
-        for batch in loader:
+        while self.position < self.batches:
+            batch = self._next()
             self.position += 1
             yield batch
 
+    def _begin(self, epoch: int) -> None:
+        # Lightning makes a step of what has been accumulated when an epoch ends.
+        self._steps_before += -(-self.position // self.accumulate)
+        self.epoch, self.position, self.resumed, self._bad_in_epoch = epoch, 0, False, 0
 
-@lru_cache(maxsize=8)
-def _order(samples: int, seed: int, epoch: int, number: int) -> np.ndarray:
-    return numpy_generator(seed, "order", epoch, number).permutation(samples)
+    def _next(self) -> dict[str, Any]:
+        began = time.perf_counter()
+        if self._prepared_for != (self.epoch, self.position, self._steps_before):
+            self._prepared = self._prepare()
+        self._prepared_for = None
+        batch, reasons = next(self._prepared)
+        self.waited_s += time.perf_counter() - began
+        self.quarantined += len(reasons)
+        self._bad_in_epoch += len(reasons)
+        if self._bad_in_epoch > self._making.max_bad:
+            raise DataError(
+                f"{self._bad_in_epoch} of the {self.batches * self.batch_size} samples of an epoch could not be used, "
+                f"the last because {reasons[-1]}: make the shards again with python -m cpfold_train prepare, or type a "
+                f"larger data.max_bad_share than {self.max_bad_share}"
+            )
+        following = next_batch(self.epoch, self.position, self.batches)
+        steps = self._steps_before + (-(-self.batches // self.accumulate) if following[1] == 0 else 0)
+        self._prepared_for = (*following, steps)
+        return batch
+
+    def _prepare(self) -> Iterator[tuple[dict[str, Any] | None, list[str]]]:
+        """Start to prepare batches from here on, without an end."""
+        start = (self.epoch, self.position, self._steps_before)
+        slots = partial(
+            _slots, start, self.batches, self.batch_size, self.accumulate, self.sizes, self.grid.dp, self.grid.dp_index
+        )
+        pipeline = wds.DataPipeline(slots, partial(_batches, making=self._making))
+        return iter(wds.WebLoader(pipeline, batch_size=None, **self._workers))
 
 
-def _draws(
-    entries: list[Entry], grid: Grid, seed: int, epoch: int, shuffle: bool, batch_size: int, start: int, stop: int
-) -> Iterator[list[Draw]]:
-    """First stage: the draws of each batch that this worker prepares, start + w, start + w + W, ...
+def next_batch(epoch: int, batch: int, batches: int) -> tuple[int, int]:
+    """Epoch and number of the batch after this one."""
+    return (epoch, batch + 1) if batch + 1 < batches else (epoch + 1, 0)
+
+
+def crop_size_at(sizes: Mapping[int, int], step: int) -> int:
+    """Most tokens of a sample in an optimizer step. ``sizes`` are those from a step on, the first of them from 0."""
+    return sizes[max(start for start in sizes if start <= step)]
+
+
+def _slots(
+    start: tuple[int, int, int],
+    batches: int,
+    batch_size: int,
+    accumulate: int,
+    sizes: Mapping[int, int],
+    dp: int,
+    dp_index: int,
+) -> Iterator[Slot]:
+    """First stage: the batches that this worker prepares, every W-th from the start on and into the next epochs.
 
     The DataLoader takes batches from its workers in turn, so the batches come out in order.
     """
     worker = get_worker_info()
-    first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-    epoch = epoch if shuffle else 0
-    for batch in range(start + first, stop, step):
-        draws = []
-        for slot in range(batch * batch_size, (batch + 1) * batch_size):
-            position = slot * grid.dp + grid.dp_index
-            number, place = divmod(position, len(entries))
-            sample = int(_order(len(entries), seed, epoch, number)[place]) if shuffle else place
-            draws.append((entries[sample], (seed, epoch, position)))
-        yield draws
+    first, every = (worker.id, worker.num_workers) if worker else (0, 1)
+    first_epoch, first_batch, steps_before = start
+    for number in itertools.count(first_batch + first, every):
+        later, batch = divmod(number, batches)
+        step = steps_before + later * -(-batches // accumulate) + batch // accumulate
+        places = range(batch * batch_size, (batch + 1) * batch_size)
+        yield Slot(first_epoch + later, [place * dp + dp_index for place in places], crop_size_at(sizes, step))
 
 
-def _crop(draw: Draw, **settings: Any) -> Crop:
-    entry, key = draw
-    return make_crop(*read_sample(entry), draw=key, **settings)
+def _batches(slots: Iterable[Slot], making: Making) -> Iterator[tuple[dict[str, Any] | None, list[str]]]:
+    """Second stage: read, crop, tile and stack; and say which samples could not be used and why.
 
-
-def _batches(source: Iterable[list[Draw]], make: partial, grid: Grid, samples: int) -> Iterator[dict[str, Any]]:
-    """Second stage: read, crop, tile and stack. ``filler`` (B,) marks samples that only fill the epoch's last batch."""
-    for draws in source:
-        filler = torch.tensor([position >= samples for _, (_, _, position) in draws])
-        yield {**collate([make(draw) for draw in draws], grid), "filler": filler}
-
-
-def collate(crops: list[Crop], grid: Grid) -> dict[str, Any]:
-    """Pad crops to a common size that the grid divides, and stack this rank's tiles.
-
-    Returns:
-        Tensors (B, ...) and ``id``, a list of B strings.
+    The batch is None where more samples were bad than an epoch may have. ``filler`` (B,) marks samples that a mean over
+    the epoch must not count: those that fill up the last batch, and those that stand in for another.
     """
-    n = grid.pad_tokens(max(len(crop.tokens) for crop in crops))
-    s = grid.pad_rows(max(len(crop.rows.sampled) for crop in crops))
-    samples = [tile_features(crop, grid, n, s) for crop in crops]
-    batch = {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in PLACEMENTS}
-    return {**batch, "id": [sample["id"] for sample in samples]}
+    for slot in slots:
+        crops, filler, bad = [], [], []
+        for position in slot.positions:
+            reasons, crop = make_sample(making, slot, position)
+            crops.append(crop)
+            filler.append(position >= making.stream.samples or bool(reasons))
+            bad += reasons
+        if None in crops:
+            yield None, bad
+        else:
+            yield {**collate(crops, making.grid), "filler": torch.tensor(filler), "crop_size": slot.crop_size}, bad
+
+
+def make_sample(making: Making, slot: Slot, position: int) -> tuple[list[str], Crop | None]:
+    """The crop at a position of the stream, and why samples drawn before it could not be used."""
+    stream, grid, reasons = making.stream, making.grid, []
+    # Without shuffling, every epoch is the first.
+    epoch = slot.epoch if stream.shuffle else 0
+    while len(reasons) <= making.max_bad:
+        place, focus, crop = stream.draw(epoch, position, len(reasons))
+        try:
+            structure, alignments = read_sample(place)
+            draw = (stream.seed, epoch, position)
+            settings = making.settings | {"crop_size": slot.crop_size, "crop": crop, "focus": focus}
+            return reasons, make_crop(structure, alignments, draw=draw, **settings)
+        except DataError as error:
+            reasons.append(str(error))
+            if making.quarantine is not None and grid.cp_index == 0:
+                note(making.quarantine, place, str(error), slot.epoch, position, grid.rank)
+    return reasons, None

@@ -11,7 +11,7 @@ import glob
 import io
 import json
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,34 +28,44 @@ from cpfold_train.data.structure import (
     unpack_arrays,
     unpack_structure,
 )
+from cpfold_train.data.validate import check_sample
 from cpfold_train.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
-class Entry:
-    """Where a sample lies, and what choosing samples goes by.
+class Place:
+    """Where a sample lies.
 
     Attributes:
         tar: path of the shard.
         key: the sample's id.
+        members: offset and size in the tar, by extension.
+    """
+
+    tar: str
+    key: str
+    members: dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Entry(Place):
+    """Where a sample lies, and what its shard's index knows of it.
+
+    Attributes:
         tokens: how many it has.
         release_date: ISO 8601, None where the file did not say.
         resolution: in Angstrom, None where there is none.
         msa_rows: of the deepest alignment, 0 without one.
         chains: ``type``, ``entity``, ``length`` and ``observed`` residues, and ``cluster`` of each.
         interfaces: pairs of chains, as numbers in ``chains``.
-        members: offset and size in the tar, by extension.
     """
 
-    tar: str
-    key: str
     tokens: int
     release_date: str | None
     resolution: float | None
     msa_rows: int
     chains: list[dict[str, Any]]
     interfaces: list[list[int]]
-    members: dict[str, tuple[int, int]]
 
 
 MEMBERS = ("json", "structure.npz", "msa.npz")
@@ -134,13 +144,14 @@ def _columns(size: int, metas: dict[str, dict], places: dict[str, dict[str, tupl
     }
 
 
-def open_shards(patterns: list[str]) -> list[Entry]:
-    """Entries of all samples in the tars that the globs match, in order of tar and place.
+def read_indices(patterns: Sequence[str]) -> list[tuple[str, dict[str, np.ndarray]]]:
+    """Path and index (see :func:`scan`) of all tars that the globs match, in order.
 
     Raises:
         ConfigError: a glob matches nothing.
+        DataError: a tar is not one that ``prepare`` wrote.
     """
-    entries = []
+    found = []
     for pattern in patterns:
         tars = sorted(path for path in glob.glob(pattern) if path.endswith(".tar"))
         if not tars:
@@ -148,23 +159,31 @@ def open_shards(patterns: list[str]) -> list[Entry]:
                 f"no shard matches {pattern}: type the path of existing .tar shards, or make them with "
                 f"python -m cpfold_train prepare STRUCTURES {Path(pattern).parent}"
             )
-        for tar in tars:
-            entries.extend(_entries(tar))
-    return entries
+        found.extend((tar, _index(Path(tar))) for tar in tars)
+    return found
 
 
-def _entries(tar: str) -> list[Entry]:
-    index = _index(Path(tar))
+def open_shards(patterns: Sequence[str]) -> list[Entry]:
+    """Entries of all samples in the tars that the globs match, in order of tar and place; see :func:`read_indices`."""
+    return [entry for tar, index in read_indices(patterns) for entry in _entries(tar, index)]
+
+
+def place_of(tar: str, index: dict[str, np.ndarray], row: int) -> Place:
+    """Where the sample in a row of the index lies."""
+    places = zip(MEMBERS, index["offset"][row].tolist(), index["size"][row].tolist())
+    return Place(tar, str(index["key"][row]), {name: (offset, size) for name, offset, size in places if offset >= 0})
+
+
+def _entries(tar: str, index: dict[str, np.ndarray]) -> list[Entry]:
     columns = {name: values.tolist() for name, values in index.items()}
     found = []
-    for row, key in enumerate(columns["key"]):
+    for row, tokens in enumerate(columns["tokens"]):
         chains = range(*columns["chain_start"][row : row + 2])
         resolution = columns["resolution"][row]
         found.append(
             Entry(
-                tar=tar,
-                key=key,
-                tokens=columns["tokens"][row],
+                **vars(place_of(tar, index, row)),
+                tokens=tokens,
                 release_date=columns["release_date"][row] or None,
                 resolution=None if np.isnan(resolution) else round(resolution, 3),
                 msa_rows=columns["msa_rows"][row],
@@ -177,11 +196,6 @@ def _entries(tar: str) -> list[Entry]:
                     for chain in chains
                 ],
                 interfaces=columns["interface"][slice(*columns["interface_start"][row : row + 2])],
-                members={
-                    name: (offset, size)
-                    for name, offset, size in zip(MEMBERS, columns["offset"][row], columns["size"][row])
-                    if offset >= 0
-                },
             )
         )
     return found
@@ -196,20 +210,37 @@ def _index(tar: Path) -> dict[str, np.ndarray]:
     return scan(tar)
 
 
-def read_sample(entry: Entry) -> tuple[Structure, dict[int, Alignment]]:
-    """Read and decode one sample by random access: its structure and its alignments by entity.
+def read_sample(place: Place) -> tuple[Structure, dict[int, Alignment]]:
+    """Read one sample by random access, decode and check it: its structure and its alignments by entity.
 
     Raises:
-        DataError: naming the tar, the sample and what is wrong.
+        DataError: naming the tar, the sample and what is wrong with it.
+        OSError: the file system failed, which says nothing about the sample.
     """
+    stored = {}
+    with open(place.tar, "rb") as file:
+        for extension, (offset, size) in place.members.items():
+            file.seek(offset - tarfile.BLOCKSIZE)
+            stored[extension] = file.read(tarfile.BLOCKSIZE + size)
     try:
-        members = {}
-        with open(entry.tar, "rb") as file:
-            for extension, (offset, size) in entry.members.items():
-                file.seek(offset)
-                members[extension] = file.read(size)
+        members = {extension: _member(place, extension, data) for extension, data in stored.items()}
         structure = unpack_structure(members)
         alignments = unpack_alignments(unpack_arrays(members["msa.npz"])) if "msa.npz" in members else {}
+        check_sample(structure, alignments, place.key)
+    except MemoryError:
+        raise
     except Exception as error:  # damaged bytes can fail anywhere in zip, zlib, numpy or json
-        raise DataError(f"{entry.tar}: sample {entry.key} cannot be read: {type(error).__name__}: {error}") from error
+        reason = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+        raise DataError(f"{place.tar}: sample {place.key} cannot be used: {reason}") from error
     return structure, alignments
+
+
+def _member(place: Place, extension: str, stored: bytes) -> bytes:
+    """Content of a member, whose header must be the one that the index promises."""
+    name, size = f"{place.key}.{extension}", place.members[extension][1]
+    header = tarfile.TarInfo.frombuf(stored[: tarfile.BLOCKSIZE], tarfile.ENCODING, "surrogateescape")
+    if (header.name, header.size) != (name, size):
+        raise DataError(f"the tar has {header.name} ({header.size} bytes) where its index has {name} ({size} bytes)")
+    if len(stored) < tarfile.BLOCKSIZE + size:
+        raise DataError(f"the tar ends within {name}")
+    return stored[tarfile.BLOCKSIZE :]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -157,6 +158,22 @@ def pack_arrays(arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def unpack_arrays(data: bytes) -> dict[str, np.ndarray]:
-    """The inverse of :func:`pack_arrays`."""
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        return dict(arrays)
+    """The inverse of :func:`pack_arrays`.
+
+    Unlike ``np.load``, this believes no header: an array is as large as its bytes, so damage cannot ask for memory.
+
+    Raises:
+        ValueError, zipfile.BadZipFile, zlib.error and others: the bytes are damaged.
+    """
+    with zipfile.ZipFile(io.BytesIO(data)) as members:
+        return {name.removesuffix(".npy"): _unpack_array(members.read(name)) for name in members.namelist()}
+
+
+def _unpack_array(data: bytes) -> np.ndarray:
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):
+        raise ValueError(f"an array has version {version} of the npy format")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    flat = np.frombuffer(data, dtype, offset=file.tell())
+    return flat.reshape(shape, order="F" if fortran_order else "C").copy()

@@ -22,6 +22,9 @@ REPLICATED: tuple[Placement, ...] = (Replicate(), Replicate())
 TILED: tuple[Placement, ...] = (Shard(1), Shard(2))
 """Placement of pair and MSA features over (cp_row, cp_col)."""
 
+SHARED_OUT: tuple[Placement, ...] = (Shard(1), Shard(1))
+"""Placement of atom features over (cp_row, cp_col): one share a rank, row of the grid by row of the grid."""
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -107,6 +110,10 @@ class ContextParallel:
         so there is no global tensor over ``dp``.
         """
         return DTensor.from_local(tile, self.cp_mesh, TILED, run_check=False)
+
+    def shared_out(self, share: Tensor) -> DTensor:
+        """Wrap this rank's share (B, A/RC, ...) of the atoms as a DTensor, Shard(1) x Shard(1)."""
+        return DTensor.from_local(share, self.cp_mesh, SHARED_OUT, run_check=False)
 
     def replicated(self, value: Tensor) -> DTensor:
         """Wrap a value (B, N, ...) that every rank of the replica holds whole as a DTensor, Replicate x Replicate.

@@ -14,6 +14,9 @@ from cpfold_train.errors import ConfigError
 Interval = tuple[int, int]
 """Half-open range ``(start, stop)`` of global indices."""
 
+ATOM_WINDOW = 32
+"""Query atoms of a window of the atom attention; ranks share out atoms by whole windows."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -85,6 +88,10 @@ class Grid:
         """Smallest multiple of R that holds ``n`` MSA sequences."""
         return max(1, math.ceil(n / self.rows)) * self.rows
 
+    def pad_atoms(self, n: int) -> int:
+        """Smallest multiple of R * C windows that holds ``n`` atoms."""
+        return self.pad_tokens(math.ceil(n / ATOM_WINDOW)) * ATOM_WINDOW
+
     def row_tokens(self, n: int) -> Interval:
         """Tokens of the tile's rows, for ``n`` tokens padded by :meth:`pad_tokens`."""
         return split(n, self.rows)[self.row]
@@ -96,6 +103,10 @@ class Grid:
     def msa_rows(self, s: int) -> Interval:
         """MSA sequences held by this rank, for ``s`` sequences padded by :meth:`pad_rows`."""
         return split(s, self.rows)[self.row]
+
+    def atoms(self, n: int) -> Interval:
+        """Atoms held by this rank, for ``n`` atoms padded by :meth:`pad_atoms`: ranks in order, row by row."""
+        return split(n, self.cp_size)[self.cp_index]
 
 
 def split(n: int, parts: int) -> tuple[Interval, ...]:

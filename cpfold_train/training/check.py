@@ -5,13 +5,13 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from cpfold_train.data.crop import CROPS
 from cpfold_train.data.features import NUM_BINS
-from cpfold_train.data.shards import open_shards
+from cpfold_train.data.sampling import open_source
 from cpfold_train.errors import ConfigError
 from cpfold_train.ops.biased_attention import KERNELS
 from cpfold_train.parallel.cost import ALGORITHMS
 from cpfold_train.training.config import TrainConfig
+from cpfold_train.training.sources import training_sources, validation_source
 
 PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 """Parameters in bf16 would round distances and the single track; fp16 overflows in the pair stack."""
@@ -25,17 +25,18 @@ def check(config: TrainConfig) -> None:
         ("crop_size", config.crop_size, 1),
         ("batch_size", config.batch_size, 1),
         ("data.max_msa_rows", config.data.max_msa_rows, 1),
+        ("data.max_atoms", config.data.max_atoms, 1),
+        ("data.samples_per_epoch", config.data.samples_per_epoch, 1),
         ("data.num_workers", config.data.num_workers, 0),
         ("trainer.log_every_n_steps", config.trainer.log_every_n_steps, 1),
         ("checkpoint.every_n_steps", config.checkpoint.every_n_steps, 1),
     ):
-        if value < least:
+        if value is not None and value < least:
             raise ConfigError(f"{name}={value} is too small: type {name}={least} or more")
     _one_of("cp.algorithm", config.cp.algorithm, ALGORITHMS)
     _one_of("kernels", config.kernels, KERNELS)
     if config.kernels == "cuequivariance":
         _require_cuequivariance(config)
-    _one_of("data.crop", config.data.crop, tuple(CROPS))
     _one_of("trainer.precision", str(config.trainer.precision), PRECISIONS)
     _one_of("model.num_bins", config.model.num_bins, (NUM_BINS,))
     if config.model.token_s % config.model.pairformer.num_heads:
@@ -46,9 +47,18 @@ def check(config: TrainConfig) -> None:
         )
     if config.cp.timeout_s <= 0:
         raise ConfigError(f"cp.timeout_s={config.cp.timeout_s} leaves no time: type a number of seconds above 0")
-    open_shards(config.data.train)
+    if not 0 <= config.data.max_bad_share <= 1:
+        raise ConfigError(f"data.max_bad_share={config.data.max_bad_share} is not a share: type a number from 0 to 1")
+    for step, size in (config.data.crop_schedule or {}).items():
+        if step < 1 or size < 1:
+            raise ConfigError(
+                f"data.crop_schedule has {step}: {size}, and both start at 1: type for example "
+                "data.crop_schedule={1000: 768, 5000: 3072}; crop_size says what holds before"
+            )
+    for source in training_sources(config.data):
+        open_source(source)
     if config.data.val:
-        open_shards(config.data.val)
+        open_source(validation_source(config.data))
     if config.wandb.enabled:
         from cpfold_train.training.dashboard import require_wandb
 

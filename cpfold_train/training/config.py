@@ -23,15 +23,35 @@ class ContextParallelConfig:
 
 
 @dataclass
-class DataConfig:
-    """Where the shards are and how they are read; see ``conf/data``."""
+class AugmentationConfig:
+    """What is drawn about a training sample beside its crop; see :class:`cpfold_train.data.batch.Augmentation`."""
 
-    train: list[str] = MISSING
+    single_sequence: float = MISSING
+    random_depth: bool = MISSING
+    random_templates: bool = MISSING
+    pocket: float = MISSING
+    contact: float = MISSING
+
+
+@dataclass
+class DataConfig:
+    """Where the shards are and how they are read; see ``conf/data``.
+
+    An entry of ``train`` is a glob, or a data set: ``shards``, ``weight``, ``sampling`` and ``crop``; ``crop`` is a
+    kind or a mapping of kinds to weights.
+    """
+
+    train: list[Any] = MISSING
     val: list[str] = MISSING
     samples_per_epoch: int | None = MISSING
-    crop: str = MISSING
-    interface: float = MISSING
+    sampling: str = MISSING
+    crop: Any = MISSING
+    crop_schedule: dict[int, int] | None = MISSING
+    max_atoms: int | None = MISSING
     max_msa_rows: int = MISSING
+    max_templates: int = MISSING
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    max_bad_share: float = MISSING
     num_workers: int = MISSING
 
 

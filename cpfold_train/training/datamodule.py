@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from cpfold_train.data.loader import PLACEMENTS, TileLoader
+from cpfold_train.data.batch import PLACEMENTS, Augmentation
+from cpfold_train.data.loader import TileLoader
+from cpfold_train.data.sampling import Source
 from cpfold_train.training.config import DataConfig
+from cpfold_train.training.sources import training_sources, validation_source
 
 _PLAIN = ("sample_key", "num_tokens")
 """Figures of a sample, not features of the model: they stay plain tensors."""
@@ -20,38 +24,58 @@ class TileData(LightningDataModule):
         data: what to read and how.
         crop_size: most tokens of a sample.
         batch_size: samples a step and replica.
+        accumulate: batches of an optimizer step.
         seed: of order, crops and MSA rows.
+        quarantine: file that receives the samples which cannot be used.
     """
 
-    def __init__(self, data: DataConfig, crop_size: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, data: DataConfig, crop_size: int, batch_size: int, accumulate: int, seed: int, quarantine: Path
+    ) -> None:
         super().__init__()
-        self._data = data
-        self._common = {"crop_size": crop_size, "batch_size": batch_size, "seed": seed}
+        self._data, self._accumulate = data, accumulate
+        self._common = {"crop_size": crop_size, "batch_size": batch_size, "seed": seed, "quarantine": quarantine}
+        self._loaders: list[TileLoader] = []
+
+    @property
+    def quarantined(self) -> int:
+        """Samples that this replica could not use since the start, in training and validation."""
+        return sum(loader.quarantined for loader in self._loaders)
 
     def train_dataloader(self) -> TileLoader:
-        return self._loader(self._data.train, shuffle=True, samples_per_epoch=self._data.samples_per_epoch)
+        return self._loader(
+            training_sources(self._data),
+            shuffle=True,
+            samples_per_epoch=self._data.samples_per_epoch,
+            crop_schedule=self._data.crop_schedule,
+            accumulate=self._accumulate,
+            augmentation=Augmentation(**vars(self._data.augmentation)),
+        )
 
     def val_dataloader(self) -> TileLoader | list:
-        return self._loader(self._data.val, shuffle=False) if self._data.val else []
+        return self._loader([validation_source(self._data)], shuffle=False) if self._data.val else []
 
-    def _loader(self, shards: list[str], **settings: Any) -> TileLoader:
+    def _loader(self, sources: list[Source], **settings: Any) -> TileLoader:
         strategy = self.trainer.strategy
-        return TileLoader(
-            shards,
+        loader = TileLoader(
+            sources,
             strategy.cp.grid,
-            crop=self._data.crop,
-            interface=self._data.interface,
+            max_atoms=self._data.max_atoms,
             max_msa_rows=self._data.max_msa_rows,
+            max_templates=self._data.max_templates,
+            max_bad_share=self._data.max_bad_share,
             num_workers=self._data.num_workers,
             pin_memory=strategy.root_device.type == "cuda",
             **self._common,
             **settings,
         )
+        self._loaders.append(loader)
+        return loader
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Name what each rank holds: tiles and replicated features become DTensors, without communication."""
+        """Name what each rank holds: all features become DTensors, without communication."""
         cp = self.trainer.strategy.cp
-        wrap = {"tile": cp.tiled, "replicate": cp.replicated}
+        wrap = {"tile": cp.tiled, "replicate": cp.replicated, "atoms": cp.shared_out}
         return {
             name: value if name in _PLAIN or name not in PLACEMENTS else wrap[PLACEMENTS[name]](value)
             for name, value in batch.items()

@@ -18,22 +18,21 @@ class StepFigures(Callback):
     """One row of figures every ``log_every_n_steps`` optimizer steps, and the validation's figures beside it.
 
     Losses are summed over the grid and averaged over the replicas, so a curve does not depend on the grid. Tokens are
-    those of all replicas. Memory is that of the fullest rank since the start; bytes sent and exposed communication are
-    means over ranks within the step.
+    those of all replicas. ``data_wait_s`` is what the rank that waited longest for data waited within the step,
+    ``quarantined`` how many samples could not be used since the start. Memory is that of the fullest rank since the
+    start; bytes sent and exposed communication are means over ranks within the step.
     """
 
     def __init__(self) -> None:
         self._in_validation = torch.zeros(2, dtype=torch.float64)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._ended = time.perf_counter()
         self._start_step(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Any], batch_idx: int
     ) -> None:
         self._started = time.perf_counter()
-        self._waited += self._started - self._ended
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Lightning clips after this hook: the norm is that of the gradient as it came."""
@@ -49,21 +48,20 @@ class StepFigures(Callback):
         self._worked += time.perf_counter() - self._started
         if trainer.global_step > self._step:
             if self._due(trainer, trainer.global_step):
-                self._log_step(trainer)
+                self._log_step(trainer, batch["crop_size"])
             self._start_step(trainer)
-        self._ended = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._before_validation = self._communicated(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._ended = time.perf_counter()
         self._in_validation += self._communicated(trainer) - self._before_validation
         for logger in trainer.loggers:
             logger.log_metrics(pl_module.validation, step=trainer.global_step)
 
     def _start_step(self, trainer: Trainer) -> None:
-        self._step, self._batches, self._waited, self._worked = trainer.global_step, [], 0.0, 0.0
+        self._step, self._batches, self._worked = trainer.global_step, [], 0.0
+        self._waited_before = trainer.train_dataloader.waited_s
         self._before_step = self._communicated(trainer)
 
     def _communicated(self, trainer: Trainer) -> Tensor:
@@ -75,7 +73,7 @@ class StepFigures(Callback):
     def _due(trainer: Trainer, step: int) -> bool:
         return step % trainer.log_every_n_steps == 0
 
-    def _log_step(self, trainer: Trainer) -> None:
+    def _log_step(self, trainer: Trainer, crop_size: int) -> None:
         cp = trainer.strategy.cp
         shares, tokens = (torch.stack(values).double().sum().item() for values in zip(*self._batches))
         figures = gather_figures(
@@ -84,7 +82,8 @@ class StepFigures(Callback):
                 shares / len(self._batches),
                 tokens / cp.grid.cp_size,
                 self._worked,
-                self._waited,
+                trainer.train_dataloader.waited_s - self._waited_before,
+                trainer.datamodule.quarantined / cp.grid.cp_size,
                 peak_mib(trainer.strategy.root_device),
                 *(self._communicated(trainer) - self._before_step).tolist(),
             ],
@@ -95,16 +94,18 @@ class StepFigures(Callback):
             "lr": self._lr,
             "grad_norm": self._grad_norm.item(),
             "tokens": round(total[1]),
+            "crop_size": crop_size,
             "step_s": mean[2],
             "data_wait_s": highest[3],
-            "peak_memory_mib": highest[4],
-            "sent_mib": mean[5],
-            "exposed_comm_s": mean[6],
+            "quarantined": round(total[4]),
+            "peak_memory_mib": highest[5],
+            "sent_mib": mean[6],
+            "exposed_comm_s": mean[7],
         }
         for logger in trainer.loggers:
             logger.log_metrics(row | _by_op(trainer), step=trainer.global_step)
         shown = {"loss": "train/loss", "tokens": "tokens", "s/step": "step_s", "MiB": "peak_memory_mib"}
-        shown |= {"comm_s": "exposed_comm_s"}
+        shown |= {"comm_s": "exposed_comm_s", "data_s": "data_wait_s"}
         self.log_dict({name: float(row[key]) for name, key in shown.items()}, prog_bar=True, logger=False)
 
 

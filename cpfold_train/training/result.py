@@ -20,7 +20,8 @@ class Result(Callback):
     """Writes the result at the end, whether good or bad, and measures memory from the first step on.
 
     Lists hold one figure per rank: ``peak_memory_mib``, the same above what the process used before the first step,
-    ``sent_mib`` and ``exposed_comm_s`` of the whole run.
+    ``sent_mib``, ``exposed_comm_s`` and ``data_wait_s`` of the whole run, and ``data_wait_share``, what part the last
+    one is of the time spent on training steps. ``quarantined`` counts the samples that could not be used.
 
     Args:
         run_dir: where ``metrics.csv`` is and the result goes.
@@ -32,6 +33,8 @@ class Result(Callback):
         self._seed = seed
         self._started = time.time()
         self._per_rank: dict[str, list[float]] = {}
+        self._quarantined = 0
+        self._worked = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Weights, optimizer and gradient buckets are in place; activations are not."""
@@ -39,12 +42,31 @@ class Result(Callback):
         reset_peak(device)
         self._baseline = now_mib(device)
 
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Any], batch_idx: int
+    ) -> None:
+        self._batch_started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: dict, batch: dict[str, Any], batch_idx: int
+    ) -> None:
+        self._worked += time.perf_counter() - self._batch_started
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        cp = trainer.strategy.cp
+        cp, waited = trainer.strategy.cp, trainer.train_dataloader.waited_s
         peak, total = peak_mib(trainer.strategy.root_device), cp.ledger.total()
-        figures = [peak, peak - self._baseline, total.sent_bytes / 2**20, total.waited_s]
-        names = ("peak_memory_mib", "peak_memory_above_baseline_mib", "sent_mib", "exposed_comm_s")
-        self._per_rank = dict(zip(names, gather_figures(cp, figures).T.tolist()))
+        figures = {
+            "peak_memory_mib": peak,
+            "peak_memory_above_baseline_mib": peak - self._baseline,
+            "sent_mib": total.sent_bytes / 2**20,
+            "exposed_comm_s": total.waited_s,
+            "data_wait_s": waited,
+            "data_wait_share": waited / max(waited + self._worked, 1e-9),
+            "quarantined": trainer.datamodule.quarantined,
+        }
+        self._per_rank = dict(zip(figures, gather_figures(cp, list(figures.values())).T.tolist()))
+        # All ranks of a replica count the same samples: one of them speaks for it.
+        self._quarantined = round(sum(self._per_rank.pop("quarantined")[:: cp.grid.cp_size]))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(trainer, {"status": "completed"})
@@ -67,6 +89,7 @@ class Result(Callback):
             "dp": grid.dp,
             "world_size": grid.world_size,
             "seed": self._seed,
+            "quarantined": self._quarantined,
             **self._per_rank,
         }
         write_result(self._run_dir, result)
@@ -92,6 +115,6 @@ def _print_summary(run_dir: Path, step: int) -> None:
             table.add_row(name, f"{values[0]:.4f}", f"{values[-1]:.4f}")
     console = Console()
     console.print(table)
-    for name in ("checkpoints/last.ckpt", "metrics.csv", "result.json", "pictures"):
+    for name in ("checkpoints/last.ckpt", "metrics.csv", "result.json", "quarantine.jsonl", "pictures"):
         if (run_dir / name).exists():
             console.print(str(run_dir / name), soft_wrap=True, highlight=False)

@@ -56,7 +56,9 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
     if config.trainer.precision == "64-true":
         # Lightning converts the module after it has read the checkpoint, whose weights would be rounded to fp32.
         module.double()
-    data = TileData(config.data, config.crop_size, config.batch_size, config.seed)
+    accumulate = config.trainer.accumulate_grad_batches
+    quarantine = run_dir / "quarantine.jsonl"
+    data = TileData(config.data, config.crop_size, config.batch_size, accumulate, config.seed, quarantine)
     try:
         # Checkpoints hold optimizer, loops and loader beside tensors: read only those that you trust.
         trainer.fit(module, data, ckpt_path=config.ckpt_path, weights_only=False)
