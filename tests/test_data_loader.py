@@ -132,7 +132,7 @@ def test_epochs_follow_without_a_stop():
 def test_workers_use_one_thread(monkeypatch):
     from cpfold_train.data import loader as module
 
-    monkeypatch.setattr(module, "collate", lambda crops, grid: {"threads": torch.get_num_threads()})
+    monkeypatch.setattr(module, "collate", lambda *_: {"threads": torch.tensor([torch.get_num_threads()])})
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

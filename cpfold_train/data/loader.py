@@ -21,16 +21,22 @@ from typing import Any, NamedTuple
 
 import torch
 import webdataset as wds
+from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from cpfold_train.data.batch import Augmentation, Crop, collate, make_crop
 from cpfold_train.data.quarantine import note
 from cpfold_train.data.sampling import Source, Stream, open_source
 from cpfold_train.data.shards import read_sample
+from cpfold_train.data.transfer import Layout, pack, unpack
 from cpfold_train.errors import ConfigError, DataError
 from cpfold_train.parallel.grid import Grid
 
 NO_AUGMENTATION = Augmentation()
+
+
+Prepared = tuple[tuple[Tensor, Layout, dict[str, Any]] | None, list[str]]
+"""A packed batch, and why samples could not be used; None where more were bad than an epoch may have."""
 
 
 class Slot(NamedTuple):
@@ -130,7 +136,7 @@ class TileLoader:
         self._steps_before = 0
         """Optimizer steps before this epoch."""
         self._bad_in_epoch = 0
-        self._prepared: Iterator[tuple[dict[str, Any] | None, list[str]]] | None = None
+        self._prepared: Iterator[Prepared] | None = None
         self._prepared_for: tuple[int, int, int] | None = None
         """Epoch, batch and steps before the epoch, of what ``_prepared`` gives next."""
 
@@ -179,7 +185,7 @@ class TileLoader:
         if self._prepared_for != (self.epoch, self.position, self._steps_before):
             self._prepared = self._prepare()
         self._prepared_for = None
-        batch, reasons = next(self._prepared)
+        packed, reasons = next(self._prepared)
         self.waited_s += time.perf_counter() - began
         self.quarantined += len(reasons)
         self._bad_in_epoch += len(reasons)
@@ -192,9 +198,9 @@ class TileLoader:
         following = next_batch(self.epoch, self.position, self.batches)
         steps = self._steps_before + (-(-self.batches // self.accumulate) if following[1] == 0 else 0)
         self._prepared_for = (*following, steps)
-        return batch
+        return unpack(*packed)
 
-    def _prepare(self) -> Iterator[tuple[dict[str, Any] | None, list[str]]]:
+    def _prepare(self) -> Iterator[Prepared]:
         """Start to prepare batches from here on, without an end."""
         start = (self.epoch, self.position, self._steps_before)
         slots = partial(
@@ -237,10 +243,10 @@ def _slots(
         yield Slot(first_epoch + later, [place * dp + dp_index for place in places], crop_size_at(sizes, step))
 
 
-def _batches(slots: Iterable[Slot], making: Making) -> Iterator[tuple[dict[str, Any] | None, list[str]]]:
+def _batches(slots: Iterable[Slot], making: Making) -> Iterator[Prepared]:
     """Second stage: read, crop, tile and stack; and say which samples could not be used and why.
 
-    The batch is None where more samples were bad than an epoch may have. ``filler`` (B,) marks samples that a mean over
+    ``filler`` (B,) marks samples that a mean over
     the epoch must not count: those that fill up the last batch, and those that stand in for another.
     """
     for slot in slots:
@@ -253,7 +259,8 @@ def _batches(slots: Iterable[Slot], making: Making) -> Iterator[tuple[dict[str, 
         if None in crops:
             yield None, bad
         else:
-            yield {**collate(crops, making.grid), "filler": torch.tensor(filler), "crop_size": slot.crop_size}, bad
+            batch = {**collate(crops, making.grid), "filler": torch.tensor(filler), "crop_size": slot.crop_size}
+            yield pack(batch), bad
 
 
 def make_sample(making: Making, slot: Slot, position: int) -> tuple[list[str], Crop | None]:
