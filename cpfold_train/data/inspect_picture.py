@@ -142,7 +142,7 @@ def _draw_crops(axis: Axes, structure: Structure, crops: list[int], colours: np.
     strips[0] = colours[structure.asym_id]
     labels = ["all tokens"]
     for row, size in enumerate(crops, 1):
-        tokens = crop_tokens(structure, size, "spatial", 0.5, numpy_generator(0, "inspect", size))
+        tokens = crop_tokens(structure, numpy_generator(0, "inspect", size), max_tokens=size)
         strips[row, tokens] = colours[structure.asym_id[tokens]]
         labels.append(f"crop of {len(tokens):,}")
     height = len(strips) - 0.5
