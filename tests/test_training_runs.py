@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from cpfold_train.data.quarantine import read_quarantine
+from cpfold_train.data.shards import open_shards
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -105,7 +109,7 @@ def test_resume_on_another_grid_gives_the_uninterrupted_curve(rows_2x2, tmp_path
     finished("cp.grid=2x2", "trainer.max_steps=3", run_dir=tmp_path)
     # A row that the checkpoint knows nothing of, as a crash leaves it.
     with (tmp_path / "metrics.csv").open("a") as file:
-        file.write("4,1.0" + "," * 11 + "\n")
+        file.write("4,1.0" + "," * 13 + "\n")
     rows = finished("cp.grid=1x2", f"ckpt_path={tmp_path}/checkpoints/last.ckpt", run_dir=tmp_path)
     assert_same_curve(rows, rows_2x2, "train/loss", "grad_norm", "lr", "val/loss", "val/distance_lddt")
 
@@ -160,6 +164,76 @@ def test_exception_on_one_rank_ends_all(tmp_path):
     assert process.returncode != 0
     assert "ArithmeticError: a fault on one rank" in process.stderr
     assert time.monotonic() - start < 120, "far less than cp.timeout_s"
+
+
+WORKER = """
+import os, sys
+from torch.utils.data import get_worker_info
+from cpfold_train.data import loader
+from cpfold_train.training import entry
+
+make = loader.make_sample
+
+def fail(making, slot, position):
+    if os.environ["LOCAL_RANK"] == "1" and position == 4 and get_worker_info():
+        FAULT
+    return make(making, slot, position)
+
+loader.make_sample = fail
+entry.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("os._exit(9)", "DataLoader worker"),
+        ("raise ArithmeticError('a fault in a worker')", "ArithmeticError: a fault in a worker"),
+    ],
+)
+def test_a_lost_worker_ends_all_ranks(tmp_path, fault, told):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.replace("FAULT", fault))
+    start = time.monotonic()
+    process = train("cp.grid=1x2", "data.val=[]", f"hydra.run.dir={tmp_path / 'run'}", script=str(script))
+    assert process.returncode != 0
+    assert told in process.stderr
+    assert time.monotonic() - start < 120, "far less than cp.timeout_s"
+
+
+def test_bad_samples_are_told_and_too_many_end_all_ranks(tmp_path):
+    """A sample of three is damaged. Replica 1 meets it beyond its share, while replica 0 waits for the gradients."""
+    for path in (ROOT / "tests" / "data").glob("train-*"):
+        shutil.copy(path, tmp_path)
+    shards = [str(tmp_path / "*.tar")]
+    tar = tmp_path / "train-000000.tar"
+    data = bytearray(tar.read_bytes())
+    offset, size = open_shards(shards)[0].members["structure.npz"]
+    data[offset + 100 : offset + size] = bytes(size - 100)
+    tar.write_bytes(data)
+    arguments = (f"data.train=[{shards[0]}]", "data.val=[]", "cp.grid=1x1", "dp=2")
+    process = train(*arguments, "data.max_bad_share=0", f"hydra.run.dir={tmp_path / 'strict'}")
+    assert process.returncode != 0
+    assert "samples of an epoch could not be used, the last because" in process.stderr
+    assert "type a larger data.max_bad_share than 0" in process.stderr
+    rows = finished(*arguments, "data.max_bad_share=0.9", run_dir=tmp_path / "lax")
+    assert int(rows[-1]["quarantined"]) > 0
+    result = json.loads((tmp_path / "lax" / "result.json").read_text())
+    assert result["quarantined"] >= int(rows[-1]["quarantined"])
+    assert len(result["data_wait_s"]) == len(result["data_wait_share"]) == 2
+    (line,) = read_quarantine(tmp_path / "lax" / "quarantine.jsonl")
+    assert line["key"] == open_shards(shards)[0].key
+
+
+def test_crop_schedule_survives_a_resume(tmp_path):
+    """Crops grow at steps 2 and 4; a run that stops after step 3 goes on as if it had not, on another grid."""
+    schedule = ("data.crop_schedule={2:32,4:48}", "data.val=[]")
+    whole = finished("cp.grid=1x1", *schedule, run_dir=tmp_path / "whole")
+    assert [int(row["crop_size"]) for row in whole] == [24, 24, 32, 32, 48, 48]
+    finished("cp.grid=1x1", "trainer.max_steps=3", *schedule, run_dir=tmp_path / "parts")
+    checkpoint = f"ckpt_path={tmp_path}/parts/checkpoints/last.ckpt"
+    rows = finished("cp.grid=1x2", checkpoint, *schedule, run_dir=tmp_path / "parts")
+    assert_same_curve(rows, whole, "train/loss", "crop_size", "tokens")
 
 
 def test_sigterm_ends_all_ranks(tmp_path):
