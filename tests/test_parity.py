@@ -132,7 +132,7 @@ def test_grid_parity(ranks, case, grid):
 
 
 def grouped_attention(module, x, cp):
-    """Three groups of rows, each with its two or three panels of bias on 2x3."""
+    """Three groups of rows; on 2x3 two heads around the ending node make two panels of bias for each of them."""
     original, triangle_attention.row_groups = triangle_attention.row_groups, lambda *_, **__: 3
     try:
         return attention(module, x, cp, "alltoall")

@@ -80,9 +80,10 @@ def test_run_directory(rows_2x2, run_dir_2x2):
     assert [int(row["step"]) for row in rows_2x2] == list(range(7))
     losses = [float(row["train/loss"]) for row in rows_2x2[1:]]
     assert losses[-1] < 0.8 * losses[0]
-    # Sent in training alone: two micro-batches of the same size with zero or one recycling each, whatever ran between.
-    sent = sorted({round(float(row["sent_mib"]), 6) for row in rows_2x2[1:]})
-    assert len(sent) == 2
+    # Sent in training alone: two micro-batches of about one size with zero or one recycling each. Validation, which
+    # runs after step 3, would double what the next step sends.
+    sent = [float(row["sent_mib"]) for row in rows_2x2[1:]]
+    assert max(sent) < 2.5 * min(sent)
     assert [row["step"] for row in rows_2x2 if row["val/loss"]] == ["0", "3", "6"]
     for path in ("resolved.yaml", "checkpoints/last.ckpt", "checkpoints/best-step=6.ckpt", "pictures/loss.png"):
         assert (run_dir_2x2 / path).stat().st_size > 0

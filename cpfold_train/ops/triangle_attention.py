@@ -80,7 +80,7 @@ def triangle_attention_starting(z: Tensor, token_mask: Tensor, w: Weights, cp: C
         blocks = [col_parts(cp.grid, n, k) for k in range(cp.grid.cols)]
         return _around_the_grid(z, bias, w, row_parts(cp.grid, n), col_parts(cp.grid, n), blocks, as_tiles, cp, op)
     groups = row_groups(cp.grid, n, z.shape[3], bias.shape[1])
-    sharers = row_sharers(cp.grid, z.shape[3], bias.shape[1])
+    sharers = row_sharers(cp.grid, z.shape[3])
     some = n // groups
     as_rows, shares = whole_rows(cp.grid, some, n, sharers), col_shares(cp.grid, n, sharers)
     return _in_whole_rows(z.chunk(groups, 1), bias, w, tiles(cp.grid, some, n), as_rows, shares, as_tiles, n, cp, op)
@@ -98,7 +98,7 @@ def triangle_attention_ending(z: Tensor, token_mask: Tensor, w: Weights, cp: Con
         rows, queries = col_parts(cp.grid, n), row_parts(cp.grid, n)
         return _around_the_grid(z, bias, w, rows, queries, blocks, as_tiles, cp, op).transpose(1, 2)
     groups = row_groups(cp.grid, n, z.shape[3], bias.shape[1], ending=True)
-    sharers = row_sharers(cp.grid, z.shape[3], bias.shape[1], ending=True)
+    sharers = row_sharers(cp.grid, z.shape[3], ending=True)
     some = n // groups
     has, as_rows = (swapped(layout) for layout in (tiles(cp.grid, n, some), whole_cols(cp.grid, n, some, sharers)))
     shares = row_shares(cp.grid, n, sharers)

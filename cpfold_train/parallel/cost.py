@@ -65,13 +65,14 @@ def triangle_attention_cost(
     if algorithm == "ring":
         sent = 3 * ((cols - 1) * 2 * width + (rows - 1 / cols) * heads) / c
         return Cost(sent, 3 * _ring_messages(rows, cols), held=9 * width / c)
-    sharers = row_sharers(grid, c, heads, ending)
+    sharers = row_sharers(grid, c, ending)
     panels = bias_panels(grid, c, heads, sharers)
     times = 2 if panels == 1 else 3
+    sent = 2 * (sharers + 1 - 2 * sharers / cols) + times * (p - 1) * heads / (c * sharers)
     shares_of_a_tile = (rows + sharers - gcd(rows, sharers)) / rows
     messages = 2 * (cols - 1 + cols / sharers - 1) * row_groups(grid, n, c, heads, ending)
     messages += times * (p - 1) * panels * shares_of_a_tile / sharers
-    return Cost(_sent_by_sharers(grid, c, heads, ending, sharers), messages, held=2 + sharers)
+    return Cost(sent, messages, held=2 + sharers)
 
 
 def bias_panels(grid: Grid, c: int, heads: int, sharers: int) -> int:
@@ -80,21 +81,14 @@ def bias_panels(grid: Grid, c: int, heads: int, sharers: int) -> int:
     return ceil(heads / max(1, c * sharers // (2 * grid.cp_size)))
 
 
-def row_sharers(grid: Grid, c: int, heads: int, ending: bool = False) -> int:
+def row_sharers(grid: Grid, c: int, ending: bool = False) -> int:
     """How many ranks hold the same complete rows in a triangle attention, each for a part of the queries.
 
-    Each of them holds and projects all keys, so the fewest are taken that send at most a quarter more than any other
-    number.
+    As few as make the bias of one head at most half a tile, and no more than ``HELD_TILES`` allows.
     """
     cols = _oriented(grid, ending)[1]
-    sent = {q: _sent_by_sharers(grid, c, heads, ending, q) for q in range(1, cols + 1) if cols % q == 0}
-    return next(q for q in sent if sent[q] <= 1.25 * min(sent.values()))
-
-
-def _sent_by_sharers(grid: Grid, c: int, heads: int, ending: bool, sharers: int) -> float:
-    _, cols, p = _oriented(grid, ending)
-    times = 2 if bias_panels(grid, c, heads, sharers) == 1 else 3
-    return 2 * (sharers + 1 - 2 * sharers / cols) + times * (p - 1) * heads / (c * sharers)
+    possible = [q for q in range(1, HELD_TILES - 1) if cols % q == 0]
+    return next((q for q in possible if c * q >= 2 * grid.cp_size), possible[-1])
 
 
 def channel_groups(grid: Grid, c: int) -> int:
@@ -108,7 +102,7 @@ def row_groups(grid: Grid, n: int, c: int, heads: int, ending: bool = False) -> 
     Where the bias comes in panels there is one group: another would fetch all panels again.
     """
     rows, cols, _ = _oriented(grid, ending)
-    sharers = row_sharers(grid, c, heads, ending)
+    sharers = row_sharers(grid, c, ending)
     divisible = n // rows % (GROUPS * cols) == 0
     return GROUPS if cols > 1 and divisible and bias_panels(grid, c, heads, sharers) == 1 else 1
 
