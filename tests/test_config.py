@@ -85,6 +85,8 @@ def test_recipe_beats_the_defaults_and_the_command_line_beats_the_recipe():
         ("crop_size=0", ["crop_size=1"]),
         ("cp.timeout_s=0", ["cp.timeout_s"]),
         ("kernels=triton", ["kernels=torch", "kernels=cuequivariance"]),
+        ("data.crop_schedule={0: 48}", ["data.crop_schedule={1000: 768"]),
+        ("data.crop_schedule=768", ["data.crop_schedule={1000: 768"]),
         ("data.crop=round", ["data.crop=spatial", "data.crop=contiguous"]),
         ("data.max_msa_rows=0", ["data.max_msa_rows=1"]),
         ("trainer.precision=bf16-true", ["trainer.precision=bf16-mixed"]),

@@ -227,8 +227,8 @@ def test_bad_samples_are_told_and_too_many_end_all_ranks(tmp_path):
 
 
 def test_crop_schedule_survives_a_resume(tmp_path):
-    """Crops grow at steps 2 and 4; a run that stops after step 3 goes on as if it had not, on another grid."""
-    schedule = ("data.crop_schedule={2:32,4:48}", "data.val=[]")
+    """Crops of two kinds grow at steps 2 and 4; a run that stops after step 3 goes on as if it had not, elsewhere."""
+    schedule = ("data.crop_schedule={2:32,4:48}", "data.crop={spatial:0.5,interface:0.5}", "data.val=[]")
     whole = finished("cp.grid=1x1", *schedule, run_dir=tmp_path / "whole")
     assert [int(row["crop_size"]) for row in whole] == [24, 24, 32, 32, 48, 48]
     finished("cp.grid=1x1", "trainer.max_steps=3", *schedule, run_dir=tmp_path / "parts")
@@ -246,4 +246,7 @@ def test_sigterm_ends_all_ranks(tmp_path):
     process.terminate()
     assert process.wait(60) == 128 + 15
     assert json.loads((tmp_path / "result.json").read_text())["status"] == "interrupted"
-    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
+    deadline = time.monotonic() + 30
+    while left := [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]:
+        assert time.monotonic() < deadline, f"{left} are still there"
+        time.sleep(0.2)

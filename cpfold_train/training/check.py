@@ -49,12 +49,7 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(f"cp.timeout_s={config.cp.timeout_s} leaves no time: type a number of seconds above 0")
     if not 0 <= config.data.max_bad_share <= 1:
         raise ConfigError(f"data.max_bad_share={config.data.max_bad_share} is not a share: type a number from 0 to 1")
-    for step, size in (config.data.crop_schedule or {}).items():
-        if step < 1 or size < 1:
-            raise ConfigError(
-                f"data.crop_schedule has {step}: {size}, and both start at 1: type for example "
-                "data.crop_schedule={1000: 768, 5000: 3072}; crop_size says what holds before"
-            )
+    _crop_schedule(config.data.crop_schedule)
     for source in training_sources(config.data):
         open_source(source)
     if config.data.val:
@@ -63,6 +58,19 @@ def check(config: TrainConfig) -> None:
         from cpfold_train.training.dashboard import require_wandb
 
         require_wandb()
+
+
+def _crop_schedule(schedule: object) -> None:
+    """Raise ConfigError unless it is None or maps steps to sizes. The schema cannot: Hydra sets no new key in one."""
+    if schedule is None:
+        return
+    sizes = schedule.items() if isinstance(schedule, dict) else [(schedule, None)]
+    for step, size in sizes:
+        if type(step) is not int or type(size) is not int or step < 1 or size < 1:
+            raise ConfigError(
+                f"data.crop_schedule={schedule} does not say from which step on which size holds: type whole numbers "
+                "from 1 on, as data.crop_schedule={1000: 768, 5000: 3072}; crop_size says what holds before"
+            )
 
 
 def _require_cuequivariance(config: TrainConfig) -> None:

@@ -38,7 +38,7 @@ class DataConfig:
     """Where the shards are and how they are read; see ``conf/data``.
 
     An entry of ``train`` is a glob, or a data set: ``shards``, ``weight``, ``sampling`` and ``crop``; ``crop`` is a
-    kind or a mapping of kinds to weights.
+    kind or a mapping of kinds to weights, ``crop_schedule`` a mapping of steps to sizes.
     """
 
     train: list[Any] = MISSING
@@ -46,7 +46,7 @@ class DataConfig:
     samples_per_epoch: int | None = MISSING
     sampling: str = MISSING
     crop: Any = MISSING
-    crop_schedule: dict[int, int] | None = MISSING
+    crop_schedule: Any = MISSING
     max_atoms: int | None = MISSING
     max_msa_rows: int = MISSING
     max_templates: int = MISSING

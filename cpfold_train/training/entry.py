@@ -67,8 +67,8 @@ def start(config: DictConfig, run_dir: Path) -> None:
     Raises:
         ConfigError, DataError: before any other process is started, where it cannot work.
     """
-    if added := sorted(set(_keys(config)) - set(_keys(OmegaConf.structured(TrainConfig)))):
-        raise ConfigError(f"there is no key {added[0]}: conf/train.yaml lists them all")
+    if added := next(_added(config, OmegaConf.structured(TrainConfig)), None):
+        raise ConfigError(f"there is no key {added}: conf/train.yaml lists them all")
     typed: TrainConfig = OmegaConf.to_object(config)
     check(typed)
     world = plan_world(typed.cp.grid, typed.dp, typed.trainer.num_nodes, typed.trainer.accelerator)
@@ -104,6 +104,15 @@ def explain(error: Exception) -> str:
     lines = [line.strip() for line in str(cause).splitlines()]
     told = [line for line in lines if line and not line.startswith(("object_type", "reference_type", "provider="))]
     return " ".join(told).replace("full_key: ", "in ").replace(" Config search path:", "")
+
+
+def _added(node: DictConfig, schema: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Keys of ``node`` that the schema does not have; what lies in one of any type, such as ``data.crop``, is free."""
+    for key in node:
+        if key not in list(schema):
+            yield f"{prefix}{key}"
+        elif not OmegaConf.is_missing(schema, key) and OmegaConf.is_dict(schema[key]):
+            yield from _added(node[key], schema[key], f"{prefix}{key}.")
 
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
