@@ -67,3 +67,9 @@ class Draws:
         position = torch.arange(start + 1, stop + 1, device=self.keys.device)
         bits = _mix(self.keys[:, None] + position * _signed(_GOLDEN))
         return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
+
+    def normal(self, start: int, stop: int) -> Tensor:
+        """Positions ``start ... stop - 1`` of each stream, (B, stop - start) float32 standard normal (Box-Muller)."""
+        first, second = self.uniform(2 * start, 2 * stop).double().unflatten(1, (-1, 2)).unbind(2)
+        # 1 - u is never zero.
+        return ((-2 * torch.log1p(-first)).sqrt() * torch.cos(2 * torch.pi * second)).float()

@@ -73,6 +73,23 @@ def finish(pending: Pending) -> Tensor:
     return pending._out if pending._route is None else _Finish.apply(pending._out, pending._route)
 
 
+def sum_to_owners(
+    x: Tensor, cp: ContextParallel, axis: Axis, dims: tuple[int, ...], has: Layout, owns: Layout, op: str
+) -> Tensor:
+    """The transpose of :func:`redistribute`: what several ranks have of an index is summed on the rank that owns it.
+
+    Args:
+        x: this rank's addends, of the box ``has[axis.index]`` in ``dims``.
+        has: the box for which each rank has addends; boxes may overlap.
+        owns: the box whose sums each rank is to have; every index is owned by exactly one rank of the axis.
+        cp, axis, dims, op: as for :func:`start`. On an axis of size 1 nothing moves, and the two boxes must be equal.
+
+    Returns:
+        The sums, of the shape of ``owns[axis.index]`` in ``dims``; zero where no rank has an addend.
+    """
+    return x if axis.size == 1 else _SumToOwners.apply(x, Route(cp, axis, dims, owns, has, op))
+
+
 def all_reduce(x: Tensor, cp: ContextParallel, axis: Axis, op: str) -> Tensor:
     """Sum over the ranks of an axis; the result is the same on all of them.
 
@@ -199,6 +216,18 @@ class _Finish(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         ctx.route.give_back(grad)
         return grad, None
+
+
+class _SumToOwners(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, route: Route) -> Tensor:
+        ctx.route = route
+        route.give_back(x)
+        return route.collect(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.route.arrive(ctx.route.fetch(grad)), None
 
 
 def _reduced(x: Tensor, cp: ContextParallel, axis: Axis, op: str, reduce_op: dist.ReduceOp) -> Tensor:
