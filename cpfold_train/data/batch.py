@@ -141,8 +141,9 @@ def tile_features(crop: Crop, grid: Grid, n: int, s: int, a: int, t: int = 1) ->
         t: padded number of templates.
 
     Returns:
-        Token features (n, ...), ``token_atom_start`` (n + 1,) int32, pair features (n / R, n / C, ...), MSA features (s / R, n / C), atom features
-        (a / RC, ...), template features (t, n, ...), ``sample_key``, ``num_tokens`` and ``id``.
+        Token features (n, ...), ``token_atom_start`` (n + 1,) int32, pair features (n / R, n / C, ...), MSA features
+        (s / R, n / C), atom features (a / RC, ...), template features (t, n, ...), ``sample_key``, ``num_tokens`` and
+        ``id``.
     """
     structure, tokens, atoms = crop.structure, crop.tokens, crop.atoms
     rows, columns, share = grid.row_tokens(n), grid.col_tokens(n), grid.atoms(a)
