@@ -30,7 +30,7 @@ def bfactor_loss(pbfactor: Tensor, feats: dict[str, Tensor], cp: ContextParallel
     logits = own_share(pbfactor, cp)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     bfactor = gather_shares(feats["bfactor"].to(logits.dtype), cp, OP).gather(1, feats["token_to_rep_atom"].long())
-    known = (bfactor > 1e-5) & (feats["token_pad_mask"] > 0)
+    known = ((bfactor > 1e-5) & (feats["token_pad_mask"] > 0)).to(logits)
     own = own_share(bfactor, cp)
     boundaries = torch.linspace(0, HIGHEST, logits.shape[2] - 1, device=logits.device)
     target = (own[..., None] > boundaries).sum(-1, keepdim=True)
