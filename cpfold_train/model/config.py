@@ -29,6 +29,29 @@ class PairformerConfig:
 
 
 @dataclass
+class TemplateConfig:
+    """The template module: width of its pair representation, blocks, their dropout and triangle attention."""
+
+    template_dim: int = 64
+    template_blocks: int = 2
+    dropout: float = 0.25
+    pairwise_head_width: int = 32
+    pairwise_num_heads: int = 4
+
+
+@dataclass
+class ConfidenceConfig:
+    """The confidence module: its Pairformer, and the bins of predicted distances and of what the heads predict."""
+
+    pairformer: PairformerConfig = field(default_factory=lambda: PairformerConfig(num_blocks=8))
+    num_dist_bins: int = 64
+    max_dist: float = 22.0
+    num_plddt_bins: int = 50
+    num_pde_bins: int = 64
+    num_pae_bins: int = 64
+
+
+@dataclass
 class ModelConfig:
     """The trunk.
 
@@ -40,6 +63,8 @@ class ModelConfig:
         checkpoint_blocks: recompute each block in the backward pass, so that only z, s and m between blocks are kept.
         msa: the MSA module.
         pairformer: the Pairformer.
+        template: the template module.
+        confidence: the confidence module.
     """
 
     token_s: int = 384
@@ -49,3 +74,5 @@ class ModelConfig:
     checkpoint_blocks: bool = True
     msa: MSAConfig = field(default_factory=MSAConfig)
     pairformer: PairformerConfig = field(default_factory=PairformerConfig)
+    template: TemplateConfig = field(default_factory=TemplateConfig)
+    confidence: ConfidenceConfig = field(default_factory=ConfidenceConfig)
