@@ -29,6 +29,19 @@ class PairformerConfig:
 
 
 @dataclass
+class AtomConfig:
+    """Atoms: width of their representation and of that of their pairs, and layers and heads of each encoder's and of
+    the decoder's attention within windows."""
+
+    atom_s: int = 128
+    atom_z: int = 16
+    atom_encoder_depth: int = 3
+    atom_encoder_heads: int = 4
+    atom_decoder_depth: int = 3
+    atom_decoder_heads: int = 4
+
+
+@dataclass
 class ModelConfig:
     """The trunk.
 
@@ -40,6 +53,7 @@ class ModelConfig:
         checkpoint_blocks: recompute each block in the backward pass, so that only z, s and m between blocks are kept.
         msa: the MSA module.
         pairformer: the Pairformer.
+        atoms: the atom encoders and the decoder.
     """
 
     token_s: int = 384
@@ -49,3 +63,4 @@ class ModelConfig:
     checkpoint_blocks: bool = True
     msa: MSAConfig = field(default_factory=MSAConfig)
     pairformer: PairformerConfig = field(default_factory=PairformerConfig)
+    atoms: AtomConfig = field(default_factory=AtomConfig)
