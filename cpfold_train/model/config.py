@@ -39,6 +39,9 @@ class AtomConfig:
     atom_encoder_heads: int = 4
     atom_decoder_depth: int = 3
     atom_decoder_heads: int = 4
+
+
+@dataclass
 class TemplateConfig:
     """The template module: width of its pair representation, blocks, their dropout and triangle attention."""
 
@@ -63,7 +66,7 @@ class ConfidenceConfig:
 
 @dataclass
 class ModelConfig:
-    """The trunk.
+    """The model.
 
     Attributes:
         token_s: width of the single representation s.
