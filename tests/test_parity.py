@@ -176,7 +176,28 @@ def features(grid) -> dict[str, torch.Tensor]:
         "deletion_value": numbers(B, S, N), "msa_paired": integers(2, B, S, N).double(),
     }  # fmt: skip
     parts = [(whole, "token"), (pair, "pair"), (msa, "msa")]
-    return {name: cut(pad(x, kind, grid), kind, grid) for group, kind in parts for name, x in group.items()}
+    feats = {name: cut(pad(x, kind, grid), kind, grid) for group, kind in parts for name, x in group.items()}
+    return feats | {name: pad(x, "token", grid).transpose(1, 2) for name, x in template_features().items()}
+
+
+def template_features() -> dict[str, torch.Tensor]:
+    """Two templates of one made-up complex and one of the other, tokens in dim 1: each shows some of the tokens."""
+    index, t = torch.arange(N)[:, None], 2
+    shown = torch.stack([(index % 4 != 3).expand(N, t), (index < 8) & (torch.arange(t) == 0)]).double()
+    known = shown * (torch.stack([index, index + 1]) % 5 != 0)
+    rotation = torch.linalg.qr(random(B, N, t, 3, 3, seed=21))[0]
+    origin = 9 * random(B, N, t, 3, seed=22)
+    return {
+        "template_restype": (torch.stack([index, 3 * index]) % 33 * shown).long(),
+        "template_frame_rot": rotation * shown[..., None, None],
+        "template_frame_t": origin * known[..., None],
+        "template_ca": origin * shown[..., None],
+        "template_cb": (origin + random(B, N, t, 3, seed=23)) * shown[..., None],
+        "template_mask_cb": shown,
+        "template_mask_frame": known,
+        "template_mask": shown,
+        "visibility_ids": torch.where(shown > 0, 1, -1 - index // 5),
+    }
 
 
 def train_step(cp: ContextParallel) -> tuple[torch.Tensor, dict[str, torch.Tensor], list]:
