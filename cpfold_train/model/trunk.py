@@ -18,7 +18,7 @@ from cpfold_train.model.msa import MSAModule
 from cpfold_train.model.pairformer import PairformerModule
 from cpfold_train.model.templates import TemplateV2Module
 from cpfold_train.ops.transpose import transpose
-from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.parallel.context import ContextParallel, to_local
 from cpfold_train.parallel.random import Draws
 
 
@@ -74,10 +74,10 @@ class Trunk(nn.Module):
             draws: dropout of this batch; None in evaluation.
 
         Returns:
-            ``s`` (B, N, token_s), replicated; ``z`` (B, N, N, token_z) and ``pdistogram`` (B, N, N, 1, num_bins),
-            tiled.
+            ``s_inputs`` and ``s`` (B, N, token_s), replicated; ``z`` (B, N, N, token_z) and ``pdistogram``
+            (B, N, N, 1, num_bins), tiled.
         """
-        feats = {name: x.to_local() if isinstance(x, DTensor) else x for name, x in feats.items()}
+        feats = to_local(feats)
         s_inputs = self.input_embedder(feats)
         s_init, z_init = self.s_init(s_inputs), self._embed_pairs(s_inputs, feats, cp)
 
@@ -97,7 +97,12 @@ class Trunk(nn.Module):
                 s, z = self.pairformer_module(s, z, feats["token_pad_mask"], cp, at)
 
         pdistogram = self.distogram_module(z, cp)
-        return {"s": cp.replicated(s), "z": cp.tiled(z), "pdistogram": cp.tiled(pdistogram)}
+        return {
+            "s_inputs": cp.replicated(s_inputs),
+            "s": cp.replicated(s),
+            "z": cp.tiled(z),
+            "pdistogram": cp.tiled(pdistogram),
+        }
 
     def _embed_pairs(self, s_inputs: Tensor, feats: dict[str, Tensor], cp: ContextParallel) -> Tensor:
         """Initial z, tile (B, N/R, N/C, token_z)."""
