@@ -44,7 +44,7 @@ class Trunk(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         token_s, token_z = config.token_s, config.token_z
-        self.input_embedder = InputEmbedder(token_s)
+        self.input_embedder = InputEmbedder(config.atoms, token_s, token_z, config.checkpoint_blocks)
         self.s_init = linear(token_s, token_s, "default")
         self.z_init_1 = linear(token_s, token_z, "default")
         self.z_init_2 = linear(token_s, token_z, "default")
@@ -67,9 +67,9 @@ class Trunk(nn.Module):
         """Run the trunk ``recycling_steps + 1`` times, the last time with gradients.
 
         Args:
-            feats: token features (B, N, ...), replicated; pair tiles (B, N/R, N/C, ...) and MSA blocks (B, S/R, N/C),
-                as DTensors or as this rank's plain tensors.
-            cp: the running grid. N is a multiple of R * C and S of R.
+            feats: token features (B, N, ...), replicated; pair tiles (B, N/R, N/C, ...), MSA blocks (B, S/R, N/C) and
+                shares of atoms (B, A/P, ...), as DTensors or as this rank's plain tensors.
+            cp: the running grid. N is a multiple of R * C, S of R and A of 32 R * C.
             recycling_steps: how often s and z are fed back.
             draws: dropout of this batch; None in evaluation.
 
@@ -78,7 +78,7 @@ class Trunk(nn.Module):
             (B, N, N, 1, num_bins), tiled.
         """
         feats = to_local(feats)
-        s_inputs = self.input_embedder(feats)
+        s_inputs = self.input_embedder(feats, cp)
         s_init, z_init = self.s_init(s_inputs), self._embed_pairs(s_inputs, feats, cp)
 
         with_grad = torch.is_grad_enabled()
