@@ -62,6 +62,10 @@ class Draws:
         """The independent family that belongs to a site: ``draws.at("msa_module", 3)``."""
         return Draws(_mix(self.keys ^ key_of(*site)))
 
+    def samples(self, count: int) -> Draws:
+        """``count`` independent streams for each stream, those of the same one following each other."""
+        return Draws(torch.stack([self.at("sample", i).keys for i in range(count)], 1).flatten())
+
     def uniform(self, start: int, stop: int) -> Tensor:
         """Positions ``start ... stop - 1`` of each stream, (B, stop - start) float32 in [0, 1)."""
         position = torch.arange(start + 1, stop + 1, device=self.keys.device)
