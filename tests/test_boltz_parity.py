@@ -25,7 +25,7 @@ from tests.test_parity import features
 CONFIG = ModelConfig(
     16, 10, 8, 1, False,
     MSAConfig(12, 2, 0.0, 0.0, 6, 2), PairformerConfig(2, 4, 0.0, 6, 2),
-    AtomConfig(8, 4, 2, 2), TemplateConfig(6, 2, 0.0, 6, 2),
+    atoms=AtomConfig(8, 4, 2, 2), template=TemplateConfig(6, 2, 0.0, 6, 2),
 )  # fmt: skip
 ORACLE = Path(__file__).parent / "oracle" / "boltz_trunk.py"
 

@@ -28,10 +28,10 @@ def structure_losses(out: Values, feats: Values, cp: ContextParallel) -> dict[st
         cp: the running grid.
     """
     out, feats = to_local(out), to_local(feats)
-    denoised = out["denoised_coords"]
+    denoised, truth = out["denoised_atom_coords"], out["aligned_true_atom_coords"]
     samples = len(feats["coords"]), -1
     return {
-        "diffusion": diffusion_loss(denoised, out["true_coords"], out["sigmas"], feats, cp).view(samples).mean(1),
+        "diffusion": diffusion_loss(denoised, truth, out["sigmas"], feats, cp).view(samples).mean(1),
         "smooth_lddt": smooth_lddt_loss(denoised, feats, cp).view(samples).mean(1),
         "distogram": distogram_loss(out["pdistogram"], feats, cp),
         "bfactor": bfactor_loss(out["pbfactor"], feats, cp),

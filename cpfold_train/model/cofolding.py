@@ -38,8 +38,12 @@ class CoFolding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.trunk = Trunk(config)
-        self.diffusion_conditioning = DiffusionConditioning(config)
-        self.structure_module = AtomDiffusion(config)
+        self.diffusion_conditioning = DiffusionConditioning(
+            config.token_s, config.token_z, config.atoms, config.diffusion
+        )
+        self.structure_module = AtomDiffusion(
+            config.token_s, config.atoms, config.diffusion, config.checkpoint_blocks
+        )
         self.bfactor_module = BFactorModule(config.token_s, config.num_bins)
         self.confidence_module = ConfidenceModule(config)
 
@@ -57,21 +61,22 @@ class CoFolding(nn.Module):
 
         Returns:
             What :class:`~cpfold_train.model.trunk.Trunk` returns; ``pbfactor`` (B, N, num_bins), replicated;
-            ``denoised_coords`` and ``true_coords`` (B M, A, 3), shared out, and ``sigmas`` (B M,), replicated.
+            ``denoised_atom_coords`` and ``aligned_true_atom_coords`` (B M, A, 3), shared out, and ``sigmas`` (B M,),
+            replicated, as :meth:`~cpfold_train.model.edm.AtomDiffusion.forward` describes them.
         """
         feats = to_local(feats)
         out = self.trunk(feats, cp, recycling_steps, draws if self.training else None)
         trunk = to_local(out)
         conditioning = self._condition(trunk, feats, cp)
-        denoised, truth, sigmas = self.structure_module(
+        denoised = self.structure_module(
             trunk["s_inputs"], trunk["s"], feats, conditioning, multiplicity, draws.at("diffusion"), cp
         )
         return {
             **out,
             "pbfactor": cp.replicated(self.bfactor_module(trunk["s"])),
-            "denoised_coords": cp.shared_out(denoised),
-            "true_coords": cp.shared_out(truth),
-            "sigmas": cp.replicated(sigmas),
+            "denoised_atom_coords": cp.shared_out(denoised["denoised_atom_coords"]),
+            "aligned_true_atom_coords": cp.shared_out(denoised["aligned_true_atom_coords"]),
+            "sigmas": cp.replicated(denoised["sigmas"]),
         }
 
     @torch.no_grad()
