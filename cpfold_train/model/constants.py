@@ -12,3 +12,12 @@ PROTEIN, DNA, RNA, NONPOLYMER = range(NUM_MOLECULE_TYPES)
 
 NUM_BOND_TYPES = 6
 """Kinds of bonds between tokens; 0 in ``type_bonds`` is no bond."""
+
+NUM_ELEMENTS = 128
+"""Atomic numbers, 0 for none."""
+
+NUM_NAME_CHARACTERS = 4
+"""Characters of an atom's name."""
+
+NUM_NAME_CODES = 64
+"""Codes of a character, 0 for none."""
