@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cpfold_train.losses.distogram import distogram_loss
-from cpfold_train.model.config import ModelConfig, MSAConfig, PairformerConfig
+from cpfold_train.model.config import AtomConfig, ModelConfig, MSAConfig, PairformerConfig
 from cpfold_train.model.msa import MSALayer, OuterProductMean, PairWeightedAveraging
 from cpfold_train.model.pair_stack import (
     TriangleAttentionEndingNode,
@@ -27,6 +27,7 @@ from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.parallel.context import TILED, ContextParallel
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.random import Draws
+from tests.atoms import atom_features
 from tests.parity import DEPTHS, GRIDS, LENGTHS, check, cut, pad, randomise
 
 C_S, C_Z, C_M = 16, 10, 12
@@ -176,8 +177,9 @@ def features(grid) -> dict[str, torch.Tensor]:
         "deletion_value": numbers(B, S, N), "msa_paired": integers(2, B, S, N).double(),
     }  # fmt: skip
     parts = [(whole, "token"), (pair, "pair"), (msa, "msa")]
-    feats = {name: cut(pad(x, kind, grid), kind, grid) for group, kind in parts for name, x in group.items()}
-    return feats | {name: pad(x, "token", grid).transpose(1, 2) for name, x in template_features().items()}
+    made = {name: cut(pad(x, kind, grid), kind, grid) for group, kind in parts for name, x in group.items()}
+    made |= {name: pad(x, "token", grid).transpose(1, 2) for name, x in template_features().items()}
+    return {**made, **atom_features(grid)}
 
 
 def template_features() -> dict[str, torch.Tensor]:
@@ -202,7 +204,7 @@ def template_features() -> dict[str, torch.Tensor]:
 
 def train_step(cp: ContextParallel) -> tuple[torch.Tensor, dict[str, torch.Tensor], list]:
     """Loss shares, gradients and placements of a small trunk: dropout on, one recycling, blocks recomputed."""
-    config = ModelConfig(C_S, C_Z, 8, 1, True, MSA, PairformerConfig(1, 4, 0.25, 6, 2))
+    config = ModelConfig(C_S, C_Z, 8, 1, True, MSA, PairformerConfig(1, 4, 0.25, 6, 2), AtomConfig(8, 4, 2, 2))
     trunk = Trunk(config).double()
     randomise(trunk)
     feats = features(cp.grid)

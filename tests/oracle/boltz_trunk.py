@@ -16,15 +16,6 @@ from boltz.model.modules.trunkv2 import ContactConditioning, DistogramModule, In
 from torch import nn
 
 
-class AtomStandIn(nn.Module):
-    """Returns zeros in place of the atom encoder, which is outside the trunk that is compared."""
-
-    def forward(self, feats=None, **kwargs):
-        if feats is not None and kwargs:
-            return torch.zeros((), dtype=torch.float64), None, None, None
-        return None, None, None, None
-
-
 class StockTrunk(nn.Module):
     """The trunk part of the package's Boltz2, made of its own modules."""
 
@@ -32,12 +23,10 @@ class StockTrunk(nn.Module):
         super().__init__()
         s, z = sizes["token_s"], sizes["token_z"]
         self.input_embedder = InputEmbedder(
-            16, 4, s, z, 32, 128, 388, 1, 2,
+            token_s=s, token_z=z, atoms_per_window_queries=32, atoms_per_window_keys=128, atom_feature_dim=388,
             add_method_conditioning=True, add_modified_flag=True, add_cyclic_flag=True, add_mol_type_feat=True,
+            **sizes["atoms"],
         )  # fmt: skip
-        self.input_embedder.atom_encoder = AtomStandIn()
-        self.input_embedder.atom_enc_proj_z = nn.Identity()
-        self.input_embedder.atom_attention_encoder = AtomStandIn()
         self.s_init = nn.Linear(s, s, bias=False)
         self.z_init_1 = nn.Linear(s, z, bias=False)
         self.z_init_2 = nn.Linear(s, z, bias=False)
