@@ -51,9 +51,7 @@ class AtomAttentionEncoder(nn.Module):
         checkpoint_blocks: recompute each layer in the backward pass.
     """
 
-    def __init__(
-        self, atoms: AtomConfig, token_s: int, structure_prediction: bool, checkpoint_blocks: bool
-    ) -> None:
+    def __init__(self, atoms: AtomConfig, token_s: int, structure_prediction: bool, checkpoint_blocks: bool) -> None:
         super().__init__()
         self.structure_prediction = structure_prediction
         if structure_prediction:

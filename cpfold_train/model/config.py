@@ -79,8 +79,31 @@ class DiffusionConfig:
 
 
 @dataclass
+class TemplateConfig:
+    """The template module: width of its pair representation, blocks, their dropout and triangle attention."""
+
+    template_dim: int = 64
+    template_blocks: int = 2
+    dropout: float = 0.25
+    pairwise_head_width: int = 32
+    pairwise_num_heads: int = 4
+
+
+@dataclass
+class ConfidenceConfig:
+    """The confidence module: its Pairformer, and the bins of predicted distances and of what the heads predict."""
+
+    pairformer: PairformerConfig = field(default_factory=lambda: PairformerConfig(num_blocks=8))
+    num_dist_bins: int = 64
+    max_dist: float = 22.0
+    num_plddt_bins: int = 50
+    num_pde_bins: int = 64
+    num_pae_bins: int = 64
+
+
+@dataclass
 class ModelConfig:
-    """The trunk.
+    """The model.
 
     Attributes:
         token_s: width of the single representation s.
@@ -91,6 +114,9 @@ class ModelConfig:
         msa: the MSA module.
         pairformer: the Pairformer.
         atoms: the atom encoders and the decoder.
+        diffusion: the diffusion module, and how it is trained and sampled.
+        template: the template module.
+        confidence: the confidence module.
     """
 
     token_s: int = 384
@@ -101,3 +127,6 @@ class ModelConfig:
     msa: MSAConfig = field(default_factory=MSAConfig)
     pairformer: PairformerConfig = field(default_factory=PairformerConfig)
     atoms: AtomConfig = field(default_factory=AtomConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    template: TemplateConfig = field(default_factory=TemplateConfig)
+    confidence: ConfidenceConfig = field(default_factory=ConfidenceConfig)

@@ -66,7 +66,7 @@ class AtomDiffusion(nn.Module):
             ``denoised_atom_coords`` (B*M, A/P, 3), in Angstrom; ``aligned_true_atom_coords`` (B*M, A/P, 3), the true
             ones as each sample was turned and shifted; ``sigmas`` (B*M,), the noise levels, the same on all ranks.
         """
-        samples, config = draws.samples(multiplicity), self.config
+        samples, config = draws.copies(multiplicity), self.config
         coords = feats["coords"].repeat_interleave(multiplicity, 0)
         mask = feats["atom_pad_mask"].repeat_interleave(multiplicity, 0)
         level = samples.at("sigma").normal(0, 1)[:, 0].to(coords.dtype)
@@ -114,7 +114,7 @@ class AtomDiffusion(nn.Module):
             draws: noise and positions in space.
             s_inputs, s_trunk, feats, conditioning, multiplicity, cp: as for :meth:`forward`; ``coords`` is not read.
         """
-        config, samples = self.config, draws.samples(multiplicity)
+        config, samples = self.config, draws.copies(multiplicity)
         mask = feats["atom_pad_mask"].repeat_interleave(multiplicity, 0)
         # Without gradients there is room for the biases of all layers, which each step would project again.
         biases = [conditioning.token_trans_bias(i) for i in range(config.token_transformer_depth)]

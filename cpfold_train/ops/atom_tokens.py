@@ -59,11 +59,11 @@ def tokens_to_atoms(x: Tensor, feats: Feats, cp: ContextParallel) -> Tensor:
 
     Args:
         x: this rank's share of tokens (B M, N/P, c), M samples of each complex.
-        feats: ``token_atom_start`` (B, N + 1), and ``atom_to_token``, ``atom_pad_mask`` (B, A/P) of the rank's atoms.
+        feats: ``token_atom_start`` (B, N + 1), and ``atom_to_token`` (B, A/P) of the rank's atoms.
         cp: the running grid.
 
     Returns:
-        (B M, A/P, c); zero for padded atoms.
+        (B M, A/P, c); some token's for padded atoms.
     """
     spans = token_spans(feats, cp)
     x = redistribute(x, cp, cp.all, (1,), in_one_dim(_shares(feats, cp)), in_one_dim(spans), OP)
@@ -74,9 +74,7 @@ def pick_tokens(x: Tensor, first: int, feats: Feats) -> Tensor:
     """As :func:`tokens_to_atoms`, from tokens ``first``, ``first + 1``, ... (B M, n, c) among which all are that the
     rank's atoms belong to. Local."""
     place = _places(feats["atom_to_token"], first, x.shape[1], x.shape[0])
-    mask = feats["atom_pad_mask"].repeat_interleave(x.shape[0] // feats["atom_pad_mask"].shape[0], 0)
-    atoms = x.flatten(0, 1).index_select(0, place.flatten()).unflatten(0, (x.shape[0], -1))
-    return atoms * mask[..., None].to(x.dtype)
+    return x.flatten(0, 1).index_select(0, place.flatten()).unflatten(0, place.shape)
 
 
 def atoms_to_tokens(x: Tensor, weight: Tensor, feats: Feats, cp: ContextParallel) -> Tensor:
@@ -88,7 +86,7 @@ def atoms_to_tokens(x: Tensor, weight: Tensor, feats: Feats, cp: ContextParallel
     Args:
         x: this rank's atoms (B M, A/P, c), M samples of each complex.
         weight: (c_token, c).
-        feats: as for :func:`tokens_to_atoms`.
+        feats: as for :func:`tokens_to_atoms`, and ``atom_pad_mask`` (B, A/P).
         cp: the running grid.
 
     Returns:

@@ -43,9 +43,7 @@ def windows_of_keys(x: Tensor, dim: int = 1) -> Tensor:
     return x.unfold(dim, WINDOW_KEYS, ATOM_WINDOW)
 
 
-def attend_in_windows(
-    atom_pad_mask: Tensor, cp: ContextParallel
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def attend_in_windows(atom_pad_mask: Tensor, cp: ContextParallel) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Attention over the windows of this rank's atoms.
 
     Args:
