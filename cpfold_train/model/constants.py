@@ -7,7 +7,8 @@ NUM_METHODS = 12
 """Experimental methods."""
 
 NUM_MOLECULE_TYPES = 4
-"""Protein, DNA, RNA, non-polymer."""
+PROTEIN, DNA, RNA, NONPOLYMER = range(NUM_MOLECULE_TYPES)
+"""Molecule types of chains."""
 
 NUM_BOND_TYPES = 6
 """Kinds of bonds between tokens; 0 in ``type_bonds`` is no bond."""

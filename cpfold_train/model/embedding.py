@@ -130,6 +130,10 @@ class FourierEmbedding(nn.Module):
         nn.init.normal_(self.proj.bias)
         self.proj.requires_grad_(False)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,) to (B, dim)."""
+        return torch.cos(2 * math.pi * self.proj(x[:, None]))
+
 
 class ContactConditioning(nn.Module):
     """What the user says about a pair: nothing, not chosen, or in contact below a threshold."""

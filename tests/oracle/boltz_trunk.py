@@ -12,7 +12,7 @@ import torch
 from boltz.model.layers.pairformer import PairformerModule
 from boltz.model.loss.distogramv2 import distogram_loss
 from boltz.model.modules.encodersv2 import RelativePositionEncoder
-from boltz.model.modules.trunkv2 import ContactConditioning, DistogramModule, InputEmbedder, MSAModule
+from boltz.model.modules.trunkv2 import ContactConditioning, DistogramModule, InputEmbedder, MSAModule, TemplateV2Module
 from torch import nn
 
 
@@ -36,6 +36,7 @@ class StockTrunk(nn.Module):
         self.contact_conditioning = ContactConditioning(z, 4.0, 20.0)
         self.s_norm, self.z_norm = nn.LayerNorm(s), nn.LayerNorm(z)
         self.s_recycle, self.z_recycle = nn.Linear(s, s, bias=False), nn.Linear(z, z, bias=False)
+        self.template_module = TemplateV2Module(z, **sizes["template"])
         self.msa_module = MSAModule(token_z=z, token_s=s, **sizes["msa"])
         self.pairformer_module = PairformerModule(s, z, v2=True, **sizes["pairformer"])
         self.distogram_module = DistogramModule(z, sizes["num_bins"])
@@ -53,6 +54,7 @@ class StockTrunk(nn.Module):
             with torch.set_grad_enabled(cycle == recycling_steps):
                 s = s_init + self.s_recycle(self.s_norm(s))
                 z = z_init + self.z_recycle(self.z_norm(z))
+                z = z + self.template_module(z, feats, pair_mask)
                 z = z + self.msa_module(z, s_inputs, feats)
                 s, z = self.pairformer_module(s, z, mask=mask, pair_mask=pair_mask)
         return s, z, self.distogram_module(z)
