@@ -1,9 +1,9 @@
 """Read sequences to predict: FASTA and YAML as the ``boltz`` package takes them.
 
 A FASTA record is ``>CHAIN|protein`` (``dna``, ``rna``), with a third field for the alignment of a protein, or
-``>CHAIN|ccd`` with the code of a ligand. YAML is the package's schema, version 1; what it may say beside the sequences is
-in :mod:`cpfold_train.predict.hints`. Structures of SMILES are not built: a ligand is named by its code in the Chemical
-Component Dictionary (CCD).
+``>CHAIN|ccd`` with the code of a ligand. YAML is the package's schema, version 1; what it may say beside the sequences
+is in :mod:`cpfold_train.predict.hints`. Structures of SMILES are not built: a ligand is named by its code in the
+Chemical Component Dictionary (CCD).
 """
 
 from __future__ import annotations
