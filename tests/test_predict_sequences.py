@@ -120,7 +120,7 @@ def test_a_crop_takes_its_conditions_along(read):
 )
 def test_mistakes_are_told_in_a_sentence(read, change, told):
     assert change[0] in YAML
-    with pytest.raises(DataError, match="^job") as error:
+    with pytest.raises(DataError, match=r"^job") as error:
         read(YAML.replace(*change))
     assert told in str(error.value)
     assert "\n" not in str(error.value)
@@ -136,7 +136,7 @@ def test_mistakes_are_told_in_a_sentence(read, change, told):
     ],
 )
 def test_mistakes_in_fasta(read, text, told):
-    with pytest.raises(DataError, match="^job") as error:
+    with pytest.raises(DataError, match=r"^job") as error:
         read(text, "job.fasta")
     assert told in str(error.value)
 

@@ -122,7 +122,7 @@ def test_a_crop_has_its_atoms_and_all_of_the_sequences(tmp_path):
     structure = sample_of("4hhb")
     tokens = np.concatenate([np.arange(10, 60), np.flatnonzero(structure.asym_id == 4)])
     out = tmp_path / "crop.cif"
-    atoms, coords, plddt = written(out, structure, tokens)
+    _, coords, _ = written(out, structure, tokens)
     read, _ = read_structure(out)
     assert [(chain["name"], chain["length"], chain["observed"]) for chain in read.meta["chains"]] == [
         ("A", 141, 50),

@@ -14,13 +14,12 @@ from biotite.structure.info.ccd import get_ccd, get_from_ccd
 
 from cpfold_train.data.residues import AMINO_ACIDS, BOND_TYPES, DNA, NUCLEOTIDES, PROTEIN, RNA
 
-SYMBOLS = tuple(
-    """
+_SYMBOLS = """
 X H HE LI BE B C N O F NE NA MG AL SI P S CL AR K CA SC TI V CR MN FE CO NI CU ZN GA GE AS SE BR KR RB SR Y ZR NB MO TC
 RU RH PD AG CD IN SN SB TE I XE CS BA LA CE PR ND PM SM EU GD TB DY HO ER TM YB LU HF TA W RE OS IR PT AU HG TL PB BI
 PO AT RN FR RA AC TH PA U NP PU AM CM BK CF ES FM MD NO LR
-""".split()
-)
+"""
+SYMBOLS = tuple(_SYMBOLS.split())
 """Of the elements, by atomic number; X stands for none."""
 
 _ATOMIC_NUMBERS = {symbol: number for number, symbol in enumerate(SYMBOLS)}
