@@ -104,7 +104,7 @@ def test_a_shifted_chain_costs_the_interface(haemoglobin):
     # The haem of the shifted chain did not go along.
     *others, lost = sorted(ligand["rmsd"] for ligand in scores.ligands)
     assert lost > 5
-    assert max(others) < 1
+    assert max(others) < 2
 
 
 def test_a_ligand_out_of_its_pocket(with_dna):
