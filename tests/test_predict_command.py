@@ -119,7 +119,7 @@ def test_results_of_a_query(on_1x1):
         expected = np.arange(n)[:, None] * 1000 + np.arange(n) + 0.1
         assert np.allclose(arrays["pae"], expected)
         assert np.allclose(arrays["pde"], expected + 0.5)
-    assert Image.open(out / "4hhb.png").size == (1500, 900)
+    assert Image.open(out / "4hhb.png").size == (1500, 850)
 
 
 def test_sequences_alone(on_1x1):

@@ -34,8 +34,8 @@ def draw_prediction(path: Path, crop: Crop, coords: np.ndarray, arrays: dict[str
         arrays: ``plddt`` (n,) in 0-1 and ``pae`` (n, n) in Angstrom, where the model gives them.
         title: over the picture.
     """
-    figure = Figure(figsize=(15, 9 if "plddt" in arrays else 5.5), layout="constrained")
-    panels = figure.subplot_mosaic(_layout(arrays), height_ratios=[2, 3][-len(_layout(arrays)) :])
+    figure = Figure(figsize=(15, 8.5 if "plddt" in arrays else 5.5), layout="constrained")
+    panels = figure.subplot_mosaic(_layout(arrays), height_ratios=[1, 3][-len(_layout(arrays)) :])
     if "plddt" in arrays:
         _draw_plddt(panels["plddt"], crop, arrays["plddt"])
     if "pae" in arrays:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import Dataset
 
 from cpfold_train.data.batch import PLACEMENTS, Crop, collate
 from cpfold_train.errors import DataError
@@ -75,7 +74,7 @@ class Writer(Protocol):
         """The query cannot be used."""
 
 
-class Queries(IterableDataset):
+class Queries(Dataset):
     """This rank's tiles of each query: (query, crop, batch), or (query, None, the reason why there is none).
 
     Args:
@@ -88,16 +87,14 @@ class Queries(IterableDataset):
     def __len__(self) -> int:
         return len(self._queries)
 
-    def __iter__(self) -> Iterator[tuple[Query, Crop | None, dict[str, Any] | str]]:
-        s = self._settings
-        for query in self._queries:
-            try:
-                crop = crop_of(query.read(), s.crop_size, s.max_msa_rows, s.seed)
-            except DataError as error:
-                # All ranks read the same bytes and come to the same answer.
-                yield query, None, str(error)
-            else:
-                yield query, crop, collate([crop], self._strategy.grid)
+    def __getitem__(self, number: int) -> tuple[Query, Crop | None, dict[str, Any] | str]:
+        query, s = self._queries[number], self._settings
+        try:
+            crop = crop_of(query.read(), s.crop_size, s.max_msa_rows, s.seed)
+        except DataError as error:
+            # All ranks read the same bytes and come to the same answer.
+            return query, None, str(error)
+        return query, crop, collate([crop], self._strategy.grid)
 
 
 class Predictor(LightningModule):

@@ -61,7 +61,7 @@ class Results:
         folder = self._out / query.id
         size = {"tokens": len(crop.tokens), "atoms": len(crop.atoms.atom)}
         told = [query.id, f"{size['tokens']:,} tokens"]
-        told += [f"{name} {self._best.scores[name]:.2f}" for name in SCORES if name in self._best.scores]
+        told += [f"{name.replace('_', ' ')} {self._best.scores[name]:.2f}" for name in SCORES if name in self._best.scores]
         draw_prediction(folder / f"{query.id}.png", crop, self._best.coords, self._best.arrays, ", ".join(told))
         about = {
             "id": query.id,

@@ -10,5 +10,6 @@ def quiet_lightning() -> None:
     """Keep what Lightning says about itself off the terminal: what matters of a run, its callbacks show."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*LeafSpec.*", ".*Total length of `list`.*", ".*does not have many workers.*"):
-        warnings.filterwarnings("ignore", message)
+    unneeded = ("LeafSpec", "Total length of `list`", "does not have many workers", "predict returned None")
+    for message in unneeded:
+        warnings.filterwarnings("ignore", f".*{message}.*")
