@@ -55,6 +55,18 @@ def _transition(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, fc1: Tensor, 
     return F.linear(F.silu(F.linear(x, fc1)) * F.linear(x, fc2), fc3)
 
 
+def normed_linear(x: Tensor, norm: nn.LayerNorm, project: nn.Linear) -> Tensor:
+    """``project(norm(x))`` of (B, rows, ..., c), a few rows at a time: the norm of a whole tile would have to be kept.
+
+    ``project`` has no bias."""
+    rows = rows_per_block(x[:, :1].numel() * x.element_size(), x.device)
+    return by_rows(_normed_linear, rows, (x,), (norm.weight, norm.bias, project.weight))
+
+
+def _normed_linear(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias), weight)
+
+
 def without_autocast(x: Tensor) -> torch.autocast:
     """A region in which mixed precision is off, for the parts of the model that must be computed in fp32."""
     return torch.autocast(x.device.type, enabled=False)

@@ -16,6 +16,7 @@ from cpfold_train.model.embedding import ContactConditioning, InputEmbedder, Rel
 from cpfold_train.model.layers import linear
 from cpfold_train.model.msa import MSAModule
 from cpfold_train.model.pairformer import PairformerModule
+from cpfold_train.model.templates import TemplateV2Module
 from cpfold_train.ops.transpose import transpose
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.random import Draws
@@ -34,7 +35,7 @@ class DistogramModule(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Input embedding, recycling, MSA module, Pairformer and distogram head.
+    """Input embedding, recycling, templates, MSA module, Pairformer and distogram head.
 
     Args:
         config: sizes.
@@ -55,6 +56,7 @@ class Trunk(nn.Module):
         self.z_norm = nn.LayerNorm(token_z)
         self.s_recycle = linear(token_s, token_s, "zero")
         self.z_recycle = linear(token_z, token_z, "zero")
+        self.template_module = TemplateV2Module(token_z, config.template, config.checkpoint_blocks)
         self.msa_module = MSAModule(token_s, token_z, config.msa, config.checkpoint_blocks)
         self.pairformer_module = PairformerModule(token_s, token_z, config.pairformer, config.checkpoint_blocks)
         self.distogram_module = DistogramModule(token_z, config.num_bins)
@@ -89,6 +91,7 @@ class Trunk(nn.Module):
                 at = None if draws is None else draws.at("recycling", cycle)
                 s = s_init + self.s_recycle(self.s_norm(s))
                 z = z_init + self.z_recycle(self.z_norm(z))
+                z = z + self.template_module(z, feats, cp, at)
                 # The MSA module returns all of z, so z doubles here: checkpoints are trained so.
                 z = z + self.msa_module(z, s_inputs, feats, cp, at)
                 s, z = self.pairformer_module(s, z, feats["token_pad_mask"], cp, at)
