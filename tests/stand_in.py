@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import cpfold_train.__main__
 from cpfold_train.predict import checkpoint
 
 
@@ -42,15 +43,7 @@ class StandIn(nn.Module):
         }
 
 
-def install():
-    """Have the command load the stand-in whatever the checkpoint; a file called ``plain`` has no confidence."""
+def main():
+    """The command line, with the stand-in whatever the checkpoint; one called ``plain`` has no confidence."""
     checkpoint.load_model = lambda path: StandIn(Path(path).name != "plain")
-
-
-if __name__ == "__main__":
-    import sys
-
-    from cpfold_train.__main__ import main
-
-    install()
-    sys.exit(main())
+    return cpfold_train.__main__.main()

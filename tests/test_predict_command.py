@@ -1,5 +1,6 @@
 """The commands from a query to files and scores, with a stand-in for the model."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -8,12 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from cpfold_train.__main__ import main
 from cpfold_train.data.parse import read_structure
 from cpfold_train.data.shards import open_shards, read_sample
 from cpfold_train.errors import ConfigError
+from cpfold_train.model.cofolding import CoFolding
+from cpfold_train.model.config import ModelConfig
+from cpfold_train.predict.checkpoint import load_model
 from cpfold_train.predict.inputs import find_queries, has_truth
 from tests.structures import write_a3m, write_tiny
 
@@ -21,24 +27,26 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARD = str(ROOT / "tests" / "data" / "train-000000.tar")
 
 
-def command(*arguments):
-    """Run a subcommand with the stand-in; one thread a rank."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "stand_in.py"), *map(str, arguments)],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+@pytest.fixture(scope="module")
+def command(forked_runs):
+    """Run a subcommand on so many ranks, with the stand-in."""
+
+    def run(ranks, *arguments):
+        return forked_runs.run(ranks, list(map(str, arguments)), "tests.stand_in:main")
+
+    return run
 
 
-def predicted(out, *arguments):
-    process = command("predict", *arguments, "--accelerator", "cpu", "--out", out)
-    assert process.returncode == 0, process.stderr[-3000:]
-    return process
+@pytest.fixture(scope="module")
+def predicted(command):
+    """Predict on so many ranks, which must succeed."""
+
+    def run(ranks, out, *arguments):
+        process = command(ranks, "predict", *arguments, "--accelerator", "cpu", "--out", out)
+        assert process.returncode == 0, process.stderr[-3000:]
+        return process
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +60,17 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def on_1x1(tmp_path_factory, folder):
+def on_1x1(predicted, tmp_path_factory, folder):
     out = tmp_path_factory.mktemp("1x1")
-    predicted(out, "model.ckpt", SHARD, folder, "--id", "4hhb", "--id", "job", "--samples", 3, "--max-msa-rows", 8)
+    predicted(1, out, "model.ckpt", SHARD, folder, "--id", "4hhb", "--id", "job", "--samples", 3, "--max-msa-rows", 8)
     return out
 
 
 @pytest.fixture(scope="module")
-def on_1x2(tmp_path_factory, folder):
+def on_1x2(predicted, tmp_path_factory, folder):
     out = tmp_path_factory.mktemp("1x2")
     options = ("--id", "4hhb", "--id", "job", "--samples", 3, "--max-msa-rows", 8, "--grid", "1x2")
-    predicted(out, "model.ckpt", SHARD, folder, *options)
+    predicted(2, out, "model.ckpt", SHARD, folder, *options)
     return out
 
 
@@ -139,13 +147,13 @@ def test_the_grid_does_not_change_the_results(on_1x1, on_1x2, name):
     assert (on_1x2 / name / f"{name}.json").read_text() == (on_1x1 / name / f"{name}.json").read_text()
 
 
-def test_what_is_there_is_skipped_and_what_is_half_there_is_not(on_1x1, folder):
+def test_what_is_there_is_skipped_and_what_is_half_there_is_not(predicted, on_1x1, folder):
     options = ("model.ckpt", SHARD, folder, "--id", "4hhb", "--id", "job", "--samples", 2)
     hemoglobin = (on_1x1 / "4hhb" / "4hhb_model_0.cif").stat().st_mtime_ns
     kept = {path.name: path.read_bytes() for path in (on_1x1 / "job").iterdir()}
     (on_1x1 / "job" / "job.json").unlink()
     try:
-        process = predicted(on_1x1, *options)
+        process = predicted(1, on_1x1, *options)
         assert "1 of 2 are in" in process.stdout
         assert "1 of 1 predicted" in process.stdout
         assert (on_1x1 / "4hhb" / "4hhb_model_0.cif").stat().st_mtime_ns == hemoglobin
@@ -156,14 +164,13 @@ def test_what_is_there_is_skipped_and_what_is_half_there_is_not(on_1x1, folder):
             (on_1x1 / "job" / name).write_bytes(data)
 
 
-def test_without_confidence_and_with_a_bad_input(tmp_path, folder):
+def test_without_confidence_and_with_a_bad_input(command, tmp_path, folder):
     """A file that cannot be read does not keep the others from being predicted. The crop is of the tokens' stretch."""
     (folder / "bad.yaml").write_text("sequences: []\n")
     try:
-        process = command(
-            "predict", "plain", folder, SHARD, "--out", tmp_path, "--accelerator", "cpu", "--samples", 1, "--crop", 16,
-            "--id", "bad", "--id", "tiny", "--id", "7pzb", "--grid", "1x2",
-        )  # fmt: skip
+        options = ["--accelerator", "cpu", "--samples", 1, "--crop", 16, "--grid", "1x2", "--out", tmp_path]
+        chosen = ["--id", "bad", "--id", "tiny", "--id", "7pzb"]
+        process = command(2, "predict", "plain", folder, SHARD, *options, *chosen)
     finally:
         (folder / "bad.yaml").unlink()
     assert process.returncode == 2
@@ -172,6 +179,95 @@ def test_without_confidence_and_with_a_bad_input(tmp_path, folder):
     assert sorted(path.name for path in (tmp_path / "7pzb").iterdir()) == ["7pzb.json", "7pzb.png", "7pzb_model_0.cif"]
     read = read_structure(tmp_path / "7pzb" / "7pzb_model_0.cif")[0]
     assert len(np.unique(read.atom_token[read.resolved])) == 16
+
+
+MODEL = {
+    "token_s": 16,
+    "token_z": 8,
+    "msa": {"msa_s": 8, "msa_blocks": 1, "pairwise_head_width": 4},
+    "pairformer": {"num_blocks": 1, "num_heads": 2, "pairwise_head_width": 4},
+    "atoms": {"atom_s": 8, "atom_z": 4, "atom_encoder_depth": 1, "atom_decoder_depth": 1},
+    "diffusion": {"token_transformer_depth": 1, "token_transformer_heads": 2, "dim_fourier": 8},
+    "template": {"template_dim": 8, "template_blocks": 1, "pairwise_head_width": 4},
+    "confidence": {"pairformer": {"num_blocks": 1, "num_heads": 2, "pairwise_head_width": 4}},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """As training writes it, of a small model whose parameters are random, those included that start at zero."""
+    model = CoFolding(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), MODEL)))
+    generator = torch.Generator().manual_seed(0)
+    state = model.state_dict()
+    weights = {f"model.{name}": 0.2 * torch.randn(x.shape, generator=generator) for name, x in state.items()}
+    path = tmp_path_factory.mktemp("checkpoint") / "last.ckpt"
+    torch.save({"state_dict": weights, "hyper_parameters": {"model": MODEL}, "epoch": 0}, path)
+    return path
+
+
+def test_the_model_itself(forked_runs, checkpoint, folder, tmp_path):
+    """The same structures on 1x1 and 1x2, from a checkpoint alone."""
+    options = ["--id", "job", "--id", "tiny", "--samples", 2, "--sampling-steps", 3, "--recycling-steps", 1]
+    options += ["--precision", "64-true", "--accelerator", "cpu"]
+    for ranks in (1, 2):
+        arguments = ["predict", checkpoint, folder, *options, "--grid", f"1x{ranks}", "--out", tmp_path / str(ranks)]
+        process = forked_runs.run(ranks, list(map(str, arguments)), "cpfold_train.__main__:main")
+        assert process.returncode == 0, process.stderr[-3000:]
+    for name, sample in itertools.product(("job", "tiny"), range(2)):
+        first, second = (tmp_path / rank / name / f"{name}_model_{sample}.cif" for rank in ("1", "2"))
+        a, b = (read_structure(path)[0] for path in (first, second))
+        assert a.coords.std() > 0.1
+        assert np.allclose(a.coords, b.coords, atol=0.0011)
+        assert np.allclose(a.b_factor, b.b_factor, atol=0.011)
+        with np.load(first.with_suffix(".npz")) as x, np.load(second.with_suffix(".npz")) as y:
+            assert sorted(x) == sorted(y) == ["pae", "pde", "plddt"]
+            assert x["pae"].shape == x["pde"].shape == (len(a), len(a))
+            assert all(np.allclose(x[key], y[key], rtol=1e-5) for key in x)
+    for name in ("job", "tiny"):
+        one, two = (json.loads((tmp_path / rank / name / f"{name}.json").read_text()) for rank in ("1", "2"))
+        confidence = [sample["confidence_score"] for sample in one["samples"]]
+        assert confidence == sorted(confidence, reverse=True)
+        for x, y in zip(one["samples"], two["samples"]):
+            assert x.pop("file") == y.pop("file")
+            assert {"ptm", "iptm", "complex_plddt", "pair_chains_iptm"} < set(x)
+            assert all(np.allclose(x[score], y[score]) for score in x)
+
+
+def test_the_command_starts_its_ranks(checkpoint, folder, tmp_path):
+    """As a user does it: ``python -m``, which starts the second rank by itself."""
+    options = ["--sampling-steps", 2, "--samples", 1, "--recycling-steps", 0, "--grid", "1x2", "--accelerator", "cpu"]
+    arguments = ["predict", checkpoint, folder / "job.fasta", "--out", tmp_path, *options]
+    process = subprocess.run(
+        [sys.executable, "-m", "cpfold_train", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "1 of 1 predicted" in process.stdout
+    assert "job (36 tokens)" in process.stdout
+    assert read_structure(tmp_path / "job" / "job_model_0.cif")[0].resolved.all()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"hyper_parameters": {}}, "does not say how large its model is"),
+        ({"state_dict": {}}, "does not fit its model: it lacks"),
+    ],
+)
+def test_other_checkpoints_are_refused(checkpoint, tmp_path, change, told):
+    path = tmp_path / "other.ckpt"
+    torch.save(torch.load(checkpoint) | change, path)
+    with pytest.raises(ConfigError) as error:
+        load_model(path)
+    assert told in str(error.value)
+    path.write_text("no checkpoint")
+    with pytest.raises(ConfigError, match="is not a checkpoint that can be read"):
+        load_model(path)
 
 
 def test_evaluate(on_1x1, tmp_path, capsys):

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from cpfold_train.data.batch import PLACEMENTS, Crop, collate
+from cpfold_train.data.batch import Crop, collate
 from cpfold_train.errors import DataError
 from cpfold_train.parallel.context import Axis, ContextParallel
 from cpfold_train.parallel.gather import gather_tensor, gather_to_first
@@ -21,8 +21,8 @@ from cpfold_train.predict.inputs import Query
 from cpfold_train.predict.sample import crop_of
 from cpfold_train.training.strategy import GridStrategy
 
-SCORES = ("confidence_score", "ptm", "iptm", "complex_plddt")
-"""Figures of a sample (B*M,) that a model with a confidence module gives; the first ranks the samples."""
+RANKING = "confidence_score"
+"""Figure of a sample that ranks the samples, if the model gives it."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ class Prediction:
 
     Attributes:
         coords: (A, 3) float32 in Angstrom.
-        scores: by name, those of ``SCORES`` that the model gives.
+        scores: the model's figures of the sample; ``pair_chains_iptm`` is a matrix, chain by chain.
         arrays: ``plddt`` (n,) in 0-1, ``pae`` and ``pde`` (n, n) in Angstrom, where the model gives them.
     """
 
     coords: np.ndarray
-    scores: dict[str, float]
+    scores: dict[str, Any]
     arrays: dict[str, np.ndarray]
 
 
@@ -74,8 +74,22 @@ class Writer(Protocol):
         """The query cannot be used."""
 
 
+class Prepared:
+    """What a rank has of a query. Of a type of its own, into which Lightning does not look for tensors.
+
+    Attributes:
+        query: the query.
+        crop: what is predicted of it; None if it cannot be used.
+        feats: this rank's tiles.
+        reason: why it cannot be used.
+    """
+
+    def __init__(self, query: Query, crop: Crop | None, feats: dict[str, Tensor], reason: str = "") -> None:
+        self.query, self.crop, self.feats, self.reason = query, crop, feats, reason
+
+
 class Queries(Dataset):
-    """This rank's tiles of each query: (query, crop, batch), or (query, None, the reason why there is none).
+    """This rank's tiles of each query.
 
     Args:
         strategy: knows the rank once it has started.
@@ -87,14 +101,15 @@ class Queries(Dataset):
     def __len__(self) -> int:
         return len(self._queries)
 
-    def __getitem__(self, number: int) -> tuple[Query, Crop | None, dict[str, Any] | str]:
+    def __getitem__(self, number: int) -> Prepared:
         query, s = self._queries[number], self._settings
         try:
             crop = crop_of(query.read(), s.crop_size, s.max_msa_rows, s.seed)
         except DataError as error:
             # All ranks read the same bytes and come to the same answer.
-            return query, None, str(error)
-        return query, crop, collate([crop], self._strategy.grid)
+            return Prepared(query, None, {}, str(error))
+        feats = collate([crop], self._strategy.grid)
+        return Prepared(query, crop, {name: value for name, value in feats.items() if isinstance(value, Tensor)})
 
 
 class Predictor(LightningModule):
@@ -111,39 +126,35 @@ class Predictor(LightningModule):
         self.model = model
         self._settings, self._writer = settings, writer
 
-    def transfer_batch_to_device(self, batch: tuple, device: torch.device, dataloader_idx: int) -> tuple:
-        """Only the features go to the device: what describes the query stays on the host."""
-        query, crop, feats = batch
-        if crop is not None:
-            feats = {name: value.to(device) for name, value in feats.items() if isinstance(value, Tensor)}
-        return query, crop, feats
+    def transfer_batch_to_device(self, batch: Prepared, device: torch.device, dataloader_idx: int) -> Prepared:
+        """Also to double precision where the weights are in it."""
+        dtype = next(self.model.parameters()).dtype
+        double = dtype if dtype == torch.float64 else None
+        feats = {name: x.to(device, double if x.is_floating_point() else None) for name, x in batch.feats.items()}
+        return Prepared(batch.query, batch.crop, feats, batch.reason)
 
-    def predict_step(self, batch: tuple, batch_idx: int) -> None:
+    def predict_step(self, batch: Prepared, batch_idx: int) -> None:
         """Sample one query.
 
         Raises:
             RuntimeError: naming the query and its size, where the model fails.
         """
-        query, crop, feats = batch
+        query, crop = batch.query, batch.crop
         cp = self.trainer.strategy.cp
         if crop is None:
             if cp.all.index == 0:
-                self._writer.fail(query, feats)
+                self._writer.fail(query, batch.reason)
             return
         try:
-            self._sample(query, crop, feats, cp)
+            self._sample(query, crop, batch.feats, cp)
         except Exception as error:
             size = f"{len(crop.tokens):,} tokens, {len(crop.atoms.atom):,} atoms"
             raise RuntimeError(f"{query.id} ({size}) failed: {type(error).__name__}: {error}") from error
 
     def _sample(self, query: Query, crop: Crop, feats: dict[str, Tensor], cp: ContextParallel) -> None:
         s = self._settings
-        # In double precision where the weights are: Lightning converts modules and not what comes from the loader.
-        dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
-        if dtype == torch.float64:
-            feats = {name: value.double() if value.is_floating_point() else value for name, value in feats.items()}
         out = self.model.predict(
-            {name: value for name, value in feats.items() if name in PLACEMENTS},
+            feats,
             cp,
             recycling_steps=s.recycling_steps,
             sampling_steps=s.sampling_steps,
@@ -160,10 +171,10 @@ class Predictor(LightningModule):
 
 def _order(out: dict[str, Tensor], samples: int, cp: ContextParallel) -> list[int]:
     """Samples from the most to the least confident; as they were drawn where the model does not say."""
-    if SCORES[0] not in out:
+    if RANKING not in out:
         return list(range(samples))
     # By the first rank's figures: ranks that disagreed in the last bit would collect parts of different samples.
-    score = gather_tensor(out[SCORES[0]].float(), cp.all)[0]
+    score = gather_tensor(out[RANKING].float(), cp.all)[0]
     return torch.sort(score, descending=True, stable=True).indices.tolist()
 
 
@@ -182,7 +193,7 @@ def collect(out: dict[str, Tensor], number: int, crop: Crop, cp: ContextParallel
     arrays = {name: _assembled(tile, cp.grid)[:n, :n] for name, tile in tiles.items()}
     if "plddt" in out:
         arrays["plddt"] = out["plddt"][number, :n].float().cpu().numpy()
-    scores = {name: float(out[name][number]) for name in SCORES if name in out}
+    scores = {name: x[number].tolist() for name, x in out.items() if x.ndim == 1 or name == "pair_chains_iptm"}
     return Prediction(coords.reshape(-1, 3)[:a], scores, arrays)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from cpfold_train.predict.predictor import Prepared
 
 
 class QueryBar(TQDMProgressBar):
@@ -18,9 +18,8 @@ class QueryBar(TQDMProgressBar):
         return bar
 
     def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, batch: Prepared, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         super().on_predict_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
-        query, crop, _ = batch
-        size = "unusable" if crop is None else f"{len(crop.tokens):,} tokens"
-        self.predict_progress_bar.set_description(f"{query.id} ({size})")
+        size = "unusable" if batch.crop is None else f"{len(batch.crop.tokens):,} tokens"
+        self.predict_progress_bar.set_description(f"{batch.query.id} ({size})")

@@ -14,8 +14,11 @@ from typing import Any
 from cpfold_train.data.batch import Crop
 from cpfold_train.predict.inputs import Query, has_truth
 from cpfold_train.predict.picture import draw_prediction
-from cpfold_train.predict.predictor import SCORES, Prediction, Settings
+from cpfold_train.predict.predictor import Prediction, Settings
 from cpfold_train.predict.write import write_arrays, write_structure
+
+_TOLD = ("confidence_score", "complex_plddt", "ptm", "iptm")
+"""Scores in the title of the picture."""
 
 
 def is_done(out: Path, name: str) -> bool:
@@ -61,8 +64,9 @@ class Results:
         folder = self._out / query.id
         size = {"tokens": len(crop.tokens), "atoms": len(crop.atoms.atom)}
         told = [query.id, f"{size['tokens']:,} tokens"]
-        told += [f"{name.replace('_', ' ')} {self._best.scores[name]:.2f}" for name in SCORES if name in self._best.scores]
-        draw_prediction(folder / f"{query.id}.png", crop, self._best.coords, self._best.arrays, ", ".join(told))
+        best = self._best
+        told += [f"{name.replace('_', ' ')} {best.scores[name]:.2f}" for name in _TOLD if name in best.scores]
+        draw_prediction(folder / f"{query.id}.png", crop, best.coords, best.arrays, ", ".join(told))
         about = {
             "id": query.id,
             "source": query.source,
