@@ -13,6 +13,7 @@ SUBCOMMANDS = {
     "inspect": ("cpfold_train.data.inspect", "list the samples of shards, or describe and draw one of them"),
     "compare": ("cpfold_train.training.compare", "compare the loss curves of runs, such as one on each grid"),
     "bench": ("cpfold_train.bench.command", "time an op on a grid of ranks, and count what it sends and holds"),
+    "bench-data": ("cpfold_train.bench.data", "time a data worker, and measure the memory that its samples take"),
 }
 """Name of each subcommand: module with ``add_arguments(parser)`` and ``run(args)``, and a line of help."""
 

@@ -60,7 +60,7 @@ def test_report(folder, tmp_path, capsys):
         "neighbouring C-alphas more than 10 Å apart": 1,
     }
     assert entries["tiny"]["left_out"]["water"] == 1 and entries["tiny"]["msa_depth"] == {"0": 2}
-    assert report["unused_alignments"] == ["other_A_x.a3m"] and report["val_similar_to_train"] == ["again"]
+    assert report["unused_files"] == ["other_A_x.a3m"] and report["val_similar_to_train"] == ["again"]
     assert report["shards"] == ["train-000000.tar", "val-000000.tar"]
     shown = capsys.readouterr().out
     assert "2 of 4 entries kept (1 train, 1 val)" in shown and "again (val)" in shown and "broken.cif cannot" in shown
@@ -99,7 +99,7 @@ def test_samples(folder, tmp_path):
     assert entry.key == read[0]["__key__"] == "tiny"
     assert (entry.tokens, entry.resolution, entry.release_date, entry.msa_rows) == (6, 3.25, None, 2)
     assert entry.chains == [{"type": "protein", "entity": 0, "length": 6, "observed": 4, "cluster": "protein:again_xA"}]
-    structure, alignments = read_sample(entry)
+    structure, alignments, _ = read_sample(entry)
     assert len(structure) == 6 and list(alignments) == [0]
     assert structure.meta["chains"][0]["cluster"] == "protein:again_xA" and structure.meta["id"] == "tiny"
     expected = [GAP, *(TOKEN_IDS[name] for name in ("MET", "GLY", "SER", "ALA")), GAP]

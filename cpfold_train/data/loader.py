@@ -271,10 +271,10 @@ def make_sample(making: Making, slot: Slot, position: int) -> tuple[list[str], C
     while len(reasons) <= making.max_bad:
         place, focus, crop = stream.draw(epoch, position, len(reasons))
         try:
-            structure, alignments = read_sample(place)
+            sample = read_sample(place)
             draw = (stream.seed, epoch, position)
             settings = making.settings | {"crop_size": slot.crop_size, "crop": crop, "focus": focus}
-            return reasons, make_crop(structure, alignments, draw=draw, **settings)
+            return reasons, make_crop(*sample, draw=draw, **settings)
         except DataError as error:
             reasons.append(str(error))
             if making.quarantine is not None and grid.cp_index == 0:

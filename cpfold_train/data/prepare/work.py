@@ -106,6 +106,6 @@ def _finished(job: Job, options: Options, folder: Path) -> Result | None:
 
 def _fingerprint(job: Job, options: Options) -> str:
     """Of the options and of the input files as the file system describes them."""
-    files = [job.source.path, *(path for path, _ in job.alignments)]
+    files = [job.source.path, *(path for path, _ in job.alignments + job.templates)]
     states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr((FORMAT_VERSION, job, options, states)).encode()).hexdigest()
