@@ -2,7 +2,10 @@
 
 import json
 import os
+import subprocess
+import sys
 
+import psutil
 import pytest
 import webdataset as wds
 from PIL import Image
@@ -226,3 +229,20 @@ def test_it_says_what_to_type(folder, tmp_path, options, sentence, capsys, monke
     assert main(["prepare", *(option.format(entries=entries, msas=msas) for option in options)]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_workers_end_with_their_parent():
+    """Even where it is killed, and a worker waits for work that will not come."""
+    script = (
+        "import time\nfrom concurrent.futures import ProcessPoolExecutor\n"
+        "from cpfold_train.data.prepare.work import start_worker\n"
+        "pool = ProcessPoolExecutor(3, initializer=start_worker)\n"
+        "futures = [pool.submit(time.sleep, 0.01) for _ in range(9)]\n"
+        "[f.result() for f in futures]\nprint('ready', flush=True)\ntime.sleep(100)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "ready\n"
+        workers = psutil.Process(parent.pid).children()
+        parent.kill()
+    assert len(workers) == 3
+    assert not psutil.wait_procs(workers, timeout=20)[1]

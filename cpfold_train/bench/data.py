@@ -93,7 +93,7 @@ def measure_case(
         draw = (0, 0, number)
         crop = make_crop(structure, alignments, templates, augmentation=AUGMENTATION, draw=draw, **settings)
         cropped = time.perf_counter()
-        flat, _, _ = pack(collate([crop], place))
+        batch_mib = pack(collate([crop], place))[0].nbytes / 2**20
         done = time.perf_counter()
         if number:
             for stage, took in (("read", read - began), ("crop", cropped - read), ("tile", done - cropped)):
@@ -104,7 +104,7 @@ def measure_case(
         "grid": str(place),
         **mean,
         "samples_per_s": 1e3 / sum(mean.values()),
-        "batch_mib": flat.nbytes / 2**20,
+        "batch_mib": batch_mib,
         "peak_mib": peak_mib(device) - before,
         "entries": len(entries),
     }

@@ -244,23 +244,26 @@ def _slots(
 
 
 def _batches(slots: Iterable[Slot], making: Making) -> Iterator[Prepared]:
-    """Second stage: read, crop, tile and stack; and say which samples could not be used and why.
-
-    ``filler`` (B,) marks samples that a mean over
-    the epoch must not count: those that fill up the last batch, and those that stand in for another.
-    """
+    """Second stage. A slot's arrays are let go before the next one is made: they would be in memory twice."""
     for slot in slots:
-        crops, filler, bad = [], [], []
-        for position in slot.positions:
-            reasons, crop = make_sample(making, slot, position)
-            crops.append(crop)
-            filler.append(position >= making.stream.samples or bool(reasons))
-            bad += reasons
-        if None in crops:
-            yield None, bad
-        else:
-            batch = {**collate(crops, making.grid), "filler": torch.tensor(filler), "crop_size": slot.crop_size}
-            yield pack(batch), bad
+        yield make_batch(making, slot)
+
+
+def make_batch(making: Making, slot: Slot) -> Prepared:
+    """Read, crop, tile and stack; and say which samples could not be used and why.
+
+    ``filler`` (B,) marks samples that a mean over the epoch must not count: those that fill up the last batch, and
+    those that stand in for another.
+    """
+    crops, filler, bad = [], [], []
+    for position in slot.positions:
+        reasons, crop = make_sample(making, slot, position)
+        crops.append(crop)
+        filler.append(position >= making.stream.samples or bool(reasons))
+        bad += reasons
+    if None in crops:
+        return None, bad
+    return pack({**collate(crops, making.grid), "filler": torch.tensor(filler), "crop_size": slot.crop_size}), bad
 
 
 def make_sample(making: Making, slot: Slot, position: int) -> tuple[list[str], Crop | None]:
