@@ -165,7 +165,7 @@ def test_crop_sizes_by_optimizer_step():
 
 
 def test_a_resume_counts_optimizer_steps_on():
-    """Wherever it stops: each step has a size of its own, and an epoch of five batches has two full steps and a half."""
+    """Wherever it stops: each step has a size of its own, and five batches are two full steps and a half."""
     schedule = {"crop_size": 40, "crop_schedule": {step: 40 + step for step in range(1, 6)}}
     schedule |= {"accumulate": 2, "samples_per_epoch": 5, "batch_size": 1}
     expected = [40, 40, 41, 41, 42, 43, 43, 44, 44, 45]

@@ -73,8 +73,9 @@ def measure_case(
     """Make samples as a worker of rank 0 does, in turn from all that have at least ``crop_size`` tokens.
 
     Returns:
-        ``read_ms``, ``crop_ms`` and ``tile_ms``, means a sample; ``samples_per_s``; ``batch_mib``, the tensors of the
-        last sample; and ``peak_mib``, the most memory in use above what the process held before its first sample.
+        ``read_ms``, ``crop_ms`` and ``tile_ms``, means a sample in CPU time, which does not count what else the machine
+        does; ``samples_per_s`` by them; ``batch_mib``, the tensors of the last sample; and ``peak_mib``, the most memory
+        in use above what the process held before its first sample.
     """
     return_large_tensors()
     place = Grid(*grid)
@@ -86,15 +87,15 @@ def measure_case(
     before = now_mib(device)
     # The first sample finds cold caches: it is not timed.
     for number in range(samples + 1):
-        began = time.perf_counter()
+        began = time.process_time()
         structure, alignments, templates = read_sample(entries[number % len(entries)])
-        read = time.perf_counter()
+        read = time.process_time()
         settings = {"crop_size": crop_size, "max_msa_rows": max_msa_rows, "crop": {kind: 1.0}}
         draw = (0, 0, number)
         crop = make_crop(structure, alignments, templates, augmentation=AUGMENTATION, draw=draw, **settings)
-        cropped = time.perf_counter()
+        cropped = time.process_time()
         batch_mib = pack(collate([crop], place))[0].nbytes / 2**20
-        done = time.perf_counter()
+        done = time.process_time()
         if number:
             for stage, took in (("read", read - began), ("crop", cropped - read), ("tile", done - cropped)):
                 seconds[stage].append(took)
@@ -118,7 +119,7 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
     table = make_table(
         "crop, grid, samples/s a worker, ms a sample, of it reading, cropping, tiles, batch MiB, peak MiB",
         title=f"{result['kind']} crops, {result['max_msa_rows']} MSA rows",
-        caption=f"{spec['cpu']}, one thread",
+        caption=f"{spec['cpu']}, one thread, CPU time",
     )
     for case in result["cases"]:
         stages = [case[f"{stage}_ms"] for stage in ("read", "crop", "tile")]
