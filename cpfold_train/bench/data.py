@@ -73,9 +73,9 @@ def measure_case(
     """Make samples as a worker of rank 0 does, in turn from all that have at least ``crop_size`` tokens.
 
     Returns:
-        ``read_ms``, ``crop_ms`` and ``tile_ms``, means a sample in CPU time, which does not count what else the machine
-        does; ``samples_per_s`` by them; ``batch_mib``, the tensors of the last sample; and ``peak_mib``, the most memory
-        in use above what the process held before its first sample.
+        ``read_ms``, ``crop_ms`` and ``tile_ms``, means a sample in CPU time, which leaves out what else the machine
+        does; ``samples_per_s`` by them; ``batch_mib``, the tensors of the last one; and ``peak_mib``, the most memory
+        in use above what the process held before its first one.
     """
     return_large_tensors()
     place = Grid(*grid)

@@ -34,9 +34,12 @@ from cpfold_train.parallel.grid import Grid
 
 NO_AUGMENTATION = Augmentation()
 
+MOST_ATTEMPTS = 64
+"""Samples in a row that may be unusable: a data set of which nothing can be read is told at once."""
 
 Prepared = tuple[tuple[Tensor, Layout, dict[str, Any]] | None, list[str]]
-"""A packed batch, and why samples could not be used; None where more were bad than an epoch may have."""
+"""A packed batch, and why samples could not be used; None where more were bad than an epoch, or one place in it, may
+have."""
 
 
 class Slot(NamedTuple):
@@ -189,7 +192,7 @@ class TileLoader:
         self.waited_s += time.perf_counter() - began
         self.quarantined += len(reasons)
         self._bad_in_epoch += len(reasons)
-        if self._bad_in_epoch > self._making.max_bad:
+        if packed is None or self._bad_in_epoch > self._making.max_bad:
             raise DataError(
                 f"{self._bad_in_epoch} of the {self.batches * self.batch_size} samples of an epoch could not be used, "
                 f"the last because {reasons[-1]}: make the shards again with python -m cpfold_train prepare, or type a "
@@ -271,7 +274,7 @@ def make_sample(making: Making, slot: Slot, position: int) -> tuple[list[str], C
     stream, grid, reasons = making.stream, making.grid, []
     # Without shuffling, every epoch is the first.
     epoch = slot.epoch if stream.shuffle else 0
-    while len(reasons) <= making.max_bad:
+    while len(reasons) <= min(making.max_bad, MOST_ATTEMPTS - 1):
         place, focus, crop = stream.draw(epoch, position, len(reasons))
         try:
             sample = read_sample(place)

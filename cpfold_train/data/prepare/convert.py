@@ -18,6 +18,7 @@ from cpfold_train.data.prepare.sources import Source
 from cpfold_train.data.prepare.templates import TemplateFile, lay_templates
 from cpfold_train.data.structure import Structure, pack_arrays, pack_structure
 from cpfold_train.data.templates import pack_templates
+from cpfold_train.data.validate import check_sample
 from cpfold_train.errors import DataError
 
 
@@ -104,11 +105,13 @@ def _members(job: Job, options: Options, result: Result) -> dict[str, bytes]:
     meta["id"] = job.source.key
     meta["msa_depth"] = result.msa_depth
     meta["interfaces"] = interfaces(structure)
+    templates = lay_templates(structure, list(job.templates), result.problems)
+    result.templates = len(templates)
+    # What training would refuse is dropped here, where somebody looks at the report.
+    check_sample(structure, alignments, templates, job.source.key)
     members = pack_structure(structure)
     if alignments:
         members["msa.npz"] = pack_arrays(pack_alignments(alignments))
-    templates = lay_templates(structure, list(job.templates), result.problems)
-    result.templates = len(templates)
     if templates:
         members["templates.npz"] = pack_arrays(pack_templates(templates))
     return members
