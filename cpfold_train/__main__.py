@@ -16,6 +16,7 @@ SUBCOMMANDS = {
     "predict": ("cpfold_train.predict.command", "sample structures with a checkpoint, on a grid of ranks"),
     "evaluate": ("cpfold_train.evaluate.command", "score predicted structures against the truth"),
     "bench": ("cpfold_train.bench.command", "time an op on a grid of ranks, and count what it sends and holds"),
+    "bench-data": ("cpfold_train.bench.data", "time a data worker, and measure the memory that its samples take"),
 }
 """Name of each subcommand: module with ``add_arguments(parser)`` and ``run(args)``, and a line of help."""
 
