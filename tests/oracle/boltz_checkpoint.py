@@ -3,10 +3,10 @@
     python boltz_checkpoint.py make FOLDER
     python boltz_checkpoint.py load FOLDER
 
-``make`` reads arguments of Boltz2 from released.pt and settings.pt. It writes name and shape of every tensor of the first
-model to names.pt, and to stock.ckpt a checkpoint of the second as the package's training does, with random weights,
-another moving average, settings in OmegaConf, optimizer and callbacks. ``load`` loads out.ckpt as boltz predict does and
-writes its weights and the number of its parameters to state.pt.
+``make`` reads arguments of Boltz2 from released.pt and settings.pt. It writes name and shape of every tensor of the
+first model to names.pt, and to stock.ckpt a checkpoint of the second as the package's training does, with random
+weights, another moving average, settings in OmegaConf, optimizer and callbacks. ``load`` loads out.ckpt as boltz
+predict does and writes its weights and the number of its parameters to state.pt.
 """
 
 import sys
