@@ -6,6 +6,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 
+from tests.forked_runs import ForkedRuns
 from tests.ranks import RankPool
 
 
@@ -15,3 +16,11 @@ def ranks(tmp_path_factory):
     pool = RankPool(9, tmp_path_factory.mktemp("ranks"))
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def forked_runs():
+    """Runs of ``train.py`` without the time that imports take."""
+    runs = ForkedRuns()
+    yield runs
+    runs.close()

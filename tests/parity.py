@@ -8,22 +8,36 @@ import torch
 from torch import Tensor, nn
 
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.parallel.grid import Grid
+from cpfold_train.parallel.grid import ATOM_WINDOW, Grid, split
 
 LENGTHS = (13, 9)
 """Real tokens of the two samples: not a multiple of any grid, and one of them padded even on 1x1."""
 DEPTHS = (7, 5)
 """Real MSA rows of the two samples."""
+ATOMS = ((1, 1, 1, 1, 1, 24, 20, 11, 8, 9, 14, 6, 22), (4, 1, 1, 30, 5, 1, 1, 17, 3))
+"""Atoms of each token of the two samples: four windows and two, some tokens in two of them."""
+TOTALS = tuple(sum(counts) for counts in ATOMS)
+PLACED = {
+    "pair": lambda grid: (grid.pad_tokens(max(LENGTHS)),) * 2,
+    "msa": lambda grid: (grid.pad_rows(max(DEPTHS)), grid.pad_tokens(max(LENGTHS))),
+    "token": lambda grid: (grid.pad_tokens(max(LENGTHS)),),
+    "share": lambda grid: (grid.pad_tokens(max(LENGTHS)),),
+    "atom": lambda grid: (grid.pad_atoms(max(TOTALS)),),
+    "window": lambda grid: (grid.pad_atoms(max(TOTALS)) // ATOM_WINDOW,),
+    "whole": lambda grid: (),
+}
+"""Padded sizes from dim 1 on: of pairs, MSAs, tokens on all ranks, tokens shared out, atoms and windows shared out."""
+SHARED = ("share", "atom", "window")
+PARTED = ("pair", "msa", *SHARED)
+"""What no two ranks hold the same of."""
 GRIDS = [(1, 2), (2, 1), (2, 2), (2, 3), (3, 2), (3, 3), (1, 3), (5, 1)]
 
 Call = Callable[[nn.Module, dict[str, Tensor], ContextParallel], Tensor]
 
 
 def pad(x: Tensor, placement: str, grid: Grid) -> Tensor:
-    """Pad a global tensor to sizes the grid can split: tokens, and sequences of an MSA."""
-    n, s = grid.pad_tokens(max(LENGTHS)), grid.pad_rows(max(DEPTHS))
-    sizes = {"pair": (n, n), "msa": (s, n), "token": (n,), "whole": ()}[placement]
-    for dim, size in enumerate(sizes, start=1):
+    """Pad a global tensor to sizes the grid can split."""
+    for dim, size in enumerate(PLACED[placement](grid), start=1):
         shape = list(x.shape)
         shape[dim] = size - x.shape[dim]
         x = torch.cat([x, x.new_zeros(shape)], dim)
@@ -36,6 +50,8 @@ def cut(x: Tensor, placement: str, grid: Grid) -> Tensor:
         return x[:, slice(*grid.row_tokens(x.shape[1])), slice(*grid.col_tokens(x.shape[2]))]
     if placement == "msa":
         return x[:, slice(*grid.msa_rows(x.shape[1])), slice(*grid.col_tokens(x.shape[2]))]
+    if placement in SHARED:
+        return x[:, slice(*split(x.shape[1], grid.cp_size)[grid.cp_index])]
     return x
 
 
@@ -44,6 +60,8 @@ def join(parts: list[Tensor], placement: str, grid: Grid, partial: bool) -> Tens
     if placement in ("pair", "msa"):
         rows = [torch.cat(parts[r * grid.cols : (r + 1) * grid.cols], 2) for r in range(grid.rows)]
         return torch.cat(rows, 1)
+    if placement in SHARED:
+        return torch.cat(parts, 1)
     if partial:
         return torch.stack(parts).sum(0)
     for other in parts[1:]:
@@ -52,10 +70,9 @@ def join(parts: list[Tensor], placement: str, grid: Grid, partial: bool) -> Tens
 
 
 def real(x: Tensor, placement: str) -> Tensor:
-    """Only what belongs to real tokens and sequences; what is padded is set to zero."""
+    """Only what belongs to real tokens, sequences and atoms; what is padded is set to zero."""
     x = _zero_padding(x.clone(), placement)
-    largest = {"pair": (max(LENGTHS),) * 2, "msa": (max(DEPTHS), max(LENGTHS)), "token": (max(LENGTHS),), "whole": ()}
-    for dim, size in enumerate(largest[placement], start=1):
+    for dim, size in enumerate(PLACED[placement](Grid()), start=1):
         x = x.narrow(dim, 0, size)
     return x
 
@@ -73,14 +90,13 @@ def run(cp: ContextParallel, build, call: Call, inputs: dict, placements: dict, 
         local[name] = x.requires_grad_(x.is_floating_point() and "mask" not in name)
     out = call(module, local, cp)
 
-    n, s = cp.grid.pad_tokens(max(LENGTHS)), cp.grid.pad_rows(max(DEPTHS))
-    sizes = {"pair": (n, n), "msa": (s, n), "token": (n,), "whole": ()}[out_placement]
-    weight = torch.zeros(len(LENGTHS), *sizes, *out.shape[1 + len(sizes) :], dtype=out.dtype)
+    sizes = PLACED[out_placement](cp.grid)
+    weight = torch.zeros(out.shape[0], *sizes, *out.shape[1 + len(sizes) :], dtype=out.dtype)
     kept = real(weight, out_placement)
     kept = torch.randn(kept.shape, generator=torch.Generator().manual_seed(5), dtype=out.dtype)
     weight[tuple(slice(0, size) for size in kept.shape)] = kept
     weight = _zero_padding(weight, out_placement)
-    share = cut(weight, out_placement, cp.grid) * (1 if out_placement in ("pair", "msa") else 1 / cp.grid.cp_size)
+    share = cut(weight, out_placement, cp.grid) * (1 if out_placement in PARTED else 1 / cp.grid.cp_size)
     (out * share).sum().backward()
     return {
         "out": out.detach(),
@@ -90,13 +106,19 @@ def run(cp: ContextParallel, build, call: Call, inputs: dict, placements: dict, 
 
 
 def _zero_padding(x: Tensor, placement: str) -> Tensor:
-    for i, (n, s) in enumerate(zip(LENGTHS, DEPTHS)):
+    """Of each of the samples of each complex: there may be several."""
+    if placement == "whole":
+        return x
+    for i, (n, s, a) in enumerate(zip(LENGTHS, DEPTHS, TOTALS)):
+        x_i = x.unflatten(0, (len(LENGTHS), -1))[i]
         if placement == "pair":
-            x[i, n:], x[i, :, n:] = 0, 0
+            x_i[:, n:], x_i[:, :, n:] = 0, 0
         elif placement == "msa":
-            x[i, s:], x[i, :, n:] = 0, 0
-        elif placement == "token":
-            x[i, n:] = 0
+            x_i[:, s:], x_i[:, :, n:] = 0, 0
+        elif placement in ("token", "share"):
+            x_i[:, n:] = 0
+        elif placement == "atom":
+            x_i[:, a:] = 0
     return x
 
 

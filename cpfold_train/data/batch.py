@@ -29,7 +29,7 @@ _NAMES = {
     "replicate": (
         "token_index residue_index asym_id entity_id sym_id mol_type method_feature modified token_pad_mask "
         "token_resolved_mask token_disto_mask cyclic_period deletion_mean res_type profile disto_center "
-        "token_to_rep_atom token_to_center_atom frames_idx frame_resolved_mask "
+        "token_to_rep_atom token_to_center_atom token_atom_start frames_idx frame_resolved_mask "
         "template_restype template_frame_rot template_frame_t template_cb template_ca template_mask_cb "
         "template_mask_frame template_mask visibility_ids sample_key num_tokens"
     ),
@@ -44,7 +44,7 @@ _NAMES = {
 }
 PLACEMENTS = {name: placement for placement, names in _NAMES.items() for name in names.split()}
 """How the ranks of a replica hold each batched feature: all the same; as tiles of dims 1 (cp_row) and 2 (cp_col); or,
-of atoms, as one share of dim 1 a rank, row of the grid by row of the grid."""
+of atoms, as one share of dim 1 a rank, row of the grid by row of the grid. ``token_atom_start`` has n + 1 entries."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ def tile_features(crop: Crop, grid: Grid, n: int, s: int, a: int, t: int = 1) ->
     """Features of a crop for one rank.
 
     Padding is zero, and a gap in ``msa``: indices of padded tokens and atoms point at the first one and must be masked.
+    Only ``token_atom_start`` goes on, with the number of atoms: token i owns the atoms from its i-th entry to the next.
 
     Args:
         n: padded number of tokens, a multiple of R * C.
@@ -140,8 +141,9 @@ def tile_features(crop: Crop, grid: Grid, n: int, s: int, a: int, t: int = 1) ->
         t: padded number of templates.
 
     Returns:
-        Token features (n, ...), pair features (n / R, n / C, ...), MSA features (s / R, n / C), atom features
-        (a / RC, ...), template features (t, n, ...), ``sample_key``, ``num_tokens`` and ``id``.
+        Token features (n, ...), ``token_atom_start`` (n + 1,) int32, pair features (n / R, n / C, ...), MSA features
+        (s / R, n / C), atom features (a / RC, ...), template features (t, n, ...), ``sample_key``, ``num_tokens`` and
+        ``id``.
     """
     structure, tokens, atoms = crop.structure, crop.tokens, crop.atoms
     rows, columns, share = grid.row_tokens(n), grid.col_tokens(n), grid.atoms(a)
@@ -155,6 +157,7 @@ def tile_features(crop: Crop, grid: Grid, n: int, s: int, a: int, t: int = 1) ->
         "deletion_mean": deletion_mean,
     }
     token = {name: _pad(value, n) for name, value in token.items()}
+    token["token_atom_start"] = np.pad(atoms.start.astype(np.int32), (0, n - len(tokens)), "edge")
     atom = atom_features(structure, atoms, crop.motions, share)
     template = template_features(crop.templates, structure, tokens, t)
     return {

@@ -45,14 +45,30 @@ class Transition(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, rows, ..., dim) to the same; local, a few rows at a time."""
-        shared = self.norm.weight, self.norm.bias, self.fc1.weight, self.fc2.weight, self.fc3.weight
         hidden_bytes = x[:, :1].numel() // x.shape[-1] * self.fc1.out_features * x.element_size()
-        return by_rows(_transition, rows_per_block(hidden_bytes, x.device), (x,), shared)
+        return by_rows(transition, rows_per_block(hidden_bytes, x.device), (x,), self.weights())
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """Those that :func:`transition` takes."""
+        return self.norm.weight, self.norm.bias, self.fc1.weight, self.fc2.weight, self.fc3.weight
 
 
-def _transition(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, fc1: Tensor, fc2: Tensor, fc3: Tensor) -> Tensor:
+def transition(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, fc1: Tensor, fc2: Tensor, fc3: Tensor) -> Tensor:
+    """:class:`Transition` of (..., dim) all at once."""
     x = layer_norm(x, norm_weight.shape, norm_weight, norm_bias)
     return F.linear(F.silu(F.linear(x, fc1)) * F.linear(x, fc2), fc3)
+
+
+def normed_linear(x: Tensor, norm: nn.LayerNorm, project: nn.Linear) -> Tensor:
+    """``project(norm(x))`` of (B, rows, ..., c), a few rows at a time: the norm of a whole tile would have to be kept.
+
+    ``project`` has no bias."""
+    rows = rows_per_block(x[:, :1].numel() * x.element_size(), x.device)
+    return by_rows(_normed_linear, rows, (x,), (norm.weight, norm.bias, project.weight))
+
+
+def _normed_linear(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias), weight)
 
 
 def without_autocast(x: Tensor) -> torch.autocast:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cpfold_train.model.config import PairformerConfig
-from cpfold_train.model.layers import Transition, linear, without_autocast
+from cpfold_train.model.layers import Transition, linear, normed_linear, without_autocast
 from cpfold_train.model.pair_stack import PairStack
 from cpfold_train.ops.attention_pair_bias import all_tokens, attention_pair_bias
-from cpfold_train.ops.by_rows import by_rows, rows_per_block
 from cpfold_train.ops.recompute import recompute
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.random import Draws
@@ -47,18 +45,8 @@ class AttentionPairBias(nn.Module):
             project(x).unflatten(-1, (self.num_heads, -1))
             for project, x in ((self.proj_q, queries), (self.proj_k, keys), (self.proj_v, keys))
         )
-        o = attention_pair_bias(q * q.shape[-1] ** -0.5, k, v, self._bias(z), token_mask[:, cols], cp)
+        o = attention_pair_bias(q * q.shape[-1] ** -0.5, k, v, normed_linear(z, *self.proj_z), token_mask[:, cols], cp)
         return self.proj_o(self.proj_g(queries).sigmoid() * o.flatten(-2))
-
-    def _bias(self, z: Tensor) -> Tensor:
-        """(B, N/R, N/C, h), a few rows at a time: the norm of a whole tile would have to be kept."""
-        norm, project = self.proj_z
-        rows = rows_per_block(z[:, :1].numel() * z.element_size(), z.device)
-        return by_rows(_normed_linear, rows, (z,), (norm.weight, norm.bias, project.weight))
-
-
-def _normed_linear(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias), weight)
 
 
 class PairformerLayer(PairStack):

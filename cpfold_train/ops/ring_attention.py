@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cpfold_train.ops.biased_attention import score_blocks
+from cpfold_train.ops.partial_attention import partial_gradients
 from cpfold_train.ops.stream import Returning, collect, give_back, pieces_in_turn
 from cpfold_train.parallel.redistribute import Route
 
@@ -54,34 +55,22 @@ class _RingAttention(torch.autograd.Function):
                 out[:, r, :, i] = out[:, r, :, i] * rescale + weights.to(v.dtype) @ v[:, r]
         out = (out / total).to(q.dtype)
         ctx.steps = steps
-        ctx.save_for_backward(q, kv, bias, out, highest + total.log())
+        ctx.save_for_backward(q, kv, bias, out, (highest + total.log()).squeeze(-1))
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         q, kv, bias, out, log_total = ctx.saved_tensors
         wide = log_total.dtype
-        shift = (grad * out).sum(-1, keepdim=True, dtype=wide)
+        shift = (grad * out).sum(-1, dtype=wide)
         dq, dkv, dbias = (torch.zeros_like(x, dtype=wide) for x in (q, kv, bias))
         returning: list[Returning] = []
         for (kv_route, bias_route), (kv_k, bias_k) in zip(ctx.steps, pieces_in_turn(ctx.steps, (kv, bias))):
             k, v = kv_k.chunk(2, -1)
-            # Transposed, as in biased_attention.
-            dk, dv = (torch.zeros_like(x.mT, dtype=wide, memory_format=torch.contiguous_format) for x in (k, v))
             dbias_k = torch.zeros_like(bias_k, dtype=wide)
-            for r, i in score_blocks(q, bias_k):
-                q_i, g_i = q[:, r, :, i], grad[:, r, :, i]
-                scores = (q_i @ k[:, r].mT).to(wide).add_(bias_k[:, None, :, i])
-                weights = scores.sub_(log_total[:, r, :, i]).exp_()
-                dv[:, r] += g_i.mT @ weights.to(g_i.dtype)
-                dscores = (g_i @ v[:, r].mT).to(wide).sub_(shift[:, r, :, i]).mul_(weights)
-                for row in dscores.unbind(1):
-                    dbias_k[:, :, i] += row
-                dscores = dscores.to(q.dtype)
-                dq[:, r, :, i] += dscores @ k[:, r]
-                dk[:, r] += q_i.mT @ dscores
+            dk, dv = partial_gradients(q, k, v, bias_k, grad, log_total, shift, dq, dbias_k)
             collect(returning)
-            returning = [(kv_route, torch.cat([dk.mT, dv.mT], -1), dkv), (bias_route, dbias_k, dbias)]
+            returning = [(kv_route, torch.cat([dk, dv], -1), dkv), (bias_route, dbias_k, dbias)]
             give_back(returning)
         collect(returning)
         return dq.to(q.dtype), dkv.to(kv.dtype), dbias.to(bias.dtype), None

@@ -72,6 +72,11 @@ def everything(grid: Grid, rows: int, cols: int) -> Layout:
     return (((0, rows), (0, cols)),) * grid.cp_size
 
 
+def in_one_dim(intervals: tuple[Interval, ...]) -> Layout:
+    """Boxes of a single dim: ``intervals[p]`` for rank p."""
+    return tuple((interval,) for interval in intervals)
+
+
 def with_dim(intervals: tuple[Interval, ...], layout: Layout) -> Layout:
     """Boxes with one more dim in front: ``intervals[p]`` for rank p."""
     return tuple((interval, *box) for interval, box in zip(intervals, layout))

@@ -62,6 +62,10 @@ class Draws:
         """The independent family that belongs to a site: ``draws.at("msa_module", 3)``."""
         return Draws(_mix(self.keys ^ key_of(*site)))
 
+    def copies(self, count: int) -> Draws:
+        """Independent families for ``count`` copies of each sample, in the order of ``repeat_interleave(count, 0)``."""
+        return Draws(torch.stack([self.at("copy", k).keys for k in range(count)], 1).flatten())
+
     def uniform(self, start: int, stop: int) -> Tensor:
         """Positions ``start ... stop - 1`` of each stream, (B, stop - start) float32 in [0, 1)."""
         position = torch.arange(start + 1, stop + 1, device=self.keys.device)

@@ -1,0 +1,41 @@
+"""Distances and local frames of points."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def distances(first: Tensor, second: Tensor) -> Tensor:
+    """Between points (..., r, 3) and (..., n, 3): (..., r, n).
+
+    Component by component, not by a matrix product, which would lose the digits of near points.
+    """
+    return sum((first[..., :, None, x] - second[..., None, :, x]).square() for x in range(3)).sqrt()
+
+
+def frame_axes(points: Tensor) -> Tensor:
+    """Axes (..., 3, 3), one a row, of the frames of three points a, b, c (..., 3, 3), whose origin is b.
+
+    AlphaFold 3, Algorithm 29; ``express_coordinate_in_frame`` in ``boltz/model/loss/confidencev2.py``.
+    """
+    a, b, c = points.unbind(-2)
+    w1, w2 = _unit(a - b), _unit(c - b)
+    e1, e2 = _unit(w1 + w2), _unit(w2 - w1)
+    return torch.stack([e1, e2, torch.linalg.cross(e1, e2)], -2)
+
+
+def _unit(v: Tensor) -> Tensor:
+    return v / (v.norm(dim=-1, keepdim=True) + 1e-5)
+
+
+def spans_frame(points: Tensor) -> Tensor:
+    """(...,) bool: a and c of (..., 3, 3) points are apart from b, and the three are not within 25 degrees of a line.
+
+    ``compute_collinear_mask`` in ``boltz/model/layers/confidence_utils.py``.
+    """
+    a, b, c = points.unbind(-2)
+    first, second = b - a, b - c
+    lengths = first.norm(dim=-1), second.norm(dim=-1)
+    cosine = (first * second).sum(-1) / ((lengths[0] + 1e-6) * (lengths[1] + 1e-6))
+    return (cosine.abs() < 0.9063) & (lengths[0] > 1e-2) & (lengths[1] > 1e-2)

@@ -1,0 +1,143 @@
+"""The template module: what known structures of the same chains say about pairs.
+
+AlphaFold 3, Algorithm 16, as Boltz-2 runs it (``boltz/model/modules/trunkv2.py``, TemplateV2Module).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cpfold_train.model.config import TemplateConfig
+from cpfold_train.model.constants import NUM_TOKENS
+from cpfold_train.model.layers import linear, without_autocast
+from cpfold_train.model.pair_stack import PairStack
+from cpfold_train.ops.by_rows import by_rows, rows_per_block
+from cpfold_train.ops.recompute import recompute
+from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.parallel.random import Draws
+
+
+class TemplateStack(nn.Module):
+    """The pair stacks that each template goes through."""
+
+    def __init__(self, config: TemplateConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            PairStack(config.template_dim, config.dropout, config.pairwise_head_width, config.pairwise_num_heads)
+            for _ in range(config.template_blocks)
+        )
+
+
+class TemplateV2Module(nn.Module):
+    """Update of z from templates, each of which shows any number of chains.
+
+    Quirks that checkpoints are trained with: of the direction in which token i lies from the frame of token j only the
+    signs of its components are seen; and the stack's result is added to its input, which it has in it already.
+    """
+
+    MIN_DIST, MAX_DIST, NUM_BINS = 3.25, 50.75, 38
+    ROW_FEATURES = ("template_restype", "template_cb", "template_mask_cb", "template_mask_frame", "visibility_ids")
+
+    def __init__(self, token_z: int, config: TemplateConfig, checkpoint_blocks: bool) -> None:
+        super().__init__()
+        dim = config.template_dim
+        self.checkpoint_blocks = checkpoint_blocks
+        self.z_norm = nn.LayerNorm(token_z)
+        self.v_norm = nn.LayerNorm(dim)
+        self.z_proj = linear(token_z, dim, "default")
+        self.a_proj = linear(self.NUM_BINS + 5 + 2 * NUM_TOKENS, dim, "default")
+        self.u_proj = linear(dim, token_z, "default")
+        self.pairformer = TemplateStack(config)
+
+    def forward(self, z: Tensor, feats: dict[str, Tensor], cp: ContextParallel, draws: Draws | None) -> Tensor:
+        """The change of z.
+
+        Templates go one after the other, so that only one of them is held beside the sum.
+
+        Args:
+            z: pair tile (B, N/R, N/C, token_z).
+            feats: ``template_restype`` (index), ``template_mask_cb``, ``template_mask_frame``, ``template_mask`` and
+                ``visibility_ids`` (B, T, N), ``template_cb``, ``template_ca`` and ``template_frame_t`` (B, T, N, 3),
+                ``template_frame_rot`` (B, T, N, 3, 3) with the axes in columns, and ``token_pad_mask`` (B, N).
+            cp: the running grid.
+            draws: dropout of the module; None in evaluation.
+        """
+        names = [name for name in feats if name.startswith("template_")] + ["visibility_ids"]
+        given = feats["template_mask"].any(2).to(self.v_norm.weight.dtype)
+        given = given / given.sum(1, keepdim=True).clamp(min=1)
+        total = 0
+        for t in range(given.shape[1]):
+            template = {name: feats[name][:, t] for name in names}
+            at = None if draws is None else draws.at("template_module", t)
+            args = z, template, feats["token_pad_mask"], cp, at
+            v = recompute(self._look_at, *args) if self.checkpoint_blocks else self._look_at(*args)
+            total = total + v * given[:, t, None, None, None]
+        return self.u_proj(F.relu(total))
+
+    def _look_at(
+        self, z: Tensor, template: dict[str, Tensor], token_mask: Tensor, cp: ContextParallel, draws: Draws | None
+    ) -> Tensor:
+        """Tile (B, N/R, N/C, template_dim) of one template of each sample, whose features are (B, N, ...)."""
+        v = self._embed(z, template, cp)
+        update = v
+        for i, block in enumerate(self.pairformer.layers):
+            args = update, token_mask, cp, None if draws is None else draws.at("block", i)
+            update = recompute(block.update_pairs, *args) if self.checkpoint_blocks else block.update_pairs(*args)
+        return self.v_norm(v + update)
+
+    def _embed(self, z: Tensor, template: dict[str, Tensor], cp: ContextParallel) -> Tensor:
+        """What the stack starts from; the geometry is in fp32 whatever the precision of z."""
+        n = template["template_mask"].shape[1]
+        rows, cols = slice(*cp.grid.row_tokens(n)), slice(*cp.grid.col_tokens(n))
+        i = (template[name][:, rows] for name in (*self.ROW_FEATURES, "template_ca"))
+        j = (template[name][:, cols] for name in (*self.ROW_FEATURES, "template_frame_rot", "template_frame_t"))
+        weights = self.z_norm.weight, self.z_norm.bias, self.z_proj.weight, self.a_proj.weight
+        row_bytes = z[:, :1].numel() * max(4, z.element_size())
+        return by_rows(self._embed_rows, rows_per_block(row_bytes, z.device), (z, *i), (*weights, *j))
+
+    def _embed_rows(
+        self,
+        z: Tensor,
+        type_i: Tensor,
+        cb_i: Tensor,
+        cb_known_i: Tensor,
+        frame_known_i: Tensor,
+        visible_i: Tensor,
+        ca_i: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        z_proj: Tensor,
+        a_proj: Tensor,
+        type_j: Tensor,
+        cb_j: Tensor,
+        cb_known_j: Tensor,
+        frame_known_j: Tensor,
+        visible_j: Tensor,
+        rotation_j: Tensor,
+        origin_j: Tensor,
+    ) -> Tensor:
+        """Rows (B, r, N/C, token_z) and the features of their tokens (B, r, ...) and of the columns' (B, N/C, ...)."""
+        x = F.linear(F.layer_norm(z, norm_weight.shape, norm_weight, norm_bias), z_proj)
+        with without_autocast(z):
+            by_bin, by_cb, by_sign, by_frame, by_type_i, by_type_j = a_proj.T.split(
+                [self.NUM_BINS, 1, 3, 1, NUM_TOKENS, NUM_TOKENS]
+            )
+            dtype = a_proj.dtype
+            distance = torch.linalg.vector_norm(cb_i[:, :, None] - cb_j[:, None], dim=-1)
+            boundaries = torch.linspace(
+                self.MIN_DIST, self.MAX_DIST, self.NUM_BINS - 1, dtype=distance.dtype, device=distance.device
+            )
+            # R_j^T (ca_i - t_j), of which only the signs are seen.
+            direction = sum(
+                rotation_j[:, None, :, y] * (ca_i[:, :, None, y, None] - origin_j[:, None, :, y, None])
+                for y in range(3)
+            ).sign()
+            a = F.embedding(torch.bucketize(distance, boundaries), by_bin)
+            a = a + (cb_known_i[:, :, None] * cb_known_j[:, None])[..., None].to(dtype) * by_cb
+            a = a + direction.to(dtype) @ by_sign
+            a = a + (frame_known_i[:, :, None] * frame_known_j[:, None])[..., None].to(dtype) * by_frame
+            a = a * (visible_i[:, :, None] == visible_j[:, None])[..., None].to(dtype)
+            a = a + F.embedding(type_i.long(), by_type_i)[:, :, None] + F.embedding(type_j.long(), by_type_j)[:, None]
+            return x + a

@@ -1,0 +1,44 @@
+"""Laying one structure onto another (AlphaFold 3, Algorithm 28; Kabsch, Acta Cryst. A32, 1976).
+
+The atoms are shared out over the ranks. What the best rotation and translation depend on are 16 sums over atoms, so one
+small all-reduce is all that is communicated. They are taken in fp64: the covariance is a difference of sums, and the
+result must not depend on how the atoms are shared out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.parallel.redistribute import all_reduce
+
+OP = "rigid_align"
+
+
+@torch.no_grad()
+def weighted_rigid_align(moving: Tensor, target: Tensor, weights: Tensor, mask: Tensor, cp: ContextParallel) -> Tensor:
+    """``moving``, rotated (never mirrored) and shifted so that the weighted squared distances to ``target`` are least.
+
+    Args:
+        moving, target: (B*M, A/P, 3) this rank's share of the atoms, in Angstrom.
+        weights: (B*M, A/P) of each atom.
+        mask: (B*M, A/P), 1 for atoms that count.
+        cp: the running grid.
+
+    Returns:
+        (B*M, A/P, 3) in the dtype of ``moving``, without gradient. Where no atom counts, ``moving`` as it is; where
+        those that do leave rotations open (they lie on a line, say), one of the best.
+    """
+    x, y, w = moving.double(), target.double(), (weights * mask).double()
+    weighted = w[..., None] * y
+    sums = [w.sum(1, keepdim=True), (w[..., None] * x).sum(1), weighted.sum(1), (weighted.mT @ x).flatten(1)]
+    total, x_sum, y_sum, products = all_reduce(torch.cat(sums, 1), cp, cp.all, OP).split([1, 3, 3, 9], 1)
+    total = total.clamp(min=torch.finfo(total.dtype).tiny)
+    x_middle, y_middle = x_sum / total, y_sum / total
+    covariance = products.unflatten(1, (3, 3)) - y_sum[:, :, None] * x_middle[:, None]
+
+    u, _, vh = torch.linalg.svd(covariance)
+    # Mirrored where the determinant is -1: turned back along the direction in which that costs least, the last.
+    u = torch.cat([u[..., :2], u[..., 2:] * torch.linalg.det(u @ vh)[:, None, None]], -1)
+    return ((x - x_middle[:, None]) @ (u @ vh).mT + y_middle[:, None]).to(moving.dtype)
