@@ -100,7 +100,7 @@ def features_alone(crop: Crop, n: int | None = None, a: int | None = None) -> di
 
 
 def batch(grid: Grid) -> tuple[Tensors, Tensors]:
-    """Features and predictions of both crops, padded for a grid, whole."""
+    """Features and predictions of both crops, padded for a grid, whole; and the truth of each diffusion sample."""
     n = grid.pad_tokens(max(len(crop.tokens) for crop in crops()))
     a = grid.pad_atoms(max(len(crop.atoms.atom) for crop in crops()))
     alone = [features_alone(crop, n, a) for crop in crops()]
@@ -115,7 +115,8 @@ def batch(grid: Grid) -> tuple[Tensors, Tensors]:
             missing = [side for dim, size in enumerate(sizes, 1) for side in (size - x.shape[dim], 0)]
             padded.append(pad(x, [0, 0] * (x.ndim - 1 - len(sizes)) + missing[::-1]))
         given[name] = torch.cat(padded)
-    return feats, given
+    truth = {"true_coords": feats["coords"], "true_resolved": feats["atom_resolved_mask"]}
+    return feats, given | {name: x.repeat_interleave(SAMPLES, 0) for name, x in truth.items()}
 
 
 def cut(feats: Tensors, given: Tensors, grid: Grid) -> tuple[Tensors, Tensors]:
@@ -128,7 +129,8 @@ def cut(feats: Tensors, given: Tensors, grid: Grid) -> tuple[Tensors, Tensors]:
             return x[:, slice(*grid.row_tokens(x.shape[1])), slice(*grid.col_tokens(x.shape[2]))].clone()
         return x.clone()
 
-    placements = LOGITS | {"pred_coords": "atoms", "turned_coords": "atoms", "sigmas": "whole"}
+    atoms = ["pred_coords", "turned_coords", "true_coords", "true_resolved"]
+    placements = LOGITS | dict.fromkeys(atoms, "atoms") | {"sigmas": "whole"}
     own = {name: part(x, placements[name]) for name, x in given.items()}
     return {name: part(x, PLACEMENTS[name]) for name, x in feats.items()}, own
 

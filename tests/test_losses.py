@@ -21,17 +21,17 @@ USES = {"diffusion": "pred_coords", "smooth_lddt": "pred_coords"}
 """What a loss has a gradient of, if not of logits of its own name."""
 
 
-def all_losses(feats, given, cp):
-    """This rank's share of every loss by name, (B*M,) or (B,)."""
-    truth, resolved = (feats[name].repeat_interleave(SAMPLES, 0) for name in ("coords", "atom_resolved_mask"))
-    judged = judge(given["pred_coords"], truth, resolved, cp)
-    heads = {"plddt": plddt_loss, "resolved": resolved_loss, "pde": pde_loss, "pae": pae_loss}
-    return {
-        "diffusion": diffusion_loss(given["pred_coords"], given["turned_coords"], given["sigmas"], feats, cp),
-        "smooth_lddt": smooth_lddt_loss(given["pred_coords"], feats, cp),
-        "bfactor": bfactor_loss(given["bfactor"], feats, cp),
-        **{name: loss(given[name], judged, feats, cp) for name, loss in heads.items()},
-    }
+def one_loss(name, feats, given, cp):
+    """This rank's share, (B*M,) or (B,)."""
+    if name == "diffusion":
+        return diffusion_loss(given["pred_coords"], given["turned_coords"], given["sigmas"], feats, cp)
+    if name == "smooth_lddt":
+        return smooth_lddt_loss(given["pred_coords"], feats, cp)
+    if name == "bfactor":
+        return bfactor_loss(given["bfactor"], feats, cp)
+    judged = judge(given["pred_coords"], given["true_coords"], given["true_resolved"], cp)
+    loss = {"plddt": plddt_loss, "resolved": resolved_loss, "pde": pde_loss, "pae": pae_loss}[name]
+    return loss(given[name], judged, feats, cp)
 
 
 def losses_and_gradients(cp, feats, given):
@@ -40,7 +40,7 @@ def losses_and_gradients(cp, feats, given):
     found = {}
     for name in USES | complexes.LOGITS:
         leaf = given[USES.get(name, name)].requires_grad_()
-        losses = all_losses(feats, given, cp)[name]
+        losses = one_loss(name, feats, given, cp)
         weights = torch.arange(1, len(losses) + 1)
         (grad,) = torch.autograd.grad((losses * weights).sum(), leaf)
         found[name] = losses.detach(), grad
@@ -48,10 +48,10 @@ def losses_and_gradients(cp, feats, given):
     return found
 
 
-def on_grid(ranks, shape):
+def on_grid(ranks, shape, feats, given):
     """Losses and gradients by name, summed and joined over the ranks."""
     grid = Grid(*shape)
-    parts = ranks.run(losses_and_gradients, *shape, *complexes.batch(grid))
+    parts = ranks.run(losses_and_gradients, *shape, feats, given)
     joined = {}
     for name in parts[0]:
         losses, grads = zip(*(part[name] for part in parts))
@@ -78,7 +78,7 @@ def oracle(tmp_path_factory):
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
 def test_losses_equal_the_package(ranks, oracle, shape):
     """The package takes means over diffusion samples, so its gradients have their number below the line."""
-    found = on_grid(ranks, shape)
+    found = on_grid(ranks, shape, *complexes.batch(Grid(*shape)))
     assert found.keys() == oracle[0].keys()
     for name, (losses, grad) in found.items():
         samples = len(losses) // len(oracle)
@@ -97,3 +97,40 @@ def test_losses_equal_the_package(ranks, oracle, shape):
             close(part[real] / scale, wanted / scale)
             part[real] = 0
             assert not part.any(), f"{name}: padding has a gradient"
+
+
+def test_each_sample_has_its_own_truth(ranks):
+    """Of confidences: permuted chains, other atoms resolved, those of ligands too. 2x3 and 1x1 agree."""
+    both = []
+    for shape in ((1, 1), (2, 3)):
+        feats, given = complexes.batch(Grid(2, 3))
+        generator = torch.Generator().manual_seed(4)
+        kept = torch.rand(given["true_resolved"].shape, generator=generator) > 0.2
+        given["true_resolved"] *= kept
+        given["true_coords"] += torch.randn((*kept.shape, 3), generator=generator, dtype=torch.float64)
+        both.append(on_grid(ranks, shape, feats, given))
+    for name, (losses, grad) in both[0].items():
+        for actual, expected in zip(both[1][name], (losses, grad)):
+            torch.testing.assert_close(
+                actual, expected, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+            )
+        assert len(losses) == 2 or losses.unique().numel() == len(losses)
+
+
+def test_smooth_lddt_equals_all_pairs(ranks):
+    """Against the definition over all A x A pairs, and autograd."""
+    feats, given = complexes.batch(Grid())
+    ours = on_grid(ranks, (1, 1), feats, given)["smooth_lddt"]
+    pred = given["pred_coords"].requires_grad_()
+    nucleic = feats["mol_type"].gather(1, feats["atom_to_token"].long()) % 3 > 0
+    known = feats["atom_resolved_mask"] > 0
+    distance = (feats["coords"][:, :, None] - feats["coords"][:, None]).norm(dim=-1)
+    near = (distance < torch.where(nucleic, 30.0, 15.0)[..., None]) & known[..., None] & known[:, None]
+    near &= ~torch.eye(known.shape[1], dtype=torch.bool)
+    near, distance = (x.double().repeat_interleave(SAMPLES, 0) for x in (near, distance))
+    error = (distance - (pred[:, :, None] - pred[:, None] + 1e-6).norm(dim=-1)).abs()
+    score = sum(torch.sigmoid(threshold - error) for threshold in (0.5, 1, 2, 4)) / 4
+    losses = 1 - (score * near).sum((1, 2)) / (near.sum((1, 2)) + 1e-5)
+    weights = torch.arange(1, len(losses) + 1)
+    (grad,) = torch.autograd.grad((losses * weights).sum(), pred)
+    torch.testing.assert_close(ours, (losses.detach(), grad), rtol=1e-9, atol=1e-12)

@@ -114,7 +114,7 @@ class ModelConfig:
         msa: the MSA module.
         pairformer: the Pairformer.
         atoms: the atom encoders and the decoder.
-        diffusion: the diffusion module, and how it is trained and sampled.
+        diffusion: the diffusion module and its process.
         template: the template module.
         confidence: the confidence module.
     """

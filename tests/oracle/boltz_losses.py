@@ -3,8 +3,8 @@
     python boltz_losses.py IN.pt OUT.pt
 
 IN.pt holds a list of samples, each with ``feats`` (B = 1, index forms) and ``given`` (predictions and logits of M
-diffusion samples). OUT.pt gets for each, by loss, the loss and its gradient with respect to the logits of that name, or to the
-coordinates.
+diffusion samples). OUT.pt gets for each, by loss, its value and its gradient with respect to the logits of that name,
+or else to the predicted coordinates.
 """
 
 import sys
