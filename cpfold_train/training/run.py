@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from cpfold_train.training.metrics_csv import MetricsCSV
 from cpfold_train.training.module import CoFoldingModule
 from cpfold_train.training.optim import MovingAverage
 from cpfold_train.training.picture import Pictures
+from cpfold_train.training.quiet import quiet_lightning
 from cpfold_train.training.result import Result
 from cpfold_train.training.signals import EndOnSigterm
 from cpfold_train.training.strategy import GridStrategy
@@ -37,7 +36,7 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
         run_dir: receives checkpoints, figures and pictures.
         record: the configuration as plain containers, for W&B.
     """
-    _quiet()
+    quiet_lightning()
     return_large_tensors()
     pl.seed_everything(config.seed, verbose=False)
     timeout = timedelta(seconds=config.cp.timeout_s)
@@ -70,14 +69,6 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
             import wandb
 
             wandb.finish()
-
-
-def _quiet() -> None:
-    """Keep what Lightning says about itself off the terminal: what matters of a run, its callbacks show."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*LeafSpec.*", ".*Total length of `list`.*", ".*does not have many workers.*"):
-        warnings.filterwarnings("ignore", message)
 
 
 def _callbacks(config: TrainConfig, run_dir: Path) -> list[Callback]:
