@@ -15,13 +15,18 @@ from torch.nn.functional import one_hot
 
 from cpfold_train.bench.command import boltz_python
 from cpfold_train.losses.distogram import distogram_loss
-from cpfold_train.model.config import ModelConfig, MSAConfig, PairformerConfig
+from cpfold_train.model.config import AtomConfig, ModelConfig, MSAConfig, PairformerConfig, TemplateConfig
 from cpfold_train.model.trunk import Trunk
 from cpfold_train.parallel.grid import Grid
+from tests.atoms import dense
 from tests.parity import LENGTHS, join, randomise, real
 from tests.test_parity import features
 
-CONFIG = ModelConfig(16, 10, 8, 1, False, MSAConfig(12, 2, 0.0, 0.0, 6, 2), PairformerConfig(2, 4, 0.0, 6, 2))
+CONFIG = ModelConfig(
+    16, 10, 8, 1, False,
+    MSAConfig(12, 2, 0.0, 0.0, 6, 2), PairformerConfig(2, 4, 0.0, 6, 2),
+    atoms=AtomConfig(8, 4, 2, 2), template=TemplateConfig(6, 2, 0.0, 6, 2),
+)  # fmt: skip
 ORACLE = Path(__file__).parent / "oracle" / "boltz_trunk.py"
 
 
@@ -60,8 +65,12 @@ def oracle(tmp_path_factory):
     feats = features(Grid())
     feats["contact_conditioning"] = one_hot(feats["contact_conditioning"], 5).double()
     feats["disto_target"] = one_hot(feats["disto_target"], 8).double()
-    msa, pairformer = asdict(CONFIG.msa), asdict(CONFIG.pairformer)
-    sizes = {"token_s": 16, "token_z": 10, "num_bins": 8, "msa": msa, "pairformer": pairformer}
+    feats["template_restype"] = one_hot(feats["template_restype"], 33).double()
+    feats |= dense(feats)
+    parts = {name: asdict(getattr(CONFIG, name)) for name in ("msa", "pairformer", "template")}
+    atoms = {name: getattr(CONFIG.atoms, name) for name in ("atom_s", "atom_z")}
+    atoms |= {name: getattr(CONFIG.atoms, name) for name in ("atom_encoder_depth", "atom_encoder_heads")}
+    sizes = {"token_s": 16, "token_z": 10, "num_bins": 8, "atoms": atoms, **parts}
     weight = single_weight(torch.zeros(len(LENGTHS), max(LENGTHS), 16, dtype=torch.float64))
     given = {"sizes": sizes, "state": trunk.state_dict(), "feats": feats, "recycling_steps": 1, "weight": weight}
     torch.save(given, folder / "in.pt")

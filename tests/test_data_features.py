@@ -75,13 +75,24 @@ def test_padding_is_zero(samples):
             continue
         if name.startswith("template_") or name == "visibility_ids":
             value = np.swapaxes(value, 0, 1)
-        padding = GAP if name == "msa" else 0
+        padding = {"msa": GAP, "token_atom_start": atoms}.get(name, 0)
         assert (value[atoms if placement == "atoms" else real :] == padding).all(), name
         if placement == "tile":
             assert (value[:, real:] == padding).all(), name
     assert features["num_tokens"] == real == features["token_pad_mask"].sum()
     assert features["atom_pad_mask"].sum() == atoms
     assert (features["msa_mask"][:37, :real] == 1).all() and (features["msa_mask"][37:] == 0).all()
+
+
+@pytest.mark.parametrize("key", ["4hhb", "7pzb"])
+def test_atoms_of_each_token(samples, key):
+    """From each entry to the next; padded tokens have none."""
+    crop = crop_of(samples, key)
+    features = tile_features(crop, Grid(), 144, 37, 40 * 32)
+    start = features["token_atom_start"]
+    assert start.shape == (145,) and start.dtype == np.int32 and start[0] == 0
+    real = features["atom_pad_mask"] == 1
+    np.testing.assert_array_equal(np.repeat(np.arange(144), np.diff(start)), features["atom_to_token"][real])
 
 
 def test_distogram_against_brute_force(samples):

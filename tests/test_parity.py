@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cpfold_train.losses.distogram import distogram_loss
-from cpfold_train.model.config import ModelConfig, MSAConfig, PairformerConfig
+from cpfold_train.model.config import AtomConfig, ModelConfig, MSAConfig, PairformerConfig
 from cpfold_train.model.msa import MSALayer, OuterProductMean, PairWeightedAveraging
 from cpfold_train.model.pair_stack import (
     TriangleAttentionEndingNode,
@@ -27,6 +27,7 @@ from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.parallel.context import TILED, ContextParallel
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.random import Draws
+from tests.atoms import atom_features
 from tests.parity import DEPTHS, GRIDS, LENGTHS, check, cut, pad, randomise
 
 C_S, C_Z, C_M = 16, 10, 12
@@ -176,12 +177,34 @@ def features(grid) -> dict[str, torch.Tensor]:
         "deletion_value": numbers(B, S, N), "msa_paired": integers(2, B, S, N).double(),
     }  # fmt: skip
     parts = [(whole, "token"), (pair, "pair"), (msa, "msa")]
-    return {name: cut(pad(x, kind, grid), kind, grid) for group, kind in parts for name, x in group.items()}
+    made = {name: cut(pad(x, kind, grid), kind, grid) for group, kind in parts for name, x in group.items()}
+    made |= {name: pad(x, "token", grid).transpose(1, 2) for name, x in template_features().items()}
+    return {**made, **atom_features(grid)}
 
 
-def train_step(cp: ContextParallel) -> tuple[torch.Tensor, dict[str, torch.Tensor], list]:
+def template_features() -> dict[str, torch.Tensor]:
+    """Two templates of one made-up complex and one of the other, tokens in dim 1: each shows some of the tokens."""
+    index, t = torch.arange(N)[:, None], 2
+    shown = torch.stack([(index % 4 != 3).expand(N, t), (index < 8) & (torch.arange(t) == 0)]).double()
+    known = shown * (torch.stack([index, index + 1]) % 5 != 0)
+    rotation = torch.linalg.qr(random(B, N, t, 3, 3, seed=21))[0]
+    origin = 9 * random(B, N, t, 3, seed=22)
+    return {
+        "template_restype": (torch.stack([index, 3 * index]) % 33 * shown).long(),
+        "template_frame_rot": rotation * shown[..., None, None],
+        "template_frame_t": origin * known[..., None],
+        "template_ca": origin * shown[..., None],
+        "template_cb": (origin + random(B, N, t, 3, seed=23)) * shown[..., None],
+        "template_mask_cb": shown,
+        "template_mask_frame": known,
+        "template_mask": shown,
+        "visibility_ids": torch.where(shown > 0, 1, -1 - index // 5),
+    }
+
+
+def train_step(cp: ContextParallel) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict]:
     """Loss shares, gradients and placements of a small trunk: dropout on, one recycling, blocks recomputed."""
-    config = ModelConfig(C_S, C_Z, 8, 1, True, MSA, PairformerConfig(1, 4, 0.25, 6, 2))
+    config = ModelConfig(C_S, C_Z, 8, 1, True, MSA, PairformerConfig(1, 4, 0.25, 6, 2), AtomConfig(8, 4, 2, 2))
     trunk = Trunk(config).double()
     randomise(trunk)
     feats = features(cp.grid)
@@ -189,7 +212,7 @@ def train_step(cp: ContextParallel) -> tuple[torch.Tensor, dict[str, torch.Tenso
     loss = distogram_loss(out["pdistogram"], feats, cp)
     loss.sum().backward()
     grads = {name: p.grad for name, p in trunk.named_parameters() if p.grad is not None}
-    return loss.detach(), grads, [(x.placements, x.shape) for x in out.values()]
+    return loss.detach(), grads, {name: (x.placements, x.shape) for name, x in out.items()}
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g[0]}x{g[1]}")
@@ -202,7 +225,7 @@ def test_training_step_of_the_trunk(ranks, grid):
         total = sum(part[1][name] for part in parts)
         torch.testing.assert_close(total, grad, rtol=1e-7, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
     n = Grid(*grid).pad_tokens(N)
-    for placements, shape in (parts[0][2][1], parts[0][2][2]):
+    for placements, shape in (parts[0][2][name] for name in ("z", "pdistogram")):
         assert placements == TILED and shape[1:3] == (n, n)
 
 

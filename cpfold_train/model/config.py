@@ -42,6 +42,43 @@ class AtomConfig:
 
 
 @dataclass
+class DiffusionConfig:
+    """The diffusion module and its process; lengths and noise levels in Angstrom.
+
+    Attributes:
+        token_transformer_depth: layers of the transformer of tokens.
+        token_transformer_heads: its heads.
+        conditioning_transition_layers: transitions of the pair and of the single conditioning.
+        dim_fourier: features of the noise level.
+        sigma_data: standard deviation of the data.
+        P_mean: mean of the normal deviate whose exponential times ``sigma_data`` is the noise level in training.
+        P_std: its standard deviation.
+        sigma_max: first noise level of a sampling, in units of ``sigma_data``.
+        sigma_min: last one before zero, in units of ``sigma_data``.
+        rho: how much denser levels are towards the end.
+        gamma_0: noise added before each step, relative to the level, as long as levels are above ``gamma_min``.
+        gamma_min: see there.
+        noise_scale: factor of the noise added.
+        step_scale: factor of each step towards the prediction.
+    """
+
+    token_transformer_depth: int = 24
+    token_transformer_heads: int = 16
+    conditioning_transition_layers: int = 2
+    dim_fourier: int = 256
+    sigma_data: float = 16.0
+    P_mean: float = -1.2
+    P_std: float = 1.5
+    sigma_max: float = 160.0
+    sigma_min: float = 0.0004
+    rho: float = 7.0
+    gamma_0: float = 0.8
+    gamma_min: float = 1.0
+    noise_scale: float = 1.003
+    step_scale: float = 1.5
+
+
+@dataclass
 class TemplateConfig:
     """The template module: width of its pair representation, blocks, their dropout and triangle attention."""
 
@@ -77,6 +114,7 @@ class ModelConfig:
         msa: the MSA module.
         pairformer: the Pairformer.
         atoms: the atom encoders and the decoder.
+        diffusion: the diffusion module and its process.
         template: the template module.
         confidence: the confidence module.
     """
@@ -89,5 +127,6 @@ class ModelConfig:
     msa: MSAConfig = field(default_factory=MSAConfig)
     pairformer: PairformerConfig = field(default_factory=PairformerConfig)
     atoms: AtomConfig = field(default_factory=AtomConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     confidence: ConfidenceConfig = field(default_factory=ConfidenceConfig)

@@ -13,20 +13,28 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 from torch.nn.functional import linear as linear_of
 
+from cpfold_train.model.atom_attention import AtomAttentionEncoder
+from cpfold_train.model.atom_encoder import AtomEncoder
+from cpfold_train.model.config import AtomConfig
 from cpfold_train.model.constants import NUM_METHODS, NUM_MOLECULE_TYPES, NUM_TOKENS
-from cpfold_train.model.layers import linear
+from cpfold_train.model.layers import linear, normed_linear
+from cpfold_train.ops.atom_tokens import all_tokens
 from cpfold_train.ops.by_rows import by_rows, rows_per_block
 from cpfold_train.parallel.context import ContextParallel
 
 
 class InputEmbedder(nn.Module):
-    """s_inputs from what is known of each token. Local: every rank holds all tokens.
+    """s_inputs from what is known of each token and of its atoms (AlphaFold 3, Algorithm 2).
 
-    It is a sum of terms, as in Boltz-2; the atom encoder's, which this trunk does not have, is one more.
+    The atoms are shared out; what concerns tokens every rank computes for all of them.
     """
 
-    def __init__(self, token_s: int) -> None:
+    def __init__(self, atoms: AtomConfig, token_s: int, token_z: int, checkpoint_blocks: bool) -> None:
         super().__init__()
+        self.atom_encoder = AtomEncoder(atoms, token_s, token_z, structure_prediction=False)
+        heads = atoms.atom_encoder_depth * atoms.atom_encoder_heads
+        self.atom_enc_proj_z = nn.Sequential(nn.LayerNorm(atoms.atom_z), linear(atoms.atom_z, heads, "default"))
+        self.atom_attention_encoder = AtomAttentionEncoder(atoms, token_s, False, checkpoint_blocks)
         self.res_type_encoding = linear(NUM_TOKENS, token_s, "default")
         self.msa_profile_encoding = linear(NUM_TOKENS + 1, token_s, "default")
         self.method_conditioning_init = nn.Embedding(NUM_METHODS, token_s)
@@ -36,9 +44,16 @@ class InputEmbedder(nn.Module):
         for table in (self.method_conditioning_init, self.modified_conditioning_init, self.mol_type_conditioning_init):
             nn.init.zeros_(table.weight)
 
-    def forward(self, feats: dict[str, Tensor]) -> Tensor:
-        """(B, N, token_s) from the token features ``res_type``, ``profile``, ``deletion_mean``, ``method_feature``,
-        ``modified``, ``cyclic_period`` and ``mol_type``."""
+    def forward(self, feats: dict[str, Tensor], cp: ContextParallel) -> Tensor:
+        """(B, N, token_s), the same on all ranks, from the token features ``res_type``, ``profile``, ``deletion_mean``,
+        ``method_feature``, ``modified``, ``cyclic_period`` and ``mol_type`` and those of this rank's atoms that
+        :class:`~cpfold_train.model.atom_encoder.AtomEncoder` reads."""
+        q, c, p = self.atom_encoder(feats, cp)
+        bias = normed_linear(p, *self.atom_enc_proj_z)
+        s, _, _ = self.atom_attention_encoder(feats, q, c, bias, cp)
+        return all_tokens(s, cp) + self._embed_tokens(feats)
+
+    def _embed_tokens(self, feats: dict[str, Tensor]) -> Tensor:
         dtype = self.res_type_encoding.weight.dtype
         profile = torch.cat([feats["profile"], feats["deletion_mean"][..., None]], -1)
         s = self.res_type_encoding(feats["res_type"].to(dtype)) + self.msa_profile_encoding(profile.to(dtype))
@@ -114,6 +129,10 @@ class FourierEmbedding(nn.Module):
         nn.init.normal_(self.proj.weight)
         nn.init.normal_(self.proj.bias)
         self.proj.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,) to (B, dim)."""
+        return torch.cos(2 * math.pi * self.proj(x[:, None]))
 
 
 class ContactConditioning(nn.Module):

@@ -45,12 +45,16 @@ class Transition(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, rows, ..., dim) to the same; local, a few rows at a time."""
-        shared = self.norm.weight, self.norm.bias, self.fc1.weight, self.fc2.weight, self.fc3.weight
         hidden_bytes = x[:, :1].numel() // x.shape[-1] * self.fc1.out_features * x.element_size()
-        return by_rows(_transition, rows_per_block(hidden_bytes, x.device), (x,), shared)
+        return by_rows(transition, rows_per_block(hidden_bytes, x.device), (x,), self.weights())
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """Those that :func:`transition` takes."""
+        return self.norm.weight, self.norm.bias, self.fc1.weight, self.fc2.weight, self.fc3.weight
 
 
-def _transition(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, fc1: Tensor, fc2: Tensor, fc3: Tensor) -> Tensor:
+def transition(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, fc1: Tensor, fc2: Tensor, fc3: Tensor) -> Tensor:
+    """:class:`Transition` of (..., dim) all at once."""
     x = layer_norm(x, norm_weight.shape, norm_weight, norm_bias)
     return F.linear(F.silu(F.linear(x, fc1)) * F.linear(x, fc2), fc3)
 

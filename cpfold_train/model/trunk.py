@@ -18,7 +18,7 @@ from cpfold_train.model.msa import MSAModule
 from cpfold_train.model.pairformer import PairformerModule
 from cpfold_train.model.templates import TemplateV2Module
 from cpfold_train.ops.transpose import transpose
-from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.parallel.context import ContextParallel, to_local
 from cpfold_train.parallel.random import Draws
 
 
@@ -44,7 +44,7 @@ class Trunk(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         token_s, token_z = config.token_s, config.token_z
-        self.input_embedder = InputEmbedder(token_s)
+        self.input_embedder = InputEmbedder(config.atoms, token_s, token_z, config.checkpoint_blocks)
         self.s_init = linear(token_s, token_s, "default")
         self.z_init_1 = linear(token_s, token_z, "default")
         self.z_init_2 = linear(token_s, token_z, "default")
@@ -67,18 +67,18 @@ class Trunk(nn.Module):
         """Run the trunk ``recycling_steps + 1`` times, the last time with gradients.
 
         Args:
-            feats: token features (B, N, ...), replicated; pair tiles (B, N/R, N/C, ...) and MSA blocks (B, S/R, N/C),
-                as DTensors or as this rank's plain tensors.
-            cp: the running grid. N is a multiple of R * C and S of R.
+            feats: token features (B, N, ...), replicated; pair tiles (B, N/R, N/C, ...), MSA blocks (B, S/R, N/C) and
+                shares of atoms (B, A/P, ...), as DTensors or as this rank's plain tensors.
+            cp: the running grid. N is a multiple of R * C, S of R and A of 32 R * C.
             recycling_steps: how often s and z are fed back.
             draws: dropout of this batch; None in evaluation.
 
         Returns:
-            ``s`` (B, N, token_s), replicated; ``z`` (B, N, N, token_z) and ``pdistogram`` (B, N, N, 1, num_bins),
-            tiled.
+            ``s_inputs`` and ``s`` (B, N, token_s), replicated; ``z`` (B, N, N, token_z) and ``pdistogram``
+            (B, N, N, 1, num_bins), tiled.
         """
-        feats = {name: x.to_local() if isinstance(x, DTensor) else x for name, x in feats.items()}
-        s_inputs = self.input_embedder(feats)
+        feats = to_local(feats)
+        s_inputs = self.input_embedder(feats, cp)
         s_init, z_init = self.s_init(s_inputs), self._embed_pairs(s_inputs, feats, cp)
 
         with_grad = torch.is_grad_enabled()
@@ -97,7 +97,12 @@ class Trunk(nn.Module):
                 s, z = self.pairformer_module(s, z, feats["token_pad_mask"], cp, at)
 
         pdistogram = self.distogram_module(z, cp)
-        return {"s": cp.replicated(s), "z": cp.tiled(z), "pdistogram": cp.tiled(pdistogram)}
+        return {
+            "s_inputs": cp.replicated(s_inputs),
+            "s": cp.replicated(s),
+            "z": cp.tiled(z),
+            "pdistogram": cp.tiled(pdistogram),
+        }
 
     def _embed_pairs(self, s_inputs: Tensor, feats: dict[str, Tensor], cp: ContextParallel) -> Tensor:
         """Initial z, tile (B, N/R, N/C, token_z)."""

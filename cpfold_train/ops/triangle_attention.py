@@ -26,6 +26,7 @@ from torch.nn.functional import layer_norm, linear
 
 from cpfold_train.ops.biased_attention import biased_attention
 from cpfold_train.ops.by_rows import by_rows, rows_per_block
+from cpfold_train.ops.pair_bias import pair_bias
 from cpfold_train.ops.ring_attention import ring_attention
 from cpfold_train.ops.stream import stream
 from cpfold_train.parallel.context import ContextParallel
@@ -113,14 +114,7 @@ def _algorithm(z: Tensor, n: int, w: Weights, ending: bool, cp: ContextParallel)
 
 def _bias(z: Tensor, key_mask: Tensor, w: Weights) -> Tensor:
     """Triangle bias of a tile, (B, h, N/R, N/C), with -1e9 where the key (B, N/R, N/C) is no real token."""
-
-    def project(z: Tensor, key_mask: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor) -> Tensor:
-        x = layer_norm(z, norm_weight.shape, norm_weight, norm_bias)
-        bias = (weight @ x.flatten(1, 2).mT).unflatten(2, z.shape[1:3])
-        return bias + (key_mask[:, None].to(bias.dtype) - 1) * 1e9
-
-    rows = rows_per_block(z[:, :1].numel() * z.element_size(), z.device)
-    return by_rows(project, rows, (z, key_mask), (w.norm_weight, w.norm_bias, w.bias), dim=2)
+    return pair_bias(z, key_mask, w.norm_weight, w.norm_bias, w.bias, 1e9)
 
 
 def _in_whole_rows(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -121,6 +122,11 @@ class ContextParallel:
         Its gradient on a rank is that rank's share, not the sum: nothing is reduced when it flows back.
         """
         return DTensor.from_local(value, self.cp_mesh, REPLICATED, run_check=False)
+
+
+def to_local(values: dict[str, Any]) -> dict[str, Any]:
+    """This rank's parts of a dict of DTensors; what is none stays as it is."""
+    return {name: x.to_local() if isinstance(x, DTensor) else x for name, x in values.items()}
 
 
 @contextmanager

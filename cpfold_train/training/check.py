@@ -39,12 +39,10 @@ def check(config: TrainConfig) -> None:
         _require_cuequivariance(config)
     _one_of("trainer.precision", str(config.trainer.precision), PRECISIONS)
     _one_of("model.num_bins", config.model.num_bins, (NUM_BINS,))
-    if config.model.token_s % config.model.pairformer.num_heads:
-        heads = config.model.pairformer.num_heads
-        raise ConfigError(
-            f"model.token_s={config.model.token_s} does not divide into {heads} heads: "
-            f"type model.token_s={heads * -(-config.model.token_s // heads)}"
-        )
+    atoms = config.model.atoms
+    _divides("model.token_s", config.model.token_s, config.model.pairformer.num_heads)
+    _divides("model.atoms.atom_s", atoms.atom_s, atoms.atom_encoder_heads)
+    _divides("model.atoms.atom_s", atoms.atom_s, atoms.atom_decoder_heads)
     if config.cp.timeout_s <= 0:
         raise ConfigError(f"cp.timeout_s={config.cp.timeout_s} leaves no time: type a number of seconds above 0")
     if not 0 <= config.data.max_bad_share <= 1:
@@ -87,6 +85,12 @@ def _require_cuequivariance(config: TrainConfig) -> None:
             f"kernels=cuequivariance does not train in trainer.precision={config.trainer.precision}: "
             "type trainer.precision=bf16-mixed, or kernels=torch"
         )
+
+
+def _divides(name: str, width: int, heads: int) -> None:
+    if width % heads:
+        enough = heads * -(-width // heads)
+        raise ConfigError(f"{name}={width} does not divide into {heads} heads: type {name}={enough}")
 
 
 def _one_of(name: str, value: str | int, known: tuple[str | int, ...]) -> None:

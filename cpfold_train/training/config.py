@@ -56,6 +56,30 @@ class DataConfig:
 
 
 @dataclass
+class LossConfig:
+    """Weights of the losses; see ``conf/train.yaml``."""
+
+    diffusion: float = MISSING
+    smooth_lddt: float = MISSING
+    distogram: float = MISSING
+    bfactor: float = MISSING
+    plddt: float = MISSING
+    resolved: float = MISSING
+    pde: float = MISSING
+    pae: float = MISSING
+
+
+@dataclass
+class DiffusionRunConfig:
+    """How often structures are noised in training, and how they are sampled; see ``conf/train.yaml``."""
+
+    multiplicity: int = MISSING
+    sampling_steps: int = MISSING
+    samples: int = MISSING
+    validation_steps: int = MISSING
+
+
+@dataclass
 class OptimConfig:
     """AdamW, its schedule and the moving average of the weights; see ``conf/optim``."""
 
@@ -131,6 +155,8 @@ class TrainConfig:
     cp: ContextParallelConfig = field(default_factory=ContextParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    diffusion: DiffusionRunConfig = field(default_factory=DiffusionRunConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -44,7 +44,7 @@ class StepFigures(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: dict, batch: dict[str, Any], batch_idx: int
     ) -> None:
-        self._batches.append((outputs["loss_share"], outputs["tokens"]))
+        self._batches.append((outputs["shares"], outputs["tokens"]))
         self._worked += time.perf_counter() - self._started
         if trainer.global_step > self._step:
             if self._due(trainer, trainer.global_step):
@@ -75,32 +75,33 @@ class StepFigures(Callback):
 
     def _log_step(self, trainer: Trainer, crop_size: int) -> None:
         cp = trainer.strategy.cp
-        shares, tokens = (torch.stack(values).double().sum().item() for values in zip(*self._batches))
+        shares, tokens = zip(*self._batches)
+        losses = {f"train/{name}": torch.stack([share[name] for share in shares]).double() for name in shares[0]}
         figures = gather_figures(
             cp,
             [
-                shares / len(self._batches),
-                tokens / cp.grid.cp_size,
+                torch.stack(tokens).sum().item() / cp.grid.cp_size,
                 self._worked,
                 trainer.train_dataloader.waited_s - self._waited_before,
                 trainer.datamodule.quarantined / cp.grid.cp_size,
                 peak_mib(trainer.strategy.root_device),
                 *(self._communicated(trainer) - self._before_step).tolist(),
+                *(loss.mean().item() for loss in losses.values()),
             ],
         )
         total, mean, highest = figures.sum(0).tolist(), figures.mean(0).tolist(), figures.amax(0).tolist()
         row = {
-            "train/loss": total[0] / cp.grid.dp,
+            **{name: value / cp.grid.dp for name, value in zip(losses, total[7:])},
             "lr": self._lr,
             "grad_norm": self._grad_norm.item(),
-            "tokens": round(total[1]),
+            "tokens": round(total[0]),
             "crop_size": crop_size,
-            "step_s": mean[2],
-            "data_wait_s": highest[3],
-            "quarantined": round(total[4]),
-            "peak_memory_mib": highest[5],
-            "sent_mib": mean[6],
-            "exposed_comm_s": mean[7],
+            "step_s": mean[1],
+            "data_wait_s": highest[2],
+            "quarantined": round(total[3]),
+            "peak_memory_mib": highest[4],
+            "sent_mib": mean[5],
+            "exposed_comm_s": mean[6],
         }
         for logger in trainer.loggers:
             logger.log_metrics(row | _by_op(trainer), step=trainer.global_step)

@@ -13,6 +13,14 @@ from lightning.pytorch.utilities import rank_zero_only
 COLUMNS = (
     "step",
     "train/loss",
+    "train/diffusion",
+    "train/smooth_lddt",
+    "train/distogram",
+    "train/bfactor",
+    "train/plddt",
+    "train/resolved",
+    "train/pde",
+    "train/pae",
     "lr",
     "grad_norm",
     "tokens",
@@ -24,8 +32,10 @@ COLUMNS = (
     "sent_mib",
     "exposed_comm_s",
     "val/loss",
+    "val/distogram",
     "val/contact_precision",
     "val/distance_lddt",
+    "val/structure_lddt",
 )
 
 

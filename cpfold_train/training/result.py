@@ -13,6 +13,7 @@ from rich.table import Table
 from cpfold_train.memory import now_mib, peak_mib, reset_peak
 from cpfold_train.parallel.gather import gather_figures
 from cpfold_train.training.metrics_csv import read_metrics
+from cpfold_train.training.module import VALIDATION
 from cpfold_train.training.result_file import write_result
 
 
@@ -110,7 +111,7 @@ def _print_summary(run_dir: Path, step: int) -> None:
         print(f"no step was logged: the run is at step {step} already; type a larger trainer.max_steps to go on")
         return
     table = Table("figure", "first", "last", title="training")
-    for name in ("train/loss", "val/loss", "val/contact_precision", "val/distance_lddt"):
+    for name in ("train/loss", "train/diffusion", "train/distogram", *VALIDATION):
         if values := [float(row[name]) for row in rows if row.get(name)]:
             table.add_row(name, f"{values[0]:.4f}", f"{values[-1]:.4f}")
     console = Console()

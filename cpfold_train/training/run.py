@@ -52,7 +52,7 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
         # The loader divides the samples itself, over replicas only.
         use_distributed_sampler=False,
     )
-    module = CoFoldingModule(config.model, config.optim, config.seed)
+    module = CoFoldingModule(config.model, config.optim, config.loss, config.diffusion, config.seed)
     if config.trainer.precision == "64-true":
         # Lightning converts the module after it has read the checkpoint, whose weights would be rounded to fp32.
         module.double()

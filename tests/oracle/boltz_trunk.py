@@ -12,17 +12,8 @@ import torch
 from boltz.model.layers.pairformer import PairformerModule
 from boltz.model.loss.distogramv2 import distogram_loss
 from boltz.model.modules.encodersv2 import RelativePositionEncoder
-from boltz.model.modules.trunkv2 import ContactConditioning, DistogramModule, InputEmbedder, MSAModule
+from boltz.model.modules.trunkv2 import ContactConditioning, DistogramModule, InputEmbedder, MSAModule, TemplateV2Module
 from torch import nn
-
-
-class AtomStandIn(nn.Module):
-    """Returns zeros in place of the atom encoder, which is outside the trunk that is compared."""
-
-    def forward(self, feats=None, **kwargs):
-        if feats is not None and kwargs:
-            return torch.zeros((), dtype=torch.float64), None, None, None
-        return None, None, None, None
 
 
 class StockTrunk(nn.Module):
@@ -32,12 +23,10 @@ class StockTrunk(nn.Module):
         super().__init__()
         s, z = sizes["token_s"], sizes["token_z"]
         self.input_embedder = InputEmbedder(
-            16, 4, s, z, 32, 128, 388, 1, 2,
+            token_s=s, token_z=z, atoms_per_window_queries=32, atoms_per_window_keys=128, atom_feature_dim=388,
             add_method_conditioning=True, add_modified_flag=True, add_cyclic_flag=True, add_mol_type_feat=True,
+            **sizes["atoms"],
         )  # fmt: skip
-        self.input_embedder.atom_encoder = AtomStandIn()
-        self.input_embedder.atom_enc_proj_z = nn.Identity()
-        self.input_embedder.atom_attention_encoder = AtomStandIn()
         self.s_init = nn.Linear(s, s, bias=False)
         self.z_init_1 = nn.Linear(s, z, bias=False)
         self.z_init_2 = nn.Linear(s, z, bias=False)
@@ -47,6 +36,7 @@ class StockTrunk(nn.Module):
         self.contact_conditioning = ContactConditioning(z, 4.0, 20.0)
         self.s_norm, self.z_norm = nn.LayerNorm(s), nn.LayerNorm(z)
         self.s_recycle, self.z_recycle = nn.Linear(s, s, bias=False), nn.Linear(z, z, bias=False)
+        self.template_module = TemplateV2Module(z, **sizes["template"])
         self.msa_module = MSAModule(token_z=z, token_s=s, **sizes["msa"])
         self.pairformer_module = PairformerModule(s, z, v2=True, **sizes["pairformer"])
         self.distogram_module = DistogramModule(z, sizes["num_bins"])
@@ -64,6 +54,7 @@ class StockTrunk(nn.Module):
             with torch.set_grad_enabled(cycle == recycling_steps):
                 s = s_init + self.s_recycle(self.s_norm(s))
                 z = z_init + self.z_recycle(self.z_norm(z))
+                z = z + self.template_module(z, feats, pair_mask)
                 z = z + self.msa_module(z, s_inputs, feats)
                 s, z = self.pairformer_module(s, z, mask=mask, pair_mask=pair_mask)
         return s, z, self.distogram_module(z)

@@ -1,0 +1,62 @@
+"""All losses of a training step, each on its own.
+
+AlphaFold 3, supplement 4.4; ``boltz/model/models/boltz2.py`` (training_step). Every function returns this rank's share
+of each sample's losses, (B,), to be summed over ranks: the mean over the M diffusion samples of each of B complexes.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from cpfold_train.losses.bfactor import bfactor_loss
+from cpfold_train.losses.confidence import judge, pae_loss, pde_loss, plddt_loss, resolved_loss
+from cpfold_train.losses.diffusion import diffusion_loss
+from cpfold_train.losses.distogram import distogram_loss
+from cpfold_train.losses.smooth_lddt import smooth_lddt_loss
+from cpfold_train.parallel.context import ContextParallel, to_local
+
+Values = dict[str, Tensor | DTensor]
+
+
+def structure_losses(out: Values, feats: Values, cp: ContextParallel) -> dict[str, Tensor]:
+    """``diffusion``, ``smooth_lddt``, ``distogram`` and ``bfactor``.
+
+    Args:
+        out: what :meth:`cpfold_train.model.cofolding.CoFolding.forward` returned.
+        feats: what it was given.
+        cp: the running grid.
+    """
+    out, feats = to_local(out), to_local(feats)
+    denoised, truth = out["denoised_atom_coords"], out["aligned_true_atom_coords"]
+    samples = len(feats["coords"]), -1
+    return {
+        "diffusion": diffusion_loss(denoised, truth, out["sigmas"], feats, cp).view(samples).mean(1),
+        "smooth_lddt": smooth_lddt_loss(denoised, feats, cp).view(samples).mean(1),
+        "distogram": distogram_loss(out["pdistogram"], feats, cp),
+        "bfactor": bfactor_loss(out["pbfactor"], feats, cp),
+    }
+
+
+def confidence_losses(logits: Values, coords: Tensor, feats: Values, cp: ContextParallel) -> dict[str, Tensor]:
+    """``plddt``, ``resolved``, ``pde`` and ``pae``.
+
+    Args:
+        logits: what :meth:`cpfold_train.model.cofolding.CoFolding.judge` returned.
+        coords: (B M, A/P, 3), the sampled structures that it was given.
+        feats: what the trunk was given.
+        cp: the running grid.
+    """
+    feats = to_local(feats)
+    samples = len(feats["coords"]), -1
+    truth, resolved = (
+        feats[name].repeat_interleave(len(coords) // samples[0], 0) for name in ("coords", "atom_resolved_mask")
+    )
+    judged = judge(coords, truth, resolved, cp)
+    losses = {
+        "plddt": plddt_loss(logits["plddt_logits"], judged, feats, cp),
+        "resolved": resolved_loss(logits["resolved_logits"], judged, feats, cp),
+        "pde": pde_loss(logits["pde_logits"], judged, feats, cp),
+        "pae": pae_loss(logits["pae_logits"], judged, feats, cp),
+    }
+    return {name: loss.view(samples).mean(1) for name, loss in losses.items()}

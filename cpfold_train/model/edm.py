@@ -1,0 +1,174 @@
+"""The diffusion process around the diffusion module: noise levels, preconditioning, training and sampling.
+
+Karras et al., "Elucidating the design space of diffusion-based generative models", NeurIPS 2022; AlphaFold 3,
+Algorithms 18 and 19; Boltz-2's names and arithmetic (AtomDiffusion in ``boltz/model/modules/diffusionv2.py``).
+
+Every rank has its share of the atoms. What is drawn is drawn by the global index of the atom, for each sample from a
+stream of its own.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from cpfold_train.model.config import AtomConfig, DiffusionConfig
+from cpfold_train.model.diffusion import DiffusionModule
+from cpfold_train.model.diffusion_conditioning import Conditioning
+from cpfold_train.ops.rigid_align import weighted_rigid_align
+from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.parallel.grid import split
+from cpfold_train.parallel.random import Draws
+from cpfold_train.parallel.redistribute import all_reduce
+
+OP = "diffusion"
+
+
+class AtomDiffusion(nn.Module):
+    """Structures from noise.
+
+    Args:
+        token_s: width of the single representation.
+        atoms: sizes.
+        config: sizes, and the process.
+        checkpoint_blocks: recompute each layer in the backward pass.
+    """
+
+    def __init__(self, token_s: int, atoms: AtomConfig, config: DiffusionConfig, checkpoint_blocks: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.score_model = DiffusionModule(token_s, atoms, config, checkpoint_blocks)
+
+    def forward(
+        self,
+        s_inputs: Tensor,
+        s_trunk: Tensor,
+        feats: dict[str, Tensor],
+        conditioning: Conditioning,
+        multiplicity: int,
+        draws: Draws,
+        cp: ContextParallel,
+    ) -> dict[str, Tensor]:
+        """Add noise to the true structure and take it away again, in M = ``multiplicity`` samples of each complex.
+
+        Args:
+            s_inputs, s_trunk: (B, N, token_s), the same on all ranks.
+            feats: those of :class:`~cpfold_train.model.diffusion.DiffusionModule`, and ``coords`` (B, A/P, 3) in
+                Angstrom.
+            conditioning: see there.
+            multiplicity: M.
+            draws: noise levels, noise and positions in space.
+            cp: the running grid.
+
+        Returns:
+            ``denoised_atom_coords`` (B*M, A/P, 3), in Angstrom; ``aligned_true_atom_coords`` (B*M, A/P, 3), the true
+            ones as each sample was turned and shifted; ``sigmas`` (B*M,), the noise levels, the same on all ranks.
+        """
+        samples, config = draws.copies(multiplicity), self.config
+        coords = feats["coords"].repeat_interleave(multiplicity, 0)
+        mask = feats["atom_pad_mask"].repeat_interleave(multiplicity, 0)
+        level = samples.at("sigma").normal(0, 1)[:, 0].to(coords.dtype)
+        sigmas = config.sigma_data * (config.P_mean + config.P_std * level).exp()
+        coords = randomly_placed(coords, mask, samples, cp)
+        noisy = coords + sigmas[:, None, None] * noise(coords, samples, cp)
+        denoised = self.denoise(noisy, sigmas, s_inputs, s_trunk, feats, conditioning, cp)
+        return {"denoised_atom_coords": denoised, "aligned_true_atom_coords": coords, "sigmas": sigmas}
+
+    def denoise(
+        self,
+        noisy: Tensor,
+        sigmas: Tensor,
+        s_inputs: Tensor,
+        s_trunk: Tensor,
+        feats: dict[str, Tensor],
+        conditioning: Conditioning,
+        cp: ContextParallel,
+    ) -> Tensor:
+        """Coordinates (B*M, A/P, 3) at noise levels (B*M,) to the prediction of the true ones."""
+        sigma, data = sigmas[:, None, None], self.config.sigma_data
+        total = (sigma**2 + data**2).sqrt()
+        times = (sigmas / data).log() / 4
+        update = self.score_model(s_inputs, s_trunk, noisy / total, times, feats, conditioning, cp)
+        return (data / total) ** 2 * noisy + sigma * data / total * update
+
+    @torch.no_grad()
+    def sample(
+        self,
+        s_inputs: Tensor,
+        s_trunk: Tensor,
+        feats: dict[str, Tensor],
+        conditioning: Conditioning,
+        num_sampling_steps: int,
+        multiplicity: int,
+        draws: Draws,
+        cp: ContextParallel,
+    ) -> Tensor:
+        """Structures from noise, (B*M, A/P, 3) in Angstrom, each somewhere in space.
+
+        Before each step the structure is turned, shifted and made a little noisier, and then laid onto the prediction.
+
+        Args:
+            num_sampling_steps: noise levels, at least two; one step leads from each to the next, the last one to zero.
+            draws: noise and positions in space.
+            s_inputs, s_trunk, feats, conditioning, multiplicity, cp: as for :meth:`forward`; ``coords`` is not read.
+        """
+        config, samples = self.config, draws.copies(multiplicity)
+        mask = feats["atom_pad_mask"].repeat_interleave(multiplicity, 0)
+        # Without gradients there is room for the biases of all layers, which each step would project again.
+        biases = [conditioning.token_trans_bias(i) for i in range(config.token_transformer_depth)]
+        conditioning = conditioning._replace(token_trans_bias=biases.__getitem__)
+
+        levels = noise_levels(config, num_sampling_steps)
+        coords = levels[0] * noise(mask.new_empty(*mask.shape, 3), samples.at("start"), cp)
+        for step, (before, after) in enumerate(pairwise(levels)):
+            here = samples.at("step", step)
+            raised = before * (1 + (config.gamma_0 if after > config.gamma_min else 0))
+            coords = randomly_placed(coords, mask, here, cp)
+            noisy = coords + config.noise_scale * (raised**2 - before**2) ** 0.5 * noise(coords, here, cp)
+            sigmas = coords.new_full(coords.shape[:1], raised)
+            denoised = self.denoise(noisy, sigmas, s_inputs, s_trunk, feats, conditioning, cp)
+            noisy = weighted_rigid_align(noisy, denoised, mask, mask, cp)
+            coords = noisy + config.step_scale * (after - raised) / raised * (noisy - denoised)
+        return coords
+
+
+def noise_levels(config: DiffusionConfig, num_sampling_steps: int) -> list[float]:
+    """Noise levels of a sampling in Angstrom, from the highest to zero: one more than there are steps."""
+    first, last = config.sigma_max ** (1 / config.rho), config.sigma_min ** (1 / config.rho)
+    parts = (step / (num_sampling_steps - 1) for step in range(num_sampling_steps))
+    return [config.sigma_data * (first + part * (last - first)) ** config.rho for part in parts] + [0.0]
+
+
+def noise(coords: Tensor, draws: Draws, cp: ContextParallel) -> Tensor:
+    """Standard normal deviates like the share ``coords`` (B, A/P, 3), one stream of ``draws`` a sample."""
+    first, stop = split(coords.shape[1] * cp.all.size, cp.all.size)[cp.all.index]
+    return draws.at("noise").normal(3 * first, 3 * stop).unflatten(1, (-1, 3)).to(coords.dtype)
+
+
+def randomly_placed(coords: Tensor, mask: Tensor, draws: Draws, cp: ContextParallel) -> Tensor:
+    """Coordinates, their centre moved near the origin, turned at random (AlphaFold 3, Algorithm 19).
+
+    Args:
+        coords: (B, A/P, 3) this rank's share, in Angstrom.
+        mask: (B, A/P), 1 for the atoms of which the centre is taken.
+        draws: one stream a sample.
+        cp: the running grid.
+    """
+    sums = torch.cat([(coords * mask[..., None]).sum(1), mask.sum(1, keepdim=True)], 1)
+    middle, count = all_reduce(sums, cp, cp.all, OP).split([3, 1], 1)
+    turn = rotations(draws.at("rotation").normal(0, 4).to(coords.dtype))
+    shift = draws.at("translation").normal(0, 3).to(coords.dtype)
+    return (coords - (middle / count)[:, None]) @ turn + shift[:, None]
+
+
+def rotations(quaternions: Tensor) -> Tensor:
+    """(B, 4) quaternions of any length to (B, 3, 3) rotations; of normal deviates they are uniform."""
+    w, x, y, z = (quaternions / torch.linalg.vector_norm(quaternions, dim=1, keepdim=True)).unbind(1)
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    return torch.stack([torch.stack(row, -1) for row in rows], -2)

@@ -1,0 +1,60 @@
+"""What validation measures of each sample, tile by tile."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from cpfold_train.ops.atoms_at import atoms_at
+from cpfold_train.parallel.context import ContextParallel, to_local
+from cpfold_train.parallel.gather import gather_tensor
+from cpfold_train.parallel.redistribute import all_reduce
+from cpfold_train.training import metrics
+
+OP = "metrics"
+
+
+def score_distances(pdistogram: DTensor, feats: dict[str, Tensor | DTensor], cp: ContextParallel) -> Tensor:
+    """(B, 2): precision of the top L long-range contacts and lDDT of the distances that the distogram gives.
+
+    L is the sample's number of resolved tokens. The result is the same on all ranks of the replica.
+    """
+    logits, feats = pdistogram.to_local().squeeze(3), to_local(feats)
+    n = pdistogram.shape[1]
+    rows, cols = cp.grid.row_tokens(n), cp.grid.col_tokens(n)
+    centre, resolved, asym_id, residue_index = (
+        feats[name] for name in ("disto_center", "token_disto_mask", "asym_id", "residue_index")
+    )
+    scores = []
+    for b in range(len(logits)):
+        expected, contact = metrics.read_distogram(logits[b])
+        distance, valid = metrics.true_distances(centre[b], resolved[b], rows, cols)
+        hits, pairs = all_reduce(metrics.lddt_parts(expected, distance, valid), cp, cp.all, OP)
+        top = int(resolved[b].sum())
+        far = valid & metrics.long_range(asym_id[b], residue_index[b], rows, cols)
+        candidates = gather_tensor(metrics.contact_candidates(contact, distance, far, top, rows, cols, n), cp.all)
+        precision = metrics.precision(candidates.flatten(0, 1), top).to(hits.dtype)
+        scores.append(torch.stack([precision, hits / pairs.clamp(min=1)]))
+    return torch.stack(scores)
+
+
+def score_structures(coords: Tensor, feats: dict[str, Tensor | DTensor], cp: ContextParallel) -> Tensor:
+    """(B,): lDDT of one sampled structure of each sample, of its tokens' representative atoms.
+
+    Args:
+        coords: (B, A/P, 3) in Angstrom, shares of atoms.
+        feats: what the trunk was given.
+        cp: the running grid.
+    """
+    feats = to_local(feats)
+    predicted = atoms_at(coords, feats["token_to_rep_atom"], cp)
+    n = predicted.shape[1]
+    rows, cols = cp.grid.row_tokens(n), cp.grid.col_tokens(n)
+    scores = []
+    for b in range(len(predicted)):
+        distance, valid = metrics.true_distances(feats["disto_center"][b], feats["token_disto_mask"][b], rows, cols)
+        apart = torch.cdist(predicted[b, slice(*rows)], predicted[b, slice(*cols)])
+        hits, pairs = all_reduce(metrics.lddt_parts(apart, distance.to(apart), valid), cp, cp.all, OP)
+        scores.append(hits / pairs.clamp(min=1))
+    return torch.stack(scores)
