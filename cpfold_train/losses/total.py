@@ -40,7 +40,8 @@ def structure_losses(out: Values, feats: Values, cp: ContextParallel) -> dict[st
 
 
 def confidence_losses(logits: Values, coords: Tensor, feats: Values, cp: ContextParallel) -> dict[str, Tensor]:
-    """``plddt``, ``resolved``, ``pde`` and ``pae``, against the truth with its symmetric parts named as predicted.
+    """``plddt``, ``resolved``, ``pde`` and ``pae``, against the truth with its symmetric chains and atoms named as each
+    structure has them.
 
     Args:
         logits: what :meth:`cpfold_train.model.cofolding.CoFolding.judge` returned.
