@@ -29,9 +29,9 @@ CONFIG = ModelConfig(
 ORACLE = Path(__file__).parent / "oracle" / "boltz_confidence.py"
 CHAIN = torch.tensor([0] * 3 + [1] * 2 + [2] * 4 + [3] * 3 + [4])
 KIND = torch.tensor([PROTEIN, PROTEIN, NONPOLYMER, DNA, NONPOLYMER])[CHAIN]
-ATOM_TOKEN = torch.arange(N).repeat_interleave(torch.where(KIND == NONPOLYMER, 1, 3))
+ATOM_TOKEN = torch.arange(N).repeat_interleave(torch.where(KIND == NONPOLYMER, 1, 12))
 ATOMS = [int(torch.searchsorted(ATOM_TOKEN, n)) for n in LENGTHS]
-"""Atoms of the two complexes: one of a ligand's token, three of others."""
+"""Atoms of the two complexes: one of a ligand's token, twelve of others, so that several ranks have some."""
 TILES = ("pae_logits", "pde_logits", "pae", "pde")
 TOKENS = ("plddt_logits", "resolved_logits", "plddt", "pbfactor")
 
@@ -46,8 +46,8 @@ def complexes() -> dict[str, torch.Tensor]:
     return {
         "asym_id": CHAIN.expand(B, N),
         "mol_type": KIND.expand(B, N),
-        "token_to_rep_atom": (first + polymer).expand(B, N),
-        "frames_idx": (first[:, None] + polymer[:, None] * torch.arange(3)).expand(B, N, 3),
+        "token_to_rep_atom": (first + 5 * polymer).expand(B, N),
+        "frames_idx": (first[:, None] + polymer[:, None] * torch.tensor([2, 5, 9])).expand(B, N, 3),
         "x": 3 * random(B * M, len(ATOM_TOKEN), 3, seed=4),
         "s_inputs": random(B, N, C_S, seed=5),
         "s": random(B, N, C_S, seed=6),

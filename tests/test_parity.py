@@ -202,7 +202,7 @@ def template_features() -> dict[str, torch.Tensor]:
     }
 
 
-def train_step(cp: ContextParallel) -> tuple[torch.Tensor, dict[str, torch.Tensor], list]:
+def train_step(cp: ContextParallel) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict]:
     """Loss shares, gradients and placements of a small trunk: dropout on, one recycling, blocks recomputed."""
     config = ModelConfig(C_S, C_Z, 8, 1, True, MSA, PairformerConfig(1, 4, 0.25, 6, 2), AtomConfig(8, 4, 2, 2))
     trunk = Trunk(config).double()
@@ -212,7 +212,7 @@ def train_step(cp: ContextParallel) -> tuple[torch.Tensor, dict[str, torch.Tenso
     loss = distogram_loss(out["pdistogram"], feats, cp)
     loss.sum().backward()
     grads = {name: p.grad for name, p in trunk.named_parameters() if p.grad is not None}
-    return loss.detach(), grads, [(x.placements, x.shape) for x in out.values()]
+    return loss.detach(), grads, {name: (x.placements, x.shape) for name, x in out.items()}
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g[0]}x{g[1]}")
@@ -225,7 +225,7 @@ def test_training_step_of_the_trunk(ranks, grid):
         total = sum(part[1][name] for part in parts)
         torch.testing.assert_close(total, grad, rtol=1e-7, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
     n = Grid(*grid).pad_tokens(N)
-    for placements, shape in (parts[0][2][1], parts[0][2][2]):
+    for placements, shape in (parts[0][2][name] for name in ("z", "pdistogram")):
         assert placements == TILED and shape[1:3] == (n, n)
 
 

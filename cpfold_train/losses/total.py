@@ -1,7 +1,7 @@
 """All losses of a training step, each on its own.
 
 AlphaFold 3, supplement 4.4; ``boltz/model/models/boltz2.py`` (training_step). Every function returns this rank's share
-of each sample's losses, (B,): the mean over the M diffusion samples of each of the B complexes, to be summed over ranks.
+of each sample's losses, (B,), to be summed over ranks: the mean over the M diffusion samples of each of B complexes.
 """
 
 from __future__ import annotations

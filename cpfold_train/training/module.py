@@ -94,13 +94,14 @@ class CoFoldingModule(LightningModule):
         draws = Draws(batch["sample_key"])
         out, losses = self._losses(batch, self._recycling, draws)
         shares = torch.stack([self._weighted(losses), losses["distogram"]], 1)
-        scores = [all_reduce(shares, self.cp, self.cp.all, "metrics"), score_distances(out["pdistogram"], batch, self.cp)]
+        structure = shares.new_full((len(shares), 1), torch.nan)
         if steps := self._diffusion.validation_steps:
             coords = self.model.sample(out, batch, self.cp, sampling_steps=steps, samples=1, draws=draws)
-            scores.append(score_structures(coords, batch, self.cp)[:, None])
-        else:
-            scores.append(shares.new_full((len(shares), 1), torch.nan))
-        scores = torch.cat([part.double().cpu() for part in (*scores, torch.ones(len(shares), 1))], 1)
+            structure = score_structures(coords, batch, self.cp)[:, None]
+        losses = all_reduce(shares, self.cp, self.cp.all, "metrics")
+        distances = score_distances(out["pdistogram"], batch, self.cp)
+        parts = losses, distances, structure, torch.ones_like(structure)
+        scores = torch.cat([part.double().cpu() for part in parts], 1)
         # Replicas have equally many batches; what fills the last one up has been counted already.
         self._sums += scores[~batch["filler"].cpu()].sum(0)
         return {"pdistogram": out["pdistogram"]}

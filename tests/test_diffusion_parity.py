@@ -1,0 +1,145 @@
+"""Diffusion gives the same on any grid as on 1x1: training forward and backward, and sampling, in fp64."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cpfold_train.model.config import AtomConfig, DiffusionConfig
+from cpfold_train.model.diffusion_conditioning import DiffusionConditioning, PairwiseConditioning
+from cpfold_train.model.edm import AtomDiffusion, noise_levels, randomly_placed
+from cpfold_train.parallel.grid import Grid
+from cpfold_train.parallel.random import Draws
+from tests.atoms import atom_features
+from tests.parity import LENGTHS, TOTALS, check, cut, join, pad, randomise, real
+
+TOKEN_S, TOKEN_Z, M = 6, 5, 3
+ATOMS = AtomConfig(8, 4, 1, 2, 1, 2)
+CONFIG = DiffusionConfig(
+    token_transformer_depth=2, token_transformer_heads=2, conditioning_transition_layers=2, dim_fourier=8
+)
+B, N, A = len(LENGTHS), max(LENGTHS), max(TOTALS)
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+INPUTS = {
+    "s_inputs": (random(B, N, TOKEN_S, seed=1), "token"),
+    "s_trunk": (random(B, N, TOKEN_S, seed=2), "token"),
+    "z": (random(B, N, N, TOKEN_Z, seed=3), "pair"),
+    "rel_pos": (random(B, N, N, TOKEN_Z, seed=4), "pair"),
+    "coords": (random(B, A, 3, seed=5) * 10 + 30, "atom"),
+}
+
+
+class Diffusion(nn.Module):
+    """Conditioning and structure module, under the names that they have in a checkpoint."""
+
+    def __init__(self, checkpoint_blocks: bool) -> None:
+        super().__init__()
+        self.diffusion_conditioning = DiffusionConditioning(TOKEN_S, TOKEN_Z, ATOMS, CONFIG)
+        self.structure_module = AtomDiffusion(TOKEN_S, ATOMS, CONFIG, checkpoint_blocks)
+
+
+def diffusion(checkpoint_blocks: bool = True) -> Diffusion:
+    return Diffusion(checkpoint_blocks).double()
+
+
+def features(grid: Grid, coords: Tensor) -> dict[str, Tensor]:
+    """Those of a rank; ``coords`` are its own."""
+    n = grid.pad_tokens(N)
+    mask = torch.stack([torch.arange(n) < length for length in LENGTHS]).double()
+    return {**atom_features(grid), "token_pad_mask": mask, "coords": coords}
+
+
+def pairwise() -> PairwiseConditioning:
+    return PairwiseConditioning(TOKEN_Z, 2).double()
+
+
+def draws(batch: int = B) -> Draws:
+    return Draws(torch.arange(batch) + 5)
+
+
+def trained(module, x, cp, name="denoised_atom_coords"):
+    feats = features(cp.grid, x["coords"])
+    conditioning = module.diffusion_conditioning(x["s_trunk"], x["z"], x["rel_pos"], feats, cp)
+    out = module.structure_module(x["s_inputs"], x["s_trunk"], feats, conditioning, M, draws(), cp)
+    return out[name]
+
+
+def conditioned(module, x, cp):
+    return module(x["z"], x["rel_pos"])
+
+
+CASES = {
+    "pair conditioning": (pairwise, conditioned, ("z", "rel_pos"), "pair"),
+    "recomputed": (diffusion, trained, tuple(INPUTS), "atom"),
+    "kept": (partial(diffusion, False), trained, tuple(INPUTS), "atom"),
+}
+GRIDS = {
+    "pair conditioning": [(2, 3)],
+    "recomputed": [(1, 2), (3, 1), (2, 3), (3, 3)],
+    "kept": [(2, 2)],
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "grid"),
+    [(case, grid) for case in CASES for grid in GRIDS[case]],
+    ids=lambda value: value if isinstance(value, str) else f"{value[0]}x{value[1]}",
+)
+def test_grid_parity(ranks, case, grid):
+    build, call, names, out_placement = CASES[case]
+    inputs = {name: INPUTS[name][0] for name in names}
+    placements = {name: INPUTS[name][1] for name in names}
+    check(ranks, *grid, build, call, inputs, placements, out_placement)
+
+
+def sampled(cp) -> Tensor:
+    """Three samples of each complex in four steps."""
+    x = {name: cut(pad(x, placement, cp.grid), placement, cp.grid) for name, (x, placement) in INPUTS.items()}
+    module = diffusion()
+    randomise(module)
+    feats = features(cp.grid, x["coords"])
+    conditioning = module.diffusion_conditioning(x["s_trunk"], x["z"], x["rel_pos"], feats, cp)
+    return module.structure_module.sample(x["s_inputs"], x["s_trunk"], feats, conditioning, 4, M, draws(), cp)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (3, 3)], ids=lambda g: f"{g[0]}x{g[1]}")
+def test_sampling_is_the_same_on_any_grid(ranks, shape):
+    (serial,) = ranks.run(sampled, 1, 1)
+    expected = real(serial, "atom")
+    found = real(join(ranks.run(sampled, *shape), "atom", Grid(*shape), partial=False), "atom")
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+    # Samples of the same complex differ, and so do complexes.
+    assert all(not torch.allclose(expected[i], expected[j]) for i in range(B * M) for j in range(i))
+
+
+def test_noise_levels_fall_from_the_highest_to_zero():
+    levels = noise_levels(DiffusionConfig(), 200)
+    assert len(levels) == 201 and sorted(levels, reverse=True) == levels
+    assert levels[0] == pytest.approx(16 * 160) and levels[-2] == pytest.approx(16 * 0.0004) and levels[-1] == 0
+
+
+def placed(cp) -> tuple[Tensor, Tensor]:
+    """The true structure and how it is placed, of this rank's atoms in many samples."""
+    coords = cut(pad(INPUTS["coords"][0], "atom", cp.grid), "atom", cp.grid).repeat_interleave(50, 0)
+    mask = atom_features(cp.grid)["atom_pad_mask"].repeat_interleave(50, 0)
+    return coords, randomly_placed(coords, mask, draws().samples(50), cp)
+
+
+def test_structures_are_centred_and_turned_but_not_mirrored(ranks):
+    ((coords, found),) = ranks.run(placed, 1, 1)
+    coords, found = real(coords, "atom"), real(found, "atom")
+    middles = torch.stack([x.sum(0) / total for x, total in zip(found, torch.tensor(TOTALS).repeat_interleave(50))])
+    assert middles.std() == pytest.approx(1, abs=0.15) and middles.abs().max() < 5
+    corners = [x[:, 1:4] - x[:, :1] for x in (coords, found)]
+    torch.testing.assert_close(corners[0] @ corners[0].mT, corners[1] @ corners[1].mT)
+    torch.testing.assert_close(*(torch.linalg.det(x) for x in corners))
+    turned = corners[1] / torch.linalg.vector_norm(corners[1], dim=-1, keepdim=True)
+    assert turned.mean(0).abs().max() < 0.25, "some directions are likelier than others"
