@@ -16,6 +16,7 @@ from cpfold_train.data.batch import PLACEMENTS, Crop, make_crop, tile_features
 from cpfold_train.data.residues import DNA, NONPOLYMER, PROTEIN
 from cpfold_train.data.shards import open_shards, read_sample
 from cpfold_train.data.structure import Structure
+from cpfold_train.data.symmetry import find_symmetry
 from cpfold_train.parallel.grid import Grid, split
 
 SAMPLES = 3
@@ -46,7 +47,8 @@ def crop_around_ligand(structure: Structure, counts: dict[int, int]) -> Crop:
     tokens = np.sort(np.concatenate(chosen))
     whole = make_crop(structure, {}, crop_size=10_000, max_msa_rows=1, draw=(0, 0, 0))
     rows = msa.assemble(structure, tokens, {}, 1, np.random.default_rng(0))
-    return replace(whole, tokens=tokens, atoms=crop_atoms(structure, tokens), rows=rows)
+    atoms = crop_atoms(structure, tokens)
+    return replace(whole, tokens=tokens, atoms=atoms, rows=rows, symmetry=find_symmetry(structure, tokens, atoms))
 
 
 @cache

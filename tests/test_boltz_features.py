@@ -54,7 +54,7 @@ def package_features(folder, structure, alignments, tokens, covered):
 
 def sample(key):
     (entry,) = (entry for entry in open_shards(["tests/data/*.tar"]) if entry.key == key)
-    return read_sample(entry)
+    return read_sample(entry)[:2]
 
 
 def features_of(crop):

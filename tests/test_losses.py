@@ -134,3 +134,14 @@ def test_smooth_lddt_equals_all_pairs(ranks):
     weights = torch.arange(1, len(losses) + 1)
     (grad,) = torch.autograd.grad((losses * weights).sum(), pred)
     torch.testing.assert_close(ours, (losses.detach(), grad), rtol=1e-9, atol=1e-12)
+
+
+def test_nothing_resolved(ranks):
+    """A sample without coordinates has finite losses, and no gradient but that of what the heads say of it."""
+    feats, given = complexes.batch(Grid())
+    for x in (*(feats[name] for name in ("coords", "atom_resolved_mask", "bfactor")), given["true_coords"]):
+        x.zero_()
+    given["true_resolved"].zero_()
+    for name, (losses, grad) in on_grid(ranks, (1, 1), feats, given).items():
+        assert losses.isfinite().all() and grad.isfinite().all(), name
+        assert name == "resolved" or not grad.any(), name

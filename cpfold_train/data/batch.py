@@ -21,6 +21,7 @@ from cpfold_train.data.crop import SPATIAL, Focus, crop_tokens
 from cpfold_train.data.features import bond_tile, distogram_tile, token_features
 from cpfold_train.data.frames import frame_features
 from cpfold_train.data.structure import Structure
+from cpfold_train.data.symmetry import Symmetry, find_symmetry, symmetry_features
 from cpfold_train.data.templates import Template, draw_templates, template_features
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.random import key_of, numpy_generator
@@ -31,7 +32,7 @@ _NAMES = {
         "token_resolved_mask token_disto_mask cyclic_period deletion_mean res_type profile disto_center "
         "token_to_rep_atom token_to_center_atom token_atom_start frames_idx frame_resolved_mask "
         "template_restype template_frame_rot template_frame_t template_cb template_ca template_mask_cb "
-        "template_mask_frame template_mask visibility_ids sample_key num_tokens"
+        "template_mask_frame template_mask visibility_ids chain_copies sample_key num_tokens"
     ),
     "tile": (
         "token_bonds type_bonds contact_conditioning contact_threshold disto_target "
@@ -39,7 +40,7 @@ _NAMES = {
     ),
     "atoms": (
         "ref_pos ref_charge ref_element ref_atom_name_chars ref_space_uid atom_to_token atom_pad_mask "
-        "atom_resolved_mask coords bfactor"
+        "atom_resolved_mask coords bfactor copy_coords copy_resolved atom_swaps"
     ),
 }
 PLACEMENTS = {name: placement for placement, names in _NAMES.items() for name in names.split()}
@@ -77,6 +78,7 @@ class Crop:
         templates: those that the model sees.
         conditions: what is given away of pockets and contacts.
         motions: (residues, 7) normal deviates that turn and shift the reference conformers.
+        symmetry: other namings of the ground truth.
         sample_key: key of this draw, from which the model draws its own randomness.
     """
 
@@ -87,6 +89,7 @@ class Crop:
     templates: list[Template]
     conditions: list[Condition]
     motions: np.ndarray
+    symmetry: Symmetry
     sample_key: int
 
 
@@ -125,10 +128,13 @@ def make_crop(
     conditions = draw_conditions(structure, tokens, atoms, augmentation.pocket, augmentation.contact, rng)
     residues = int(atoms.residue.max(initial=-1)) + 1
     motions = numpy_generator(seed, "conformers", epoch, position).normal(size=(residues, 7))
-    return Crop(structure, tokens, atoms, rows, seen, conditions, motions, key_of(seed, epoch, position))
+    symmetry = find_symmetry(structure, tokens, atoms)
+    return Crop(structure, tokens, atoms, rows, seen, conditions, motions, symmetry, key_of(seed, epoch, position))
 
 
-def tile_features(crop: Crop, grid: Grid, n: int, s: int, a: int, t: int = 1) -> dict[str, Any]:
+def tile_features(
+    crop: Crop, grid: Grid, n: int, s: int, a: int, t: int = 1, others: tuple[int, int, int] | None = None
+) -> dict[str, Any]:
     """Features of a crop for one rank.
 
     Padding is zero, and a gap in ``msa``: indices of padded tokens and atoms point at the first one and must be masked.
@@ -139,6 +145,7 @@ def tile_features(crop: Crop, grid: Grid, n: int, s: int, a: int, t: int = 1) ->
         s: padded number of MSA rows, a multiple of R.
         a: padded number of atoms, a multiple of R * C windows.
         t: padded number of templates.
+        others: padded numbers of chains, copies of a chain and other namings of a residue; the crop's own if None.
 
     Returns:
         Token features (n, ...), ``token_atom_start`` (n + 1,) int32, pair features (n / R, n / C, ...), MSA features
@@ -160,6 +167,9 @@ def tile_features(crop: Crop, grid: Grid, n: int, s: int, a: int, t: int = 1) ->
     token["token_atom_start"] = np.pad(atoms.start.astype(np.int32), (0, n - len(tokens)), "edge")
     atom = atom_features(structure, atoms, crop.motions, share)
     template = template_features(crop.templates, structure, tokens, t)
+    chains, copies, namings = others or crop.symmetry.sizes
+    other = symmetry_features(structure, atoms, crop.symmetry, share)
+    sizes = {"copy_coords": copies, "copy_resolved": copies, "atom_swaps": namings}
     return {
         **token,
         **bond_tile(structure, tokens, rows, columns),
@@ -168,6 +178,8 @@ def tile_features(crop: Crop, grid: Grid, n: int, s: int, a: int, t: int = 1) ->
         **msa.tile(crop.rows, grid.msa_rows(s), columns),
         **{name: _pad(value, share[1] - share[0]) for name, value in atom.items()},
         **{name: _pad(value, t, n) for name, value in template.items()},
+        **{name: _pad(value, share[1] - share[0], sizes[name]) for name, value in other.items()},
+        "chain_copies": _pad(crop.symmetry.chain_copies, chains, copies),
         "sample_key": np.int64(crop.sample_key),
         "num_tokens": np.int64(len(tokens)),
         "id": structure.meta["id"],
@@ -192,7 +204,8 @@ def collate(crops: list[Crop], grid: Grid) -> dict[str, Any]:
     s = grid.pad_rows(max(len(crop.rows.sampled) for crop in crops))
     a = grid.pad_atoms(max(len(crop.atoms.atom) for crop in crops))
     t = max(1, *(len(crop.templates) for crop in crops))
-    samples = [tile_features(crop, grid, n, s, a, t) for crop in crops]
+    others = tuple(map(max, zip(*(crop.symmetry.sizes for crop in crops))))
+    samples = [tile_features(crop, grid, n, s, a, t, others) for crop in crops]
     # Taken out one by one, so that the tiles are not in memory twice.
     batch = {name: torch.from_numpy(np.stack([sample.pop(name) for sample in samples])) for name in PLACEMENTS}
     return {**batch, "id": [sample["id"] for sample in samples]}

@@ -39,7 +39,7 @@ def token_spans(feats: Feats, cp: ContextParallel, halo: int = 0) -> tuple[Inter
     Returns:
         For each rank the first and one past the last token, at least one; on one rank all tokens.
     """
-    starts = feats["token_atom_start"].cpu().numpy()
+    starts = np.array(feats["token_atom_start"].tolist())
     n = starts.shape[1] - 1
     if cp.all.size == 1:
         return ((0, n),)

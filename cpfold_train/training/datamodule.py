@@ -12,6 +12,7 @@ from cpfold_train.data.batch import PLACEMENTS, Augmentation
 from cpfold_train.data.loader import TileLoader
 from cpfold_train.data.sampling import Source
 from cpfold_train.training.config import DataConfig
+from cpfold_train.training.same_samples import check_same_samples
 from cpfold_train.training.sources import training_sources, validation_source
 
 _ON_HOST = ("token_atom_start",)
@@ -79,6 +80,11 @@ class TileData(LightningDataModule):
         """All but what stays on the host."""
         on_host = {name: batch.pop(name) for name in _ON_HOST}
         return super().transfer_batch_to_device(batch, device, dataloader_idx) | on_host
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Make sure that all ranks of the replica have come to the same samples."""
+        check_same_samples(batch, self.trainer.strategy.cp)
+        return batch
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Name what each rank holds: all features become DTensors, without communication."""

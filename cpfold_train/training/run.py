@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressB
 from lightning.pytorch.loggers import Logger
 
 from cpfold_train.memory import return_large_tensors
+from cpfold_train.training.boltz_checkpoint import initialise
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.datamodule import TileData
 from cpfold_train.training.figures import StepFigures
@@ -52,6 +53,8 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
         use_distributed_sampler=False,
     )
     module = CoFoldingModule(config.model, config.optim, config.loss, config.diffusion, config.seed)
+    if config.model.init_from and not config.ckpt_path:
+        initialise(module.model, Path(config.model.init_from), config.model.init_weights, config.model.init_skip)
     if config.trainer.precision == "64-true":
         # Lightning converts the module after it has read the checkpoint, whose weights would be rounded to fp32.
         module.double()
