@@ -10,6 +10,7 @@ import tmtools
 from cpfold_train.data.atoms import rotations
 from cpfold_train.data.shards import open_shards, read_sample
 from cpfold_train.errors import DataError
+from cpfold_train.evaluate.interfaces import BACKBONE
 from cpfold_train.evaluate.match import match
 from cpfold_train.evaluate.scores import score
 from cpfold_train.evaluate.superpose import superposition, tm_score
@@ -107,6 +108,23 @@ def test_a_shifted_chain_costs_the_interface(haemoglobin):
     assert max(others) < 2
 
 
+def test_the_smaller_chain_is_seen_from_the_larger_one(haemoglobin):
+    """Of an alpha and a beta chain alone, the alpha chain, which is the smaller one, turns about its middle."""
+    chain = haemoglobin.asym_id[haemoglobin.atom_token]
+    truth = replace(haemoglobin, resolved=haemoglobin.resolved & np.isin(chain, (0, 1)))
+    middle = truth.coords[truth.resolved & (chain == 0)].mean(axis=0)
+
+    def turn(coords, chain):
+        return np.where((chain == 0)[:, None], (coords - middle) @ ROTATION + middle, coords)
+
+    predicted = moved(truth, turn)
+    matched = match(truth, predicted)
+    backbone = (matched.chain == 0) & np.isin(matched.name, BACKBONE)
+    expected = np.sqrt(((matched.predicted - matched.truth)[backbone] ** 2).sum(axis=1).mean())
+    (pair,) = score(truth, predicted).interfaces
+    assert pair["lrmsd"] == pytest.approx(expected)
+
+
 def test_a_ligand_out_of_its_pocket(with_dna):
     ligand = next(n for n, chain in enumerate(with_dna.meta["chains"]) if chain["type"] == "nonpolymer")
     predicted = moved(with_dna, lambda coords, chain: coords + (3.0, 0, 0) * (chain == ligand)[:, None])
@@ -153,6 +171,13 @@ def test_superposition_is_the_motion():
     rotation, shift = superposition(points @ ROTATION.T - 4, points)
     assert np.allclose((points @ ROTATION.T - 4) @ rotation + shift, points)
     assert np.linalg.det(rotation) == pytest.approx(1)
+
+
+def test_tm_score_finds_the_part_that_is_right():
+    """A quarter of the chain is right, the rest is far away and turned inside out."""
+    truth = np.cumsum(np.random.default_rng(4).normal(size=(200, 3)) * 2.2, axis=0)
+    predicted = np.concatenate([-truth[:150] * (1, 2, 3) + 50, truth[150:] @ ROTATION])
+    assert tm_score(predicted, truth) > 0.25
 
 
 @pytest.mark.parametrize("change", ["noise", "hinge"])

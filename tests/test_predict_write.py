@@ -70,6 +70,9 @@ def test_biotite_and_gemmi(tmp_path):
     assert array.atom_name.tolist() == names
     assert np.allclose(array.coord, coords, atol=1e-4)
     assert np.allclose(array.b_factor, 100 * plddt[atoms.token], atol=0.0051)
+    rows = pdbx.CIFFile.read(out).block["atom_site"]
+    numbered = rows["label_seq_id"].as_array(str) != "."
+    assert numbered.tolist() == structure.polymer[structure.atom_token[atoms.atom]].tolist()
     polymers = [chain for chain in structure.meta["chains"] if chain["type"] != "nonpolymer"]
     assert struc.filter_amino_acids(array).any()
     assert struc.filter_nucleotides(array).any()
