@@ -50,6 +50,7 @@ def check(config: TrainConfig) -> None:
     _one_of("model.num_bins", config.model.num_bins, (NUM_BINS,))
     atoms = config.model.atoms
     _divides("model.token_s", config.model.token_s, config.model.pairformer.num_heads)
+    _divides("model.token_s", config.model.token_s, config.model.confidence.pairformer.num_heads)
     _divides("model.atoms.atom_s", atoms.atom_s, atoms.atom_encoder_heads)
     _divides("model.atoms.atom_s", atoms.atom_s, atoms.atom_decoder_heads)
     if config.cp.timeout_s <= 0:
