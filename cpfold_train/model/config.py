@@ -72,7 +72,7 @@ class DiffusionConfig:
     P_mean: float = -1.2
     P_std: float = 1.5
     sigma_max: float = 160.0
-    sigma_min: float = 0.0004
+    sigma_min: float = 0.0001
     rho: float = 7.0
     gamma_0: float = 0.8
     gamma_min: float = 1.0
