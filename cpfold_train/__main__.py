@@ -12,7 +12,11 @@ SUBCOMMANDS = {
     "prepare": ("cpfold_train.data.prepare.command", "turn structure files and alignments into training shards"),
     "inspect": ("cpfold_train.data.inspect", "list the samples of shards, or describe and draw one of them"),
     "compare": ("cpfold_train.training.compare", "compare the loss curves of runs, such as one on each grid"),
+    "export-boltz": ("cpfold_train.training.boltz_export", "write a run's weights as a checkpoint of boltz"),
+    "predict": ("cpfold_train.predict.command", "sample structures with a checkpoint, on a grid of ranks"),
+    "evaluate": ("cpfold_train.evaluate.command", "score predicted structures against the truth"),
     "bench": ("cpfold_train.bench.command", "time an op on a grid of ranks, and count what it sends and holds"),
+    "bench-data": ("cpfold_train.bench.data", "time a data worker, and measure the memory that its samples take"),
 }
 """Name of each subcommand: module with ``add_arguments(parser)`` and ``run(args)``, and a line of help."""
 

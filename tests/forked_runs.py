@@ -1,10 +1,13 @@
-"""Runs of ``train.py`` on ranks forked from a process that has imported everything: imports take longer than tiny runs.
+"""Runs of ``train.py`` and of the subcommands on ranks forked from a process that has imported everything.
+
+Imports take longer than tiny runs.
 
 The ranks get the environment that torchrun would give them, and as there, the first one that fails ends the others.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -24,14 +27,17 @@ class ForkedRuns:
     def __init__(self) -> None:
         self._server: subprocess.Popen | None = None
 
-    def run(self, ranks: int, arguments: list[str]) -> subprocess.CompletedProcess:
-        """``train.py`` with these arguments on so many ranks; output and exit code as of one process."""
+    def run(
+        self, ranks: int, arguments: list[str], main: str = "cpfold_train.training.entry:main"
+    ) -> subprocess.CompletedProcess:
+        """``train.py``, or another ``MODULE:FUNCTION``, with these arguments on so many ranks; output and exit code as
+        of one process."""
         if self._server is None:
             env = os.environ | {"OMP_NUM_THREADS": "1"}
             command = [sys.executable, "-m", "tests.forked_runs"]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             self._server = subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes)
-        self._server.stdin.write(json.dumps([ranks, arguments]) + "\n")
+        self._server.stdin.write(json.dumps([ranks, arguments, main]) + "\n")
         self._server.stdin.flush()
         code, out, err = json.loads(self._server.stdout.readline())
         return subprocess.CompletedProcess(arguments, code, out, err)
@@ -44,21 +50,27 @@ class ForkedRuns:
 
 
 def serve() -> None:
-    """Answer each line of standard input, ``[ranks, arguments]``, by ``[exit code, output, errors]``."""
+    """Answer each line of standard input, ``[ranks, arguments, main]``, by ``[exit code, output, errors]``."""
     # Everything that a run imports at some point.
+    import cpfold_train.evaluate.command
+    import cpfold_train.predict.results
     import cpfold_train.training.entry
     import cpfold_train.training.run  # noqa: F401
+    from cpfold_train.data.components import component
+
+    # Loads the dictionary of components.
+    component("ALA")
 
     for line in sys.stdin:
-        ranks, arguments = json.loads(line)
+        ranks, arguments, main = json.loads(line)
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-            code = _run(ranks, arguments, out.fileno(), err.fileno())
+            code = _run(ranks, arguments, main, out.fileno(), err.fileno())
             out.seek(0)
             err.seek(0)
             print(json.dumps([code, out.read(), err.read()]), flush=True)
 
 
-def _run(ranks: int, arguments: list[str], out: int, err: int) -> int:
+def _run(ranks: int, arguments: list[str], main: str, out: int, err: int) -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -68,7 +80,7 @@ def _run(ranks: int, arguments: list[str], out: int, err: int) -> int:
     for rank in range(ranks):
         process = os.fork()
         if process == 0:
-            _rank(arguments, {**common, "RANK": rank, "LOCAL_RANK": rank}, out, err)
+            _rank(arguments, main, {**common, "RANK": rank, "LOCAL_RANK": rank}, out, err)
         processes.add(process)
     failed = 0
     while processes:
@@ -82,18 +94,16 @@ def _run(ranks: int, arguments: list[str], out: int, err: int) -> int:
     return failed
 
 
-def _rank(arguments: list[str], env: dict[str, object], out: int, err: int) -> None:
+def _rank(arguments: list[str], main: str, env: dict[str, object], out: int, err: int) -> None:
     """Never returns."""
-    from cpfold_train.training import entry
-
+    module, function = main.split(":")
     os.dup2(out, 1)
     os.dup2(err, 2)
     os.environ.update({name: str(value) for name, value in env.items()})
     sys.argv = ["train.py", *arguments]
     code = 1
     try:
-        entry.main()
-        code = 0
+        code = getattr(importlib.import_module(module), function)() or 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException:

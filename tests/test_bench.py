@@ -118,3 +118,16 @@ def test_refusals(capsys):
     assert "2x2" in capsys.readouterr().err
     assert main(["bench", "transition", "--grid", "2x2", "--world", "6"]) == 2
     assert "--world 4" in capsys.readouterr().err
+
+
+def test_data_figures(capfd):
+    command = ["bench-data", "tests/data/*.tar", "--grid", "1x1,2x3", "--crop", "400", "--samples", "1"]
+    assert main([*command, "--json"]) == 0
+    whole, tile = json.loads(capfd.readouterr().out)["cases"]
+    assert (whole["grid"], tile["grid"], tile["crop"]) == ("1x1", "2x3", 400)
+    assert tile["batch_mib"] < whole["batch_mib"] / 4 and 400**2 * 8 / 2**20 < whole["batch_mib"] < whole["peak_mib"]
+    assert whole["samples_per_s"] > 0
+    assert main([*command, "--crop", "99999"]) == 2
+    assert "the largest sample has" in capfd.readouterr().err
+    assert main([*command, "--crop", "x"]) == 2
+    assert "--crop 384,768" in capfd.readouterr().err

@@ -92,7 +92,7 @@ def stock(folder: Path, **given) -> dict:
 def stock_step(tmp_path_factory):
     x = values(Grid())
     feats = features(Grid(), x.pop("coords"))
-    samples = draws().samples(M)
+    samples = draws().copies(M)
     normals = [samples.at("sigma").normal(0, 1).double()]
     normals += placements_and_noise(samples, feats["atom_pad_mask"].shape[1])
     made = {name: feats[name] for name in ("token_pad_mask", "coords")}
@@ -124,7 +124,7 @@ def test_training_step_equals_the_package(ranks, stock_step, shape):
 def test_sampling_equals_the_package(ranks, tmp_path):
     (ours,) = ranks.run(our_sample, 1, 1)
     feats = full(features(Grid(), values(Grid())["coords"]))
-    samples, atoms = draws(1).samples(M), feats["atom_pad_mask"].shape[1]
+    samples, atoms = draws(1).copies(M), feats["atom_pad_mask"].shape[1]
     normals = [samples.at("start").at("noise").normal(0, 3 * atoms).double()]
     for step in range(STEPS):
         normals += placements_and_noise(samples.at("step", step), atoms)

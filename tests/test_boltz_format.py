@@ -134,7 +134,7 @@ def test_prepare(sample, tmp_path):
     options = ["--min-residues", "4", "--workers", "1"]
     assert main(["prepare", str(tmp_path / "in"), str(tmp_path / "out"), *options]) == 0
     entries = open_shards([str(tmp_path / "out" / "*.tar")])
-    structure, alignments = read_sample(entries[0])
+    structure, alignments, _ = read_sample(entries[0])
     assert [entry.key for entry in entries] == ["1xyz"] and structure.meta["id"] == "1xyz"
     np.testing.assert_array_equal(structure.coords, sample.coords)
     assert list(alignments) == [0] and alignments[0].keys.tolist() == [-1, file_key("5")]

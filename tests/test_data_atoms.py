@@ -105,7 +105,7 @@ def test_frames_of_polymers(structure):
 def test_frames_of_ligands(samples, key):
     """Each atom with the two nearest resolved ones of its chain, by all distances; none where these are in line."""
     rng = np.random.default_rng(0)
-    structure, _ = read_sample(samples[key])
+    structure, *_ = read_sample(samples[key])
     resolved = structure.resolved & (rng.random(len(structure.resolved)) < 0.8)
     structure = replace(structure, resolved=resolved)
     tokens = np.flatnonzero(rng.random(len(structure)) < 0.8)
@@ -131,7 +131,7 @@ def test_frames_of_ligands(samples, key):
 
 
 def test_atoms_in_line_span_no_frame(samples):
-    structure, _ = read_sample(samples["4hhb"])
+    structure, *_ = read_sample(samples["4hhb"])
     first = structure.atom_start[0]
     coords = structure.coords.copy()
     coords[first : first + 3] = [[0, 0, 0], [1.4, 0, 0], [2.9, 0.1, 0]]

@@ -37,7 +37,7 @@ def atoms_of(structure, tokens):
 @pytest.fixture(scope="module")
 def made():
     structure = make_structure(LENGTHS, TYPES, interfaces=[(0, 1), (1, 3)])
-    check_sample(structure, {}, "made0")
+    check_sample(structure, {}, [], "made0")
     return structure
 
 

@@ -41,7 +41,7 @@ def whole(crop, s=37):
 @pytest.mark.parametrize(("rows", "cols"), GRIDS)
 def test_tiles_are_parts_of_the_whole(samples, key, rows, cols):
     """The union of all ranks' parts is what a single rank has, bit for bit."""
-    structure, alignments = read_sample(samples[key])
+    structure, alignments, _ = read_sample(samples[key])
     template = make_template(structure, structure, [(0, 0), (1, 1)])
     crop = make_crop(
         structure, alignments, [template] * 3, crop_size=131, max_msa_rows=37, augmentation=ALL, draw=(0, 0, 3)
@@ -134,7 +134,7 @@ def test_bonds_of_a_ligand(samples):
 
 
 def test_of_two_bonds_between_tokens_the_later_one_counts_both_ways(samples):
-    structure, _ = read_sample(samples["4hhb"])
+    structure, *_ = read_sample(samples["4hhb"])
     first, second = structure.atom_start[[10, 50]]
     bonds = np.array([[first, second], [first + 1, second], [second + 1, first + 1]], np.int32)
     structure = replace(structure, bond_atoms=bonds, bond_type=np.array([1, 2, 3], np.uint8))
@@ -144,7 +144,7 @@ def test_of_two_bonds_between_tokens_the_later_one_counts_both_ways(samples):
 
 
 def test_a_bond_from_the_last_residue_to_the_first_closes_a_chain(samples):
-    structure, _ = read_sample(samples["4hhb"])
+    structure, *_ = read_sample(samples["4hhb"])
     assert not token_features(structure, np.arange(574))["cyclic_period"].any()
     ends = structure.atom_start[[[141, 286], [287, 300]]] + np.array([0, 2])
     closed = replace(structure, bond_atoms=ends.astype(np.int32), bond_type=np.array([5, 5], np.uint8))

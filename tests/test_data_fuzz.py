@@ -35,11 +35,11 @@ def outcome():
 
     def attempt(entry):
         try:
-            structure, alignments = read_sample(entry)
+            sample = read_sample(entry)
         except DataError as error:
             assert str(error).startswith(f"{entry.tar}: sample {entry.key} cannot be used: ")
             return str(error).removeprefix(f"{entry.tar}: sample {entry.key} cannot be used: ")
-        collate([make_crop(structure, alignments, crop_size=32, max_msa_rows=8, draw=(0, 0, 0))], Grid())
+        collate([make_crop(*sample, crop_size=32, max_msa_rows=8, draw=(0, 0, 0))], Grid())
         return "valid"
 
     return attempt
@@ -149,7 +149,7 @@ def make_header(name, size):
 
 def test_a_header_cannot_ask_for_memory(entries, outcome, tmp_path):
     """An npz whose array claims 10^15 elements, and one that holds Python objects."""
-    structure, _ = read_sample(entries[0])
+    structure, *_ = read_sample(entries[0])
     for claim in (f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({10**15},), }}", "{'descr': '|O', 'x': 1}"):
         header = claim.ljust(117).encode() + b"\n"
         npy = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(40)

@@ -164,6 +164,21 @@ def test_crop_sizes_by_optimizer_step():
     assert loader(batch_size=1, **schedule | {"crop_size": 90}).sizes == {0: 90, 1: 50, 4: 70}
 
 
+def test_a_resume_counts_optimizer_steps_on():
+    """Wherever it stops: each step has a size of its own, and five batches are two full steps and a half."""
+    schedule = {"crop_size": 40, "crop_schedule": {step: 40 + step for step in range(1, 6)}}
+    schedule |= {"accumulate": 2, "samples_per_epoch": 5, "batch_size": 1}
+    expected = [40, 40, 41, 41, 42, 43, 43, 44, 44, 45]
+    for made in range(10):
+        stopped = loader(**schedule)
+        stream = itertools.chain(iter(stopped), iter(stopped))
+        assert [batch["crop_size"] for batch in itertools.islice(stream, made)] == expected[:made]
+        resumed = loader(**schedule)
+        resumed.load_state_dict(stopped.state_dict())
+        sizes = [batch["crop_size"] for batch in itertools.chain(iter(resumed), iter(resumed))]
+        assert sizes[: 10 - made] == expected[made:]
+
+
 def test_resume_with_other_replicas():
     state = loader().state_dict() | {"position": 8}
     parts = []

@@ -100,6 +100,22 @@ def test_nothing_but_bad_samples(shards, tmp_path):
         list(loader(shards))
 
 
+def test_a_data_set_of_which_nothing_can_be_read(shards, tmp_path, monkeypatch):
+    """However many samples may be bad, it is told after a few."""
+    tar = next(tmp_path.glob("*.tar"))
+    tar.write_bytes(bytes(tar.stat().st_size))
+    monkeypatch.setattr("cpfold_train.data.loader.MOST_ATTEMPTS", 3)
+    with pytest.raises(DataError, match="3 of the 900 samples"):
+        list(loader(shards, samples_per_epoch=900))
+
+
+def test_a_torn_line_stops_nothing(shards, tmp_path):
+    path = tmp_path / "quarantine.jsonl"
+    path.write_text('{"tar": "a.tar", "ke')
+    assert len(list(loader(shards, quarantine=path))) == 9
+    assert sum(key in path.read_text() for key in BAD) == 2
+
+
 def test_a_lost_file_is_not_the_samples_fault(shards, tmp_path):
     whole = loader(shards, quarantine=tmp_path / "quarantine.jsonl")
     next(tmp_path.glob("*.tar")).unlink()

@@ -1,15 +1,23 @@
-"""Templates: laid on a query by sequence, packed, and as features."""
+"""Templates: laid on a query by sequence, packed, prepared from a table, read by the loader, and as features."""
 
+import json
 from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
+from cpfold_train.__main__ import main
 from cpfold_train.data.atoms import rotations
+from cpfold_train.data.loader import TileLoader
 from cpfold_train.data.make_template import make_template
+from cpfold_train.data.sampling import Source
 from cpfold_train.data.shards import open_shards, read_sample
 from cpfold_train.data.structure import pack_arrays, unpack_arrays
 from cpfold_train.data.templates import Template, draw_templates, pack_templates, template_features, unpack_templates
+from cpfold_train.data.validate import check_sample
+from cpfold_train.errors import DataError
+from cpfold_train.parallel.grid import Grid
+from tests.structures import write_mmcif
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +117,78 @@ def test_how_many_templates_are_drawn():
     drawn = draw_templates(templates, 4, np.random.default_rng(3))
     assert len(set(drawn)) == len(drawn)
     assert draw_templates([], 4, np.random.default_rng(0)) == []
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """An entry of two chains, one of which has templates: a table with good lines and all kinds of bad ones."""
+    folder = tmp_path_factory.mktemp("templates")
+    sequence = ["MET", "GLY", "SER", "ALA", "TRP", "LYS", "LEU", "VAL"] * 3
+    for name, length, chains in (("query", 24, "AB"), ("like", 20, "A"), ("pair", 24, "AB")):
+        residues = list(enumerate(sequence[:length], 1))
+        (folder / name).mkdir()
+        write_mmcif(
+            folder / name / f"{name}.cif",
+            [(chain, 1, residues) for chain in chains],
+            {1: sequence[:length]},
+            {1: "polypeptide(L)"},
+        )
+    (folder / "broken.cif").write_text("nothing")
+    rows = [
+        ("entry", "chain", "path", "template chain"),
+        ("QUERY", "xA", "like/like.cif", "xA"),
+        ("query", "xA", "pair/pair.cif", "xA"),
+        ("query", "B", "pair/pair.cif", "xB"),
+        ("query", "xA", "broken.cif", "A"),
+        ("query", "xZ", "like/like.cif", "xA"),
+        ("query", "xB", "like/like.cif", "xQ"),
+        ("query", "A", "like/like.cif", "A"),
+        ("absent", "A", "like/like.cif", "xA"),
+    ]
+    (folder / "templates.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
+    table = str(folder / "templates.tsv")
+    assert main(["prepare", str(folder / "query"), str(folder / "out"), "--templates", table, "--workers", "1"]) == 0
+    return folder / "out"
+
+
+def test_prepare_lays_templates(prepared):
+    (entry,) = open_shards([str(prepared / "*.tar")])
+    structure, _, templates = read_sample(entry)
+    assert [template.token.tolist() for template in templates] == [list(range(20)), list(range(48))]
+    np.testing.assert_array_equal(templates[1].center, structure.center[0])
+    report = json.loads((prepared / "report.json").read_text())
+    (described,) = report["entries"]
+    assert described["templates"] == 2 and report["unused_files"] == ["like.cif"]
+    problems = " ".join(described["problems"])
+    for problem in ("broken.cif", "no protein chain xZ", "no protein chain xQ", "chain A is there twice"):
+        assert problem in problems
+
+
+def test_loader_shows_templates(prepared):
+    settings = {"crop_size": 100, "samples_per_epoch": 1, "shuffle": False}
+    (batch,) = TileLoader([Source([str(prepared / "*.tar")])], Grid(), **settings)
+    assert batch["template_mask"].sum(-1).tolist() == [[20, 48]]
+    assert batch["visibility_ids"][0, 1].tolist() == [1] * 48
+    (batch,) = TileLoader([Source([str(prepared / "*.tar")])], Grid(), max_templates=1, **settings)
+    assert batch["template_mask"].sum(-1).tolist() == [[20]]
+
+
+@pytest.mark.parametrize(
+    ("field", "spoil", "reason"),
+    [
+        ("token", lambda values: values[::-1], "not in order"),
+        ("token", lambda values: values + 100_000, "out of range"),
+        ("token", lambda values: values.astype(np.int64), "int64 instead of int32"),
+        ("center", lambda values: values * np.float32(np.nan), "holds NaN"),
+        ("backbone", lambda values: values[:-1], "has shape"),
+        ("res_type", lambda values: values + np.int8(40), "residue token of template 0 is out of range"),
+    ],
+)
+def test_damaged_templates_are_refused(query, field, spoil, reason):
+    template = make_template(query, query, [(0, 2)])
+    check_sample(query, {}, [template], "4hhb")
+    with pytest.raises(DataError, match=reason):
+        check_sample(query, {}, [replace(template, **{field: spoil(getattr(template, field))})], "4hhb")
+    empty = Template(*(getattr(template, f.name)[:0] for f in fields(Template)))
+    with pytest.raises(DataError, match="covers no token"):
+        check_sample(query, {}, [empty], "4hhb")

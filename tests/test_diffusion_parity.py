@@ -130,7 +130,7 @@ def placed(cp) -> tuple[Tensor, Tensor]:
     """The true structure and how it is placed, of this rank's atoms in many samples."""
     coords = cut(pad(INPUTS["coords"][0], "atom", cp.grid), "atom", cp.grid).repeat_interleave(50, 0)
     mask = atom_features(cp.grid)["atom_pad_mask"].repeat_interleave(50, 0)
-    return coords, randomly_placed(coords, mask, draws().samples(50), cp)
+    return coords, randomly_placed(coords, mask, draws().copies(50), cp)
 
 
 def test_structures_are_centred_and_turned_but_not_mirrored(ranks):

@@ -2,7 +2,10 @@
 
 import json
 import os
+import subprocess
+import sys
 
+import psutil
 import pytest
 import webdataset as wds
 from PIL import Image
@@ -60,7 +63,7 @@ def test_report(folder, tmp_path, capsys):
         "neighbouring C-alphas more than 10 Å apart": 1,
     }
     assert entries["tiny"]["left_out"]["water"] == 1 and entries["tiny"]["msa_depth"] == {"0": 2}
-    assert report["unused_alignments"] == ["other_A_x.a3m"] and report["val_similar_to_train"] == ["again"]
+    assert report["unused_files"] == ["other_A_x.a3m"] and report["val_similar_to_train"] == ["again"]
     assert report["shards"] == ["train-000000.tar", "val-000000.tar"]
     shown = capsys.readouterr().out
     assert "2 of 4 entries kept (1 train, 1 val)" in shown and "again (val)" in shown and "broken.cif cannot" in shown
@@ -99,7 +102,7 @@ def test_samples(folder, tmp_path):
     assert entry.key == read[0]["__key__"] == "tiny"
     assert (entry.tokens, entry.resolution, entry.release_date, entry.msa_rows) == (6, 3.25, None, 2)
     assert entry.chains == [{"type": "protein", "entity": 0, "length": 6, "observed": 4, "cluster": "protein:again_xA"}]
-    structure, alignments = read_sample(entry)
+    structure, alignments, _ = read_sample(entry)
     assert len(structure) == 6 and list(alignments) == [0]
     assert structure.meta["chains"][0]["cluster"] == "protein:again_xA" and structure.meta["id"] == "tiny"
     expected = [GAP, *(TOKEN_IDS[name] for name in ("MET", "GLY", "SER", "ALA")), GAP]
@@ -226,3 +229,20 @@ def test_it_says_what_to_type(folder, tmp_path, options, sentence, capsys, monke
     assert main(["prepare", *(option.format(entries=entries, msas=msas) for option in options)]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_workers_end_with_their_parent():
+    """Even where it is killed, and a worker waits for work that will not come."""
+    script = (
+        "import time\nfrom concurrent.futures import ProcessPoolExecutor\n"
+        "from cpfold_train.data.prepare.work import start_worker\n"
+        "pool = ProcessPoolExecutor(3, initializer=start_worker)\n"
+        "futures = [pool.submit(time.sleep, 0.01) for _ in range(9)]\n"
+        "[f.result() for f in futures]\nprint('ready', flush=True)\ntime.sleep(100)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "ready\n"
+        workers = psutil.Process(parent.pid).children()
+        parent.kill()
+    assert len(workers) == 3
+    assert not psutil.wait_procs(workers, timeout=20)[1]

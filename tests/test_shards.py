@@ -16,7 +16,7 @@ SHARDS = ["data/shards/train-000000.tar", "data/large/train-000000.tar", "tests/
 @pytest.mark.parametrize("path", SHARDS)
 def test_the_index_says_what_the_samples_say(path):
     for entry in open_shards([path]):
-        structure, alignments = read_sample(entry)
+        structure, alignments, _ = read_sample(entry)
         meta = structure.meta
         assert (entry.key, entry.tokens) == (meta["id"], len(structure))
         assert (entry.release_date, entry.resolution) == (meta["release_date"], meta["resolution"])

@@ -19,7 +19,10 @@ X H HE LI BE B C N O F NE NA MG AL SI P S CL AR K CA SC TI V CR MN FE CO NI CU Z
 RU RH PD AG CD IN SN SB TE I XE CS BA LA CE PR ND PM SM EU GD TB DY HO ER TM YB LU HF TA W RE OS IR PT AU HG TL PB BI
 PO AT RN FR RA AC TH PA U NP PU AM CM BK CF ES FM MD NO LR
 """
-_ATOMIC_NUMBERS = {symbol: number for number, symbol in enumerate(_SYMBOLS.split())}
+SYMBOLS = tuple(_SYMBOLS.split())
+"""Of the elements, by atomic number; X stands for none."""
+
+_ATOMIC_NUMBERS = {symbol: number for number, symbol in enumerate(SYMBOLS)}
 _ORDERS = {"SING": "single", "DOUB": "double", "TRIP": "triple", "AROM": "aromatic"}
 STANDARD = frozenset(AMINO_ACIDS + NUCLEOTIDES)
 _UNKNOWN_AMINO_ACID = ("N", "CA", "C", "O", "CB")

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     entry = next((entry for entry in entries if entry.key == args.id.lower()), None)
     if entry is None:
         raise ConfigError(f"no sample {args.id} in {args.shards}: leave the id out to see which there are")
-    structure, alignments = read_sample(entry)
+    structure, alignments, _ = read_sample(entry)
     for table in (chains_table(entry.key, structure, alignments), components_table(structure)):
         console.print(table)
     out = args.out or Path(f"{entry.key}.png")

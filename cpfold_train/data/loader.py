@@ -34,9 +34,12 @@ from cpfold_train.parallel.grid import Grid
 
 NO_AUGMENTATION = Augmentation()
 
+MOST_ATTEMPTS = 64
+"""Samples in a row that may be unusable: a data set of which nothing can be read is told at once."""
 
 Prepared = tuple[tuple[Tensor, Layout, dict[str, Any]] | None, list[str]]
-"""A packed batch, and why samples could not be used; None where more were bad than an epoch may have."""
+"""A packed batch, and why samples could not be used; None where more were bad than an epoch, or one place in it, may
+have."""
 
 
 class Slot(NamedTuple):
@@ -189,7 +192,7 @@ class TileLoader:
         self.waited_s += time.perf_counter() - began
         self.quarantined += len(reasons)
         self._bad_in_epoch += len(reasons)
-        if self._bad_in_epoch > self._making.max_bad:
+        if packed is None or self._bad_in_epoch > self._making.max_bad:
             raise DataError(
                 f"{self._bad_in_epoch} of the {self.batches * self.batch_size} samples of an epoch could not be used, "
                 f"the last because {reasons[-1]}: make the shards again with python -m cpfold_train prepare, or type a "
@@ -244,23 +247,26 @@ def _slots(
 
 
 def _batches(slots: Iterable[Slot], making: Making) -> Iterator[Prepared]:
-    """Second stage: read, crop, tile and stack; and say which samples could not be used and why.
-
-    ``filler`` (B,) marks samples that a mean over
-    the epoch must not count: those that fill up the last batch, and those that stand in for another.
-    """
+    """Second stage. A slot's arrays are let go before the next one is made: they would be in memory twice."""
     for slot in slots:
-        crops, filler, bad = [], [], []
-        for position in slot.positions:
-            reasons, crop = make_sample(making, slot, position)
-            crops.append(crop)
-            filler.append(position >= making.stream.samples or bool(reasons))
-            bad += reasons
-        if None in crops:
-            yield None, bad
-        else:
-            batch = {**collate(crops, making.grid), "filler": torch.tensor(filler), "crop_size": slot.crop_size}
-            yield pack(batch), bad
+        yield make_batch(making, slot)
+
+
+def make_batch(making: Making, slot: Slot) -> Prepared:
+    """Read, crop, tile and stack; and say which samples could not be used and why.
+
+    ``filler`` (B,) marks samples that a mean over the epoch must not count: those that fill up the last batch, and
+    those that stand in for another.
+    """
+    crops, filler, bad = [], [], []
+    for position in slot.positions:
+        reasons, crop = make_sample(making, slot, position)
+        crops.append(crop)
+        filler.append(position >= making.stream.samples or bool(reasons))
+        bad += reasons
+    if None in crops:
+        return None, bad
+    return pack({**collate(crops, making.grid), "filler": torch.tensor(filler), "crop_size": slot.crop_size}), bad
 
 
 def make_sample(making: Making, slot: Slot, position: int) -> tuple[list[str], Crop | None]:
@@ -268,13 +274,13 @@ def make_sample(making: Making, slot: Slot, position: int) -> tuple[list[str], C
     stream, grid, reasons = making.stream, making.grid, []
     # Without shuffling, every epoch is the first.
     epoch = slot.epoch if stream.shuffle else 0
-    while len(reasons) <= making.max_bad:
+    while len(reasons) <= min(making.max_bad, MOST_ATTEMPTS - 1):
         place, focus, crop = stream.draw(epoch, position, len(reasons))
         try:
-            structure, alignments = read_sample(place)
+            sample = read_sample(place)
             draw = (stream.seed, epoch, position)
             settings = making.settings | {"crop_size": slot.crop_size, "crop": crop, "focus": focus}
-            return reasons, make_crop(structure, alignments, draw=draw, **settings)
+            return reasons, make_crop(*sample, draw=draw, **settings)
         except DataError as error:
             reasons.append(str(error))
             if making.quarantine is not None and grid.cp_index == 0:

@@ -128,8 +128,8 @@ def _meta(text: str) -> dict[str, Any]:
         elif line.startswith("EXPDTA") and meta["method"] is None:
             meta["method"] = line[10:79].split(";")[0].strip() or None
         elif line.startswith("REMARK   2 RESOLUTION."):
-            value = line[22:].split()[0]
-            meta["resolution"] = float(value) if value.replace(".", "").isdigit() else None
+            found = re.match(r" *(\d+\.?\d*)", line[22:])
+            meta["resolution"] = float(found[1]) if found else None
         elif line.startswith("REVDAT   1  "):
             day, month, year = line[13:22].split("-")
             months = ["JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC"]

@@ -17,9 +17,11 @@ def note(path: Path, place: Place, reason: str, epoch: int, position: int, rank:
     mix. Two that meet the same sample in the same instant may both write it, as locks do not work on every file system
     of a cluster.
     """
-    if any((line["tar"], line["key"]) == (place.tar, place.key) for line in read_quarantine(path)):
+    sample = {"tar": place.tar, "key": place.key}
+    # Not parsed: the file may be long, and a line of it torn by a file system that does not append in one piece.
+    if path.exists() and json.dumps(sample)[:-1] + "," in path.read_text():
         return
-    line = {"tar": place.tar, "key": place.key, "reason": reason, "epoch": epoch, "position": position, "rank": rank}
+    line = sample | {"reason": reason, "epoch": epoch, "position": position, "rank": rank}
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:

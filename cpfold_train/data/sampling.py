@@ -193,11 +193,24 @@ def _turns(weights: tuple[float, ...], samples: int, seed: int, epoch: int) -> t
     """(samples,) which set each position of the epoch draws, and how many draws of this set came before, ever."""
     chosen = _choices(weights, samples, seed, epoch)
     turns = np.zeros(samples, dtype=np.int64)
-    before = sum(np.bincount(_choices(weights, samples, seed, e), minlength=len(weights)) for e in range(epoch))
+    before = _drawn_before(weights, samples, seed, epoch)
     for pool in range(len(weights)):
         mine = np.flatnonzero(chosen == pool)
-        turns[mine] = np.arange(len(mine)) + (before[pool] if epoch else 0)
+        turns[mine] = np.arange(len(mine)) + before[pool]
     return chosen, turns
+
+
+@lru_cache(maxsize=128)
+def _drawn_before(weights: tuple[float, ...], samples: int, seed: int, epoch: int) -> np.ndarray:
+    """How many draws of each set the epochs before this one had.
+
+    By blocks of epochs, each twice as long as the next, so that a late epoch does not count all earlier ones anew.
+    """
+    if not epoch:
+        return np.zeros(len(weights), dtype=np.int64)
+    start = epoch & (epoch - 1)
+    block = (np.bincount(_choices(weights, samples, seed, e), minlength=len(weights)) for e in range(start, epoch))
+    return _drawn_before(weights, samples, seed, start) + sum(block)
 
 
 def _choices(weights: tuple[float, ...], samples: int, seed: int, epoch: int) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Shards: WebDataset tars of samples, each with an index beside it for random access.
 
-A sample is the members ``ID.json``, ``ID.structure.npz`` and, where alignments exist, ``ID.msa.npz``. The index of
-``train-000000.tar`` is ``train-000000.index.npz``: what choosing samples needs to know of all of them, as columns, so
-that it is small and quick to load. Where it is missing or older than the tar, the tar is scanned.
+A sample is the members ``ID.json``, ``ID.structure.npz`` and, where there are any, ``ID.msa.npz`` and
+``ID.templates.npz``. The index of ``train-000000.tar`` is ``train-000000.index.npz``: what choosing samples needs to
+know of all of them, as columns, so that it is small and quick to load. Where it is missing or does not fit the tar, the
+tar is scanned.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from cpfold_train.data.structure import (
     unpack_arrays,
     unpack_structure,
 )
+from cpfold_train.data.templates import Template, unpack_templates
 from cpfold_train.data.validate import check_sample
 from cpfold_train.errors import ConfigError, DataError
 
@@ -68,7 +70,15 @@ class Entry(Place):
     interfaces: list[list[int]]
 
 
-MEMBERS = ("json", "structure.npz", "msa.npz")
+class Sample(NamedTuple):
+    """A decoded sample: its structure, alignments by entity, and templates."""
+
+    structure: Structure
+    alignments: dict[int, Alignment]
+    templates: list[Template]
+
+
+MEMBERS = ("json", "structure.npz", "msa.npz", "templates.npz")
 _CHAIN = {"entity": np.int16, "length": np.int32, "observed": np.int32}
 
 
@@ -93,7 +103,7 @@ def scan(path: Path) -> dict[str, np.ndarray]:
 
     Returns:
         ``format_version`` and ``bytes`` of the tar; ``key``, ``tokens``, ``release_date`` (empty where unknown),
-        ``resolution`` (NaN where there is none) and ``msa_rows`` (S,); ``offset`` and ``size`` (S, 3) of ``MEMBERS``,
+        ``resolution`` (NaN where there is none) and ``msa_rows`` (S,); ``offset`` and ``size`` (S, 4) of ``MEMBERS``,
         -1 where absent; ``chain_start`` and ``interface_start`` (S + 1,) into the columns of chains and interfaces;
         ``chain_type``, ``chain_entity``, ``chain_length``, ``chain_observed`` and ``chain_cluster`` (C,), the last an
         index into ``cluster``; ``interface`` (I, 2) chains, counted within the sample.
@@ -210,8 +220,8 @@ def _index(tar: Path) -> dict[str, np.ndarray]:
     return scan(tar)
 
 
-def read_sample(place: Place) -> tuple[Structure, dict[int, Alignment]]:
-    """Read one sample by random access, decode and check it: its structure and its alignments by entity.
+def read_sample(place: Place) -> Sample:
+    """Read one sample by random access, decode and check it.
 
     Raises:
         DataError: naming the tar, the sample and what is wrong with it.
@@ -226,13 +236,14 @@ def read_sample(place: Place) -> tuple[Structure, dict[int, Alignment]]:
         members = {extension: _member(place, extension, data) for extension, data in stored.items()}
         structure = unpack_structure(members)
         alignments = unpack_alignments(unpack_arrays(members["msa.npz"])) if "msa.npz" in members else {}
-        check_sample(structure, alignments, place.key)
+        templates = unpack_templates(unpack_arrays(members["templates.npz"])) if "templates.npz" in members else []
+        check_sample(structure, alignments, templates, place.key)
     except MemoryError:
         raise
     except Exception as error:  # damaged bytes can fail anywhere in zip, zlib, numpy or json
         reason = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
         raise DataError(f"{place.tar}: sample {place.key} cannot be used: {reason}") from error
-    return structure, alignments
+    return Sample(structure, alignments, templates)
 
 
 def _member(place: Place, extension: str, stored: bytes) -> bytes:

@@ -19,16 +19,19 @@ Layout = dict[str, tuple[int, torch.dtype, Sequence[int]]]
 
 
 def pack(batch: dict[str, Any]) -> tuple[Tensor, Layout, dict[str, Any]]:
-    """All tensors one after the other (bytes,), where each of them is, and everything else of the batch."""
-    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    """All tensors one after the other (bytes,), where each of them is, and everything else of the batch.
+
+    The tensors are taken out of ``batch`` one by one, so that they are not in memory twice.
+    """
     layout, size = {}, 0
-    for name, value in tensors.items():
-        layout[name] = (size, value.dtype, value.shape)
-        size += -(-value.nbytes // _ALIGNMENT) * _ALIGNMENT
+    for name, value in batch.items():
+        if isinstance(value, Tensor):
+            layout[name] = (size, value.dtype, value.shape)
+            size += -(-value.nbytes // _ALIGNMENT) * _ALIGNMENT
     flat = torch.empty(size, dtype=torch.uint8)
-    for name, value in tensors.items():
-        _place(flat, layout[name]).copy_(value)
-    return flat, layout, {name: value for name, value in batch.items() if name not in tensors}
+    for name, place in layout.items():
+        _place(flat, place).copy_(batch.pop(name))
+    return flat, layout, batch
 
 
 def unpack(flat: Tensor, layout: Layout, rest: dict[str, Any]) -> dict[str, Any]:

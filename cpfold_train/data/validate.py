@@ -14,6 +14,7 @@ import numpy as np
 from cpfold_train.data.alignment import Alignment
 from cpfold_train.data.residues import BOND_TYPES, MOL_TYPES, NONPOLYMER, TOKENS
 from cpfold_train.data.structure import Structure
+from cpfold_train.data.templates import Template
 from cpfold_train.errors import DataError
 
 MAX_COORDINATE = 1e5
@@ -46,8 +47,19 @@ LAYOUT = {
 }
 """Type of each array and its shape, in the letters of :class:`Structure`."""
 
+TEMPLATE_LAYOUT = {
+    "token": (np.int32, ()),
+    "res_type": (np.int8, ()),
+    "backbone": (np.float32, (3, 3)),
+    "frame_known": (np.bool_, ()),
+    "center": (np.float32, (3,)),
+    "disto_center": (np.float32, (3,)),
+    "disto_known": (np.bool_, ()),
+}
+"""Type of each array of a template over its P tokens, and the dims after the first."""
 
-def check_sample(structure: Structure, alignments: dict[int, Alignment], key: str) -> None:
+
+def check_sample(structure: Structure, alignments: dict[int, Alignment], templates: list[Template], key: str) -> None:
     """Check a decoded sample.
 
     Args:
@@ -60,6 +72,7 @@ def check_sample(structure: Structure, alignments: dict[int, Alignment], key: st
     for checks in (_shapes(structure), _meta(structure, key), _tokens(structure), _atoms(structure)):
         _first_failure(checks)
     _first_failure(_alignments(structure, alignments))
+    _first_failure(_templates(structure, templates))
 
 
 def _first_failure(checks: Iterator[tuple[bool, str]]) -> None:
@@ -149,6 +162,23 @@ def _alignments(s: Structure, alignments: dict[int, Alignment]) -> Iterator[tupl
             yield values.shape == shape, f"{name} has shape {values.shape} instead of {shape}"
         yield a.keys.dtype == np.int64 and a.keys.ndim == 1 and len(a.keys) > 0, f"{name} has no proper keys"
         yield _within(a.tokens, 0, len(TOKENS)), f"a token in {name} is out of range"
+
+
+def _templates(s: Structure, templates: list[Template]) -> Iterator[tuple[bool, str]]:
+    for number, template in enumerate(templates):
+        name, count = f"template {number}", template.token.shape[0]
+        for field, (dtype, dims) in TEMPLATE_LAYOUT.items():
+            value = getattr(template, field)
+            yield value.dtype == dtype, f"{field} of {name} is {value.dtype} instead of {np.dtype(dtype)}"
+            shape = (count, *dims)
+            yield value.shape == shape, f"{field} of {name} has shape {value.shape} instead of {shape}"
+            if dtype == np.float32:
+                small = bool((np.abs(value) <= MAX_COORDINATE).all())
+                yield small, f"{field} of {name} holds NaN, infinity or more than {MAX_COORDINATE:.0e} Angstrom"
+        yield count > 0, f"{name} covers no token"
+        yield _within(template.token, 0, len(s)), f"a token of {name} is out of range"
+        yield bool((np.diff(template.token) > 0).all()), f"the tokens of {name} are not in order"
+        yield _within(template.res_type, 0, len(TOKENS)), f"a residue token of {name} is out of range"
 
 
 def _within(values: np.ndarray, start: int, stop: int) -> bool:

@@ -117,6 +117,9 @@ class ModelConfig:
         diffusion: the diffusion module and its process.
         template: the template module.
         confidence: the confidence module.
+        init_from: checkpoint of the boltz package or of a run, from which a new run takes its weights; None draws them.
+        init_weights: ``raw``, or ``ema`` for their moving average.
+        init_skip: modules, under Boltz-2's names, that start from fresh weights all the same.
     """
 
     token_s: int = 384
@@ -130,3 +133,6 @@ class ModelConfig:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     confidence: ConfidenceConfig = field(default_factory=ConfidenceConfig)
+    init_from: str | None = None
+    init_weights: str = "raw"
+    init_skip: list[str] = field(default_factory=list)

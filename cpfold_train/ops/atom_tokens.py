@@ -39,7 +39,7 @@ def token_spans(feats: Feats, cp: ContextParallel, halo: int = 0) -> tuple[Inter
     Returns:
         For each rank the first and one past the last token, at least one; on one rank all tokens.
     """
-    starts = feats["token_atom_start"].cpu().numpy()
+    starts = np.array(feats["token_atom_start"].tolist())
     n = starts.shape[1] - 1
     if cp.all.size == 1:
         return ((0, n),)
@@ -113,12 +113,6 @@ def atoms_to_tokens(x: Tensor, weight: Tensor, feats: Feats, cp: ContextParallel
 
     count = feats["token_atom_start"].diff(dim=1)[:, own:own_stop].to(x.device, wide).repeat_interleave(copies, 0)
     return sums / (count[..., None] + 1e-6)
-
-
-def all_tokens(x: Tensor, cp: ContextParallel) -> Tensor:
-    """Every rank's share of tokens (B, N/P, c) to all tokens (B, N, c) on every rank."""
-    n = x.shape[1] * cp.all.size
-    return redistribute(x, cp, cp.all, (1,), in_one_dim(split(n, cp.all.size)), (((0, n),),) * cp.all.size, OP)
 
 
 def pairs_in_windows(z: Tensor, feats: Feats, cp: ContextParallel) -> Tensor:

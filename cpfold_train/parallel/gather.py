@@ -20,6 +20,18 @@ def gather_tensor(x: Tensor, axis: Axis) -> Tensor:
     return torch.stack(pieces)
 
 
+def gather_to_first(x: Tensor, axis: Axis) -> Tensor | None:
+    """``x`` of every rank of an axis, stacked (axis.size, *x.shape), on the first of them; None on the others."""
+    if axis.size == 1:
+        return x[None]
+    if axis.index:
+        dist.gather(x.contiguous(), dst=axis.ranks[0], group=axis.group)
+        return None
+    pieces = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in axis.ranks]
+    dist.gather(x.contiguous(), pieces, dst=axis.ranks[0], group=axis.group)
+    return torch.stack(pieces)
+
+
 def gather_figures(cp: ContextParallel, figures: Sequence[float]) -> Tensor:
     """A row of figures from every rank of the world: (world_size, len(figures)) float64 on the host."""
     row = torch.tensor(figures, dtype=torch.float64)

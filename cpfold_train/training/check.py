@@ -10,6 +10,7 @@ from cpfold_train.data.sampling import open_source
 from cpfold_train.errors import ConfigError
 from cpfold_train.ops.biased_attention import KERNELS
 from cpfold_train.parallel.cost import ALGORITHMS
+from cpfold_train.training.boltz_checkpoint import WEIGHTS
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.sources import training_sources, validation_source
 
@@ -21,6 +22,11 @@ def check(config: TrainConfig) -> None:
     """Raise ConfigError or DataError, one sentence that says what to type instead."""
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
         raise ConfigError(f"ckpt_path={config.ckpt_path} does not exist: type the path of a .ckpt file or leave it out")
+    init_from = config.model.init_from
+    if init_from is not None and not Path(init_from).is_file():
+        raise ConfigError(
+            f"model.init_from={init_from} does not exist: type the path of a .ckpt file, or model.init_from=null"
+        )
     for name, value, least in (
         ("crop_size", config.crop_size, 1),
         ("batch_size", config.batch_size, 1),
@@ -34,6 +40,7 @@ def check(config: TrainConfig) -> None:
         if value is not None and value < least:
             raise ConfigError(f"{name}={value} is too small: type {name}={least} or more")
     _one_of("cp.algorithm", config.cp.algorithm, ALGORITHMS)
+    _one_of("model.init_weights", config.model.init_weights, WEIGHTS)
     _one_of("kernels", config.kernels, KERNELS)
     if config.kernels == "cuequivariance":
         _require_cuequivariance(config)

@@ -12,6 +12,7 @@ from cpfold_train.data.batch import PLACEMENTS, Augmentation
 from cpfold_train.data.loader import TileLoader
 from cpfold_train.data.sampling import Source
 from cpfold_train.training.config import DataConfig
+from cpfold_train.training.same_samples import check_same_samples
 from cpfold_train.training.sources import training_sources, validation_source
 
 _ON_HOST = ("token_atom_start",)
@@ -74,6 +75,11 @@ class TileData(LightningDataModule):
         )
         self._loaders.append(loader)
         return loader
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Make sure that all ranks of the replica have come to the same samples."""
+        check_same_samples(batch, self.trainer.strategy.cp)
+        return batch
 
     def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, dataloader_idx: int) -> dict:
         """All but what stays on the host."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressB
 from lightning.pytorch.loggers import Logger
 
 from cpfold_train.memory import return_large_tensors
+from cpfold_train.training.boltz_checkpoint import initialise
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.datamodule import TileData
 from cpfold_train.training.figures import StepFigures
@@ -22,6 +21,7 @@ from cpfold_train.training.metrics_csv import MetricsCSV
 from cpfold_train.training.module import CoFoldingModule
 from cpfold_train.training.optim import MovingAverage
 from cpfold_train.training.picture import Pictures
+from cpfold_train.training.quiet import quiet_lightning
 from cpfold_train.training.result import Result
 from cpfold_train.training.signals import EndOnSigterm
 from cpfold_train.training.strategy import GridStrategy
@@ -36,15 +36,25 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
         run_dir: receives checkpoints, figures and pictures.
         record: the configuration as plain containers, for W&B.
     """
-    _quiet()
+    quiet_lightning()
     return_large_tensors()
     pl.seed_everything(config.seed, verbose=False)
     timeout = timedelta(seconds=config.cp.timeout_s)
+    module = CoFoldingModule(config.model, config.optim, config.loss, config.diffusion, config.seed)
+    grid = world.grid
+    strategy = GridStrategy(
+        grid.rows,
+        grid.cols,
+        grid.dp,
+        timeout,
+        config.cp.algorithm,
+        config.kernels,
+        # The confidence module's, where it has no loss.
+        find_unused_parameters=not module.judged,
+    )
     trainer = pl.Trainer(
         **dataclasses.asdict(config.trainer) | {"num_nodes": world.num_nodes},
-        strategy=GridStrategy(
-            world.grid.rows, world.grid.cols, world.grid.dp, timeout, config.cp.algorithm, config.kernels
-        ),
+        strategy=strategy,
         devices=world.devices,
         logger=_loggers(config, run_dir, record),
         callbacks=_callbacks(config, run_dir),
@@ -52,7 +62,8 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
         # The loader divides the samples itself, over replicas only.
         use_distributed_sampler=False,
     )
-    module = CoFoldingModule(config.model, config.optim, config.loss, config.diffusion, config.seed)
+    if config.model.init_from and not config.ckpt_path:
+        initialise(module.model, Path(config.model.init_from), config.model.init_weights, config.model.init_skip)
     if config.trainer.precision == "64-true":
         # Lightning converts the module after it has read the checkpoint, whose weights would be rounded to fp32.
         module.double()
@@ -67,14 +78,6 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
             import wandb
 
             wandb.finish()
-
-
-def _quiet() -> None:
-    """Keep what Lightning says about itself off the terminal: what matters of a run, its callbacks show."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*LeafSpec.*", ".*Total length of `list`.*", ".*does not have many workers.*"):
-        warnings.filterwarnings("ignore", message)
 
 
 def _callbacks(config: TrainConfig, run_dir: Path) -> list[Callback]:

@@ -21,6 +21,7 @@ from cpfold_train.data.prepare.msas import find_alignments
 from cpfold_train.data.prepare.report import write_report
 from cpfold_train.data.prepare.sources import find_sources, names
 from cpfold_train.data.prepare.splits import Clusters, shared_clusters, split
+from cpfold_train.data.prepare.templates import find_templates
 from cpfold_train.data.prepare.work import convert_all, members_size, read_members
 from cpfold_train.data.shards import index_path, write_shard
 from cpfold_train.errors import ConfigError, DataError
@@ -49,6 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--msa", type=Path, metavar="DIR", help="files ENTRY_CHAINS_LABEL.a3m or .csv, .gz or not (Boltz: MSA_ID.npz)")
     add("--msa-map", type=Path, metavar="FILE", help="tab-separated lines of entry, chain and path of an alignment")
     add("--max-msa-depth", type=int, default=16384, metavar="N", help="rows an entity (default: 16384)")
+
+    add = parser.add_argument_group("templates").add_argument
+    add("--templates", type=Path, metavar="FILE", help="tab-separated lines of entry, chain, path of a template "
+        "structure and chain of the template")  # fmt: skip
 
     add = parser.add_argument_group("filters").add_argument
     add("--before", metavar="DATE", help="take entries released before this date, such as 2021-10-01")
@@ -88,7 +93,10 @@ def run(args: argparse.Namespace) -> None:
     if absent:
         raise ConfigError(f"no structure file for {', '.join(absent)}, which --val names: check the ids")
     alignments = find_alignments(args.msa, args.msa_map)
-    jobs = [Job(source, tuple(alignments.pop(source.key, []))) for source in sources]
+    templates = find_templates(args.templates)
+    jobs = [
+        Job(source, tuple(alignments.pop(source.key, [])), tuple(templates.pop(source.key, []))) for source in sources
+    ]
     work = _work_folder(args.out, args.overwrite)
     options = Options(args.assembly, _limits(args), args.max_msa_depth, args.msa)
     converted = track(convert_all(jobs, options, work, args.workers), "preparing", total=len(jobs), transient=True)
@@ -104,7 +112,8 @@ def run(args: argparse.Namespace) -> None:
         result.dropped = excluded.get(result.key)
     results += [Result(key, f"{key}.cif.gz", dropped=reason) for key, reason in failed.items()]
     tars = _write_shards(args.out, work, chosen, clusters, args.shard_size * 1e6)
-    unused = [] if only else sorted(path.name for files in alignments.values() for path, _ in files)
+    left = [*alignments.values(), *templates.values()]
+    unused = [] if only else sorted(path.name for files in left for path, _ in files)
     shared = shared_clusters(kept, clusters, chosen)
     n_clusters = len({cluster for (key, _), cluster in clusters.items() if key in chosen})
     write_report(args.out, sorted(results, key=lambda result: result.key), chosen, n_clusters, shared, unused, tars)

@@ -15,7 +15,10 @@ from cpfold_train.data.prepare.boltz_format import read_boltz
 from cpfold_train.data.prepare.filters import Limits, fit_chains, unfit_entry
 from cpfold_train.data.prepare.msas import AlignmentFile, align_entities, boltz_entities
 from cpfold_train.data.prepare.sources import Source
+from cpfold_train.data.prepare.templates import TemplateFile, lay_templates
 from cpfold_train.data.structure import Structure, pack_arrays, pack_structure
+from cpfold_train.data.templates import pack_templates
+from cpfold_train.data.validate import check_sample
 from cpfold_train.errors import DataError
 
 
@@ -31,10 +34,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """An entry and its alignment files."""
+    """An entry, its alignment files and its templates."""
 
     source: Source
     alignments: tuple[AlignmentFile, ...] = ()
+    templates: tuple[TemplateFile, ...] = ()
 
 
 @dataclass
@@ -57,6 +61,7 @@ class Result:
     left_out: dict[str, int] = field(default_factory=dict)
     removed: dict[str, int] = field(default_factory=dict)
     msa_depth: dict[str, int] = field(default_factory=dict)
+    templates: int = 0
     problems: list[str] = field(default_factory=list)
 
 
@@ -100,9 +105,15 @@ def _members(job: Job, options: Options, result: Result) -> dict[str, bytes]:
     meta["id"] = job.source.key
     meta["msa_depth"] = result.msa_depth
     meta["interfaces"] = interfaces(structure)
+    templates = lay_templates(structure, list(job.templates), result.problems)
+    result.templates = len(templates)
+    # What training would refuse is dropped here, where somebody looks at the report.
+    check_sample(structure, alignments, templates, job.source.key)
     members = pack_structure(structure)
     if alignments:
         members["msa.npz"] = pack_arrays(pack_alignments(alignments))
+    if templates:
+        members["templates.npz"] = pack_arrays(pack_templates(templates))
     return members
 
 

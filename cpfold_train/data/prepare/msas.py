@@ -36,26 +36,34 @@ def find_alignments(folder: Path | None, table: Path | None) -> dict[str, list[A
             if path.name.removesuffix(".gz").endswith(SUFFIXES):
                 entry, chains, _ = chains_of(path)
                 by_entry.setdefault(entry, []).append((path, chains))
-    if table is not None:
-        for entry, chains, path in _rows(table):
-            by_entry.setdefault(entry, []).append((path, chains))
+    for entry, chains, path in table_rows(table, "--msa-map", ("entry", "chain", "path")):
+        by_entry.setdefault(entry, []).append((path, chains))
     return by_entry
 
 
-def _rows(table: Path) -> list[tuple[str, str, Path]]:
+def table_rows(table: Path | None, option: str, columns: tuple[str, ...]) -> list[tuple]:
+    """Lines of a tab-separated table, none without one: the entry in lower case, and the path as seen from the table.
+
+    Raises:
+        ConfigError: the table or a file that it names does not exist, or a line has not these columns.
+    """
+    if table is None:
+        return []
     if not table.is_file():
-        raise ConfigError(f"--msa-map {table} does not exist: type the path of a tab-separated file")
+        raise ConfigError(f"{option} {table} does not exist: type the path of a tab-separated file")
     found = []
     with table.open(newline="") as file:
         for number, row in enumerate(csv.reader(file, delimiter="\t"), 1):
-            if not row or row[0].startswith("#") or row == ["entry", "chain", "path"]:
+            if not row or row[0].startswith("#") or row == list(columns):
                 continue
-            if len(row) != 3:
-                raise ConfigError(f"{table} line {number} has {len(row)} columns: write entry, chain and path")
-            path = table.parent / row[2]
+            if len(row) != len(columns):
+                listed = f"{', '.join(columns[:-1])} and {columns[-1]}"
+                raise ConfigError(f"{table} line {number} has {len(row)} columns: write {listed}")
+            given = dict(zip(columns, row))
+            path = table.parent / given["path"]
             if not path.is_file():
                 raise ConfigError(f"{table} line {number}: {path} does not exist")
-            found.append((row[0].lower(), row[1], path))
+            found.append(tuple((given | {"entry": given["entry"].lower(), "path": path}).values()))
     return found
 
 

@@ -37,7 +37,7 @@ def write_report(
         chosen: split of those that are kept.
         clusters: how many there are.
         shared: validation entries that resemble training entries.
-        unused: alignment files without an entry.
+        unused: alignment and template files without an entry.
         tars: names of the shards.
     """
     kept = [result for result in results if result.dropped is None]
@@ -52,7 +52,7 @@ def write_report(
         "removed_chains": _total(result.removed for result in kept),
         "shards": tars,
         "val_similar_to_train": shared,
-        "unused_alignments": unused,
+        "unused_files": unused,
         "entries": [_described(result, chosen) for result in results],
     }
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -62,7 +62,7 @@ def write_report(
     console.print(_summary(results) if len(results) > LONGEST_TABLE else _table(results, chosen))
     console.print(_headline(report))
     if unused:
-        console.print(f"alignments without an entry: {escape(_some(unused))}")
+        console.print(f"alignments or templates without an entry: {escape(_some(unused))}")
     if shared:
         console.print(f"[yellow]validation entries that resemble training entries: {escape(_some(shared))}[/]")
     console.print(f"{len(tars)} shards, report.json and report.png in {out}")
@@ -121,8 +121,8 @@ def _summary(results: list[Result]) -> Table:
                 counts[f"{kind}: {reason}"] += count
                 firsts.setdefault(f"{kind}: {reason}", result.key)
         for problem in result.problems:
-            counts["alignment problems"] += 1
-            firsts.setdefault("alignment problems", problem)
+            counts["problems with alignments or templates"] += 1
+            firsts.setdefault("problems with alignments or templates", problem)
     for reason, count in sorted(counts.items(), key=lambda item: (not item[0].startswith("dropped"), -item[1])):
         table.add_row(escape(reason), f"{count:,}", escape(firsts[reason]))
     return table

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
+from multiprocessing import parent_process
+from multiprocessing.connection import wait as wait_for_connection
 from pathlib import Path
 
 from cpfold_train.data.prepare.convert import Job, Options, Result, convert
@@ -46,8 +50,7 @@ def convert_all(jobs: list[Job], options: Options, folder: Path, workers: int) -
     if workers == 1:
         yield from map(work, unfinished)
         return
-    # Ctrl-C reaches the workers too; they finish the entries that they are at.
-    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+    with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
         left = iter(unfinished)
         running = {pool.submit(work, job) for job in islice(left, _AHEAD * workers)}
         try:
@@ -65,6 +68,18 @@ def convert_all(jobs: list[Job], options: Options, folder: Path, workers: int) -
                 f"a worker process died (out of memory?) while these were converted: {', '.join(at)}; run the same "
                 "command again to go on from here, with fewer --workers, or leave one out with --skip ID"
             ) from error
+
+
+def start_worker() -> None:
+    """What a worker process begins with: Ctrl-C, which reaches it too, lets it finish its entry; the end of the process
+    that started it, whatever the cause, ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    wait_for_connection([parent_process().sentinel])
+    os._exit(1)
 
 
 def read_members(folder: Path, key: str) -> dict[str, bytes]:
@@ -106,6 +121,6 @@ def _finished(job: Job, options: Options, folder: Path) -> Result | None:
 
 def _fingerprint(job: Job, options: Options) -> str:
     """Of the options and of the input files as the file system describes them."""
-    files = [job.source.path, *(path for path, _ in job.alignments)]
+    files = [job.source.path, *(path for path, _ in job.alignments + job.templates)]
     states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr((FORMAT_VERSION, job, options, states)).encode()).hexdigest()

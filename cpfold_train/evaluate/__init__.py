@@ -1,0 +1,1 @@
+"""How good predicted structures are, by the truth."""

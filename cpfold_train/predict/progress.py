@@ -1,0 +1,25 @@
+"""The progress bar of a prediction."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from cpfold_train.predict.predictor import Prepared
+
+
+class QueryBar(TQDMProgressBar):
+    """Counts queries, and names the one that is being sampled."""
+
+    def init_predict_tqdm(self) -> Tqdm:
+        bar = super().init_predict_tqdm()
+        bar.set_description("inputs")
+        return bar
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Prepared, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        super().on_predict_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        size = "unusable" if batch.crop is None else f"{len(batch.crop.tokens):,} tokens"
+        self.predict_progress_bar.set_description(f"{batch.query.id} ({size})")
