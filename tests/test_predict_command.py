@@ -19,8 +19,10 @@ from cpfold_train.data.shards import open_shards, read_sample
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.config import ModelConfig
+from cpfold_train.parallel.grid import Grid
 from cpfold_train.predict.checkpoint import load_model
 from cpfold_train.predict.inputs import find_queries, has_truth
+from cpfold_train.predict.predictor import assembled
 from tests.structures import write_a3m, write_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,6 +130,13 @@ def test_results_of_a_query(on_1x1):
         assert np.allclose(arrays["pae"], expected)
         assert np.allclose(arrays["pde"], expected + 0.5)
     assert Image.open(out / "4hhb.png").size == (1500, 850)
+
+
+def test_tiles_come_together():
+    whole = np.arange(36).reshape(6, 6)
+    grids = [Grid(2, 3, rank=rank) for rank in range(6)]
+    tiles = [whole[slice(*grid.row_tokens(6)), slice(*grid.col_tokens(6))] for grid in grids]
+    assert np.array_equal(assembled(np.stack(tiles), grids[0]), whole)
 
 
 def test_sequences_alone(on_1x1):
