@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +32,7 @@ CONFIG = ModelConfig(
     TemplateConfig(6, 1, 0.1, 4, 2), ConfidenceConfig(PairformerConfig(1, 4, 0.1, 4, 2), 10, 20.0, 9, 11, 12),
 )  # fmt: skip
 """Small, but for what boltz predict fixes."""
+SMALL = replace(CONFIG, msa=MSAConfig(8, 1, 0.1, 0.1, 4, 2), pairformer=PairformerConfig(2, 4, 0.1, 4, 2))
 ORACLE = Path(__file__).parent / "oracle" / "boltz_checkpoint.py"
 
 
@@ -56,11 +57,11 @@ def state(model: CoFolding) -> dict[str, torch.Tensor]:
 
 def our_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """A checkpoint as our training writes it; returns the moving average in it."""
-    model = CoFolding(CONFIG)
+    model = CoFolding(SMALL)
     randomise(model)
     weights = {f"model.{name}": x for name, x in model.state_dict().items()}
     average = {name: x + 1 if x.is_floating_point() else x for name, x in weights.items()}
-    hyper = {"model": asdict(CONFIG)}
+    hyper = {"model": asdict(SMALL)}
     written = {"state_dict": average, "current_model_state": weights, "global_step": 40, "hyper_parameters": hyper}
     torch.save(written, path)
     return average
@@ -129,19 +130,19 @@ def test_round_trip(stock, tmp_path, capsys):
 
 def test_what_the_package_predicts_with():
     assert predicts(ModelConfig()) and predicts(CONFIG)
-    assert not predicts(ModelConfig(pairformer=PairformerConfig(num_blocks=48)))
+    assert not predicts(SMALL) and not predicts(ModelConfig(pairformer=PairformerConfig(num_blocks=48)))
 
 
 def test_own_checkpoints(tmp_path):
     average = our_checkpoint(tmp_path / "own.ckpt")
     assert main(["export-boltz", str(tmp_path / "own.ckpt"), str(tmp_path / "out.ckpt")]) == 0
     for source, weights in (("own.ckpt", "ema"), ("out.ckpt", "raw")):
-        model = CoFolding(CONFIG)
+        model = CoFolding(SMALL)
         initialise(model, tmp_path / source, weights)
         for name, x in model.state_dict().items():
             assert torch.equal(x, average[f"model.{name}"].float()), name
     with pytest.raises(ConfigError, match="no moving average"):
-        initialise(CoFolding(CONFIG), tmp_path / "out.ckpt", "ema")
+        initialise(CoFolding(SMALL), tmp_path / "out.ckpt", "ema")
 
 
 def test_partial_loads_are_refused(tmp_path):
@@ -156,7 +157,7 @@ def test_partial_loads_are_refused(tmp_path):
     average["model.trunk.s_init.weight"] = torch.zeros(4, 16)
     torch.save(written, tmp_path / "other.ckpt")
 
-    model = CoFolding(CONFIG)
+    model = CoFolding(SMALL)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     with pytest.raises(ConfigError) as refused:
         initialise(model, tmp_path / "other.ckpt", "ema")

@@ -8,6 +8,8 @@ Where the package is wrong, or draws what here is drawn otherwise, the test says
 - it gives a modified residue of a protein no frame, and an unresolved ligand atom whatever frame its sort ends with;
 - it leaves unresolved atoms where minus the centre is;
 - it shows sequences that are paired once more, unpaired, so rows that are partly paired differ;
+- it pairs a single chain with itself: pairing is compared where there are several;
+- it computes distances by a matrix product, which rounds some of them into the next bin;
 - it lays a template on a crop by the tokens' numbers in the whole sample, so templates are compared on whole ones.
 """
 

@@ -145,3 +145,12 @@ def test_nothing_resolved(ranks):
     for name, (losses, grad) in on_grid(ranks, (1, 1), feats, given).items():
         assert losses.isfinite().all() and grad.isfinite().all(), name
         assert name == "resolved" or not grad.any(), name
+
+
+def test_partners_are_resolved_in_the_truth_at_hand(ranks):
+    """Where no residue's centre is resolved, representative atoms have no partners, whatever the features say."""
+    feats, given = complexes.batch(Grid())
+    centre = feats["token_to_center_atom"].repeat_interleave(SAMPLES, 0).long()
+    given["true_resolved"].scatter_(1, centre, 0.0)
+    found = on_grid(ranks, (1, 1), feats, given)
+    assert not found["plddt"][0].any() and found["pde"][0].any()

@@ -15,9 +15,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cpfold_train.data.residues import DNA, NONPOLYMER, RNA
-from cpfold_train.losses.geometry import distances, frame_axes, spans_frame
+from cpfold_train.losses.geometry import distances, frame_axes
 from cpfold_train.losses.token_frames import token_frames
+from cpfold_train.model.constants import DNA, NONPOLYMER, RNA
+from cpfold_train.model.frames import spanning
 from cpfold_train.ops.by_rows import by_rows, in_blocks, rows_per_block
 from cpfold_train.ops.shares import gather_shares, own_share
 from cpfold_train.parallel.context import ContextParallel
@@ -142,21 +143,21 @@ def pae_loss(pred_pae: Tensor, judged: Judged, feats: dict[str, Tensor], cp: Con
     """
     (real,) = _repeated(judged, feats, "token_pad_mask")
     rows, columns = _tile_tokens(real.shape[1], cp)
-    spanning, seen_from, seen = real > 0, [], []
+    spans, seen_from, seen = real > 0, [], []
     for coords in (judged.truth, judged.pred):
         frames = token_frames(coords, judged.resolved, feats, cp, OP)
         points = coords.gather(1, frames.flatten(1)[..., None].expand(-1, -1, 3)).unflatten(1, frames.shape[1:])
         if not seen:
             resolved = judged.resolved.gather(1, frames.flatten(1)).view_as(frames)
-            spanning, known = spanning & resolved.all(2), (resolved[..., 1] & (real > 0)).to(coords)
-        spanning = spanning & spans_frame(points)
+            spans, known = spans & resolved.all(2), (resolved[..., 1] & (real > 0)).to(coords)
+        spans = spans & spanning(points)
         origins = points[..., 1, :]
         seen_from += [frame_axes(points[:, rows]), origins[:, rows]]
         seen.append(origins[:, columns])
-    spanning = spanning.to(known)
-    inputs = pred_pae, *seen_from, spanning[:, rows]
+    spans = spans.to(known)
+    inputs = pred_pae, *seen_from, spans[:, rows]
     errors = by_rows(_pae_of_rows, _rows_at_once(pred_pae, real), inputs, (*seen, known[:, columns])).sum(1)
-    return errors / (1e-7 + spanning.sum(1) * known.sum(1))
+    return errors / (1e-7 + spans.sum(1) * known.sum(1))
 
 
 def _repeated(judged: Judged, feats: dict[str, Tensor], names: str) -> list[Tensor]:
@@ -220,7 +221,7 @@ def _pae_of_rows(
     true_origin: Tensor,
     pred_axes: Tensor,
     pred_origin: Tensor,
-    spanning: Tensor,
+    spans: Tensor,
     truths: Tensor,
     preds: Tensor,
     known: Tensor,
@@ -233,5 +234,5 @@ def _pae_of_rows(
             apart = apart + true_axes[..., axis, x, None] * (truths[:, None, :, x] - true_origin[..., x, None])
             apart = apart - pred_axes[..., axis, x, None] * (preds[:, None, :, x] - pred_origin[..., x, None])
         square = square + apart.square()
-    mask = spanning[..., None] * known[:, None]
+    mask = spans[..., None] * known[:, None]
     return (_cross_entropy(logits, _bins(square.sqrt(), logits.shape[-1])) * mask).sum(2)

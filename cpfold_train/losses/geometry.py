@@ -27,15 +27,3 @@ def frame_axes(points: Tensor) -> Tensor:
 
 def _unit(v: Tensor) -> Tensor:
     return v / (v.norm(dim=-1, keepdim=True) + 1e-5)
-
-
-def spans_frame(points: Tensor) -> Tensor:
-    """(...,) bool: a and c of (..., 3, 3) points are apart from b, and the three are not within 25 degrees of a line.
-
-    ``compute_collinear_mask`` in ``boltz/model/layers/confidence_utils.py``.
-    """
-    a, b, c = points.unbind(-2)
-    first, second = b - a, b - c
-    lengths = first.norm(dim=-1), second.norm(dim=-1)
-    cosine = (first * second).sum(-1) / ((lengths[0] + 1e-6) * (lengths[1] + 1e-6))
-    return (cosine.abs() < 0.9063) & (lengths[0] > 1e-2) & (lengths[1] > 1e-2)

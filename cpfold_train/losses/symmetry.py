@@ -46,7 +46,7 @@ def matched_truth(pred_coords: Tensor, feats: dict[str, Tensor], cp: ContextPara
         feats[name].long().repeat_interleave(samples, 0) for name in ("atom_swaps", "ref_space_uid", "atom_to_token")
     )
     if not swaps.shape[2]:
-        return coords, resolved
+        return coords.to(pred_coords), resolved
     motion = _motions_of_surroundings(pred, coords, resolved, feats, cp)
     motion = motion.gather(1, token[..., None].expand(-1, -1, 12)).unflatten(2, (4, 3))
     # There and back, so that only the truth is fetched again and not the motion of where it comes from.
@@ -69,7 +69,7 @@ def matched_truth(pred_coords: Tensor, feats: dict[str, Tensor], cp: ContextPara
         swap = torch.cat([torch.zeros_like(swaps[..., :1]), swaps], 2).gather(2, chosen).squeeze(2)
         found = whole.gather(1, (atom + swap)[..., None].expand(-1, -1, 4))
         coords, resolved = found[..., :3], found[..., 3] > 0
-    return coords, resolved
+    return coords.to(pred_coords), resolved
 
 
 def _motions_of_surroundings(

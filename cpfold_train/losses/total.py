@@ -14,6 +14,7 @@ from cpfold_train.losses.confidence import judge, pae_loss, pde_loss, plddt_loss
 from cpfold_train.losses.diffusion import diffusion_loss
 from cpfold_train.losses.distogram import distogram_loss
 from cpfold_train.losses.smooth_lddt import smooth_lddt_loss
+from cpfold_train.losses.symmetry import matched_truth
 from cpfold_train.parallel.context import ContextParallel, to_local
 
 Values = dict[str, Tensor | DTensor]
@@ -39,7 +40,8 @@ def structure_losses(out: Values, feats: Values, cp: ContextParallel) -> dict[st
 
 
 def confidence_losses(logits: Values, coords: Tensor, feats: Values, cp: ContextParallel) -> dict[str, Tensor]:
-    """``plddt``, ``resolved``, ``pde`` and ``pae``.
+    """``plddt``, ``resolved``, ``pde`` and ``pae``, against the truth with its symmetric chains and atoms named as each
+    structure has them.
 
     Args:
         logits: what :meth:`cpfold_train.model.cofolding.CoFolding.judge` returned.
@@ -49,10 +51,7 @@ def confidence_losses(logits: Values, coords: Tensor, feats: Values, cp: Context
     """
     feats = to_local(feats)
     samples = len(feats["coords"]), -1
-    truth, resolved = (
-        feats[name].repeat_interleave(len(coords) // samples[0], 0) for name in ("coords", "atom_resolved_mask")
-    )
-    judged = judge(coords, truth, resolved, cp)
+    judged = judge(coords, *matched_truth(coords, feats, cp), cp)
     losses = {
         "plddt": plddt_loss(logits["plddt_logits"], judged, feats, cp),
         "resolved": resolved_loss(logits["resolved_logits"], judged, feats, cp),

@@ -41,9 +41,7 @@ class CoFolding(nn.Module):
         self.diffusion_conditioning = DiffusionConditioning(
             config.token_s, config.token_z, config.atoms, config.diffusion
         )
-        self.structure_module = AtomDiffusion(
-            config.token_s, config.atoms, config.diffusion, config.checkpoint_blocks
-        )
+        self.structure_module = AtomDiffusion(config.token_s, config.atoms, config.diffusion, config.checkpoint_blocks)
         self.bfactor_module = BFactorModule(config.token_s, config.num_bins)
         self.confidence_module = ConfidenceModule(config)
 

@@ -18,8 +18,8 @@ from cpfold_train.model.atom_encoder import AtomEncoder
 from cpfold_train.model.config import AtomConfig
 from cpfold_train.model.constants import NUM_METHODS, NUM_MOLECULE_TYPES, NUM_TOKENS
 from cpfold_train.model.layers import linear, normed_linear
-from cpfold_train.ops.atom_tokens import all_tokens
 from cpfold_train.ops.by_rows import by_rows, rows_per_block
+from cpfold_train.ops.shares import gather_shares
 from cpfold_train.parallel.context import ContextParallel
 
 
@@ -51,7 +51,7 @@ class InputEmbedder(nn.Module):
         q, c, p = self.atom_encoder(feats, cp)
         bias = normed_linear(p, *self.atom_enc_proj_z)
         s, _, _ = self.atom_attention_encoder(feats, q, c, bias, cp)
-        return all_tokens(s, cp) + self._embed_tokens(feats)
+        return gather_shares(s, cp, "atom_tokens") + self._embed_tokens(feats)
 
     def _embed_tokens(self, feats: dict[str, Tensor]) -> Tensor:
         dtype = self.res_type_encoding.weight.dtype

@@ -115,12 +115,6 @@ def atoms_to_tokens(x: Tensor, weight: Tensor, feats: Feats, cp: ContextParallel
     return sums / (count[..., None] + 1e-6)
 
 
-def all_tokens(x: Tensor, cp: ContextParallel) -> Tensor:
-    """Every rank's share of tokens (B, N/P, c) to all tokens (B, N, c) on every rank."""
-    n = x.shape[1] * cp.all.size
-    return redistribute(x, cp, cp.all, (1,), in_one_dim(split(n, cp.all.size)), (((0, n),),) * cp.all.size, OP)
-
-
 def pairs_in_windows(z: Tensor, feats: Feats, cp: ContextParallel) -> Tensor:
     """To each pair of atoms in a window what their tokens' pair has.
 

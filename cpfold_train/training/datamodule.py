@@ -76,15 +76,15 @@ class TileData(LightningDataModule):
         self._loaders.append(loader)
         return loader
 
-    def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, dataloader_idx: int) -> dict:
-        """All but what stays on the host."""
-        on_host = {name: batch.pop(name) for name in _ON_HOST}
-        return super().transfer_batch_to_device(batch, device, dataloader_idx) | on_host
-
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Make sure that all ranks of the replica have come to the same samples."""
         check_same_samples(batch, self.trainer.strategy.cp)
         return batch
+
+    def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, dataloader_idx: int) -> dict:
+        """All but what stays on the host."""
+        on_host = {name: batch.pop(name) for name in _ON_HOST}
+        return super().transfer_batch_to_device(batch, device, dataloader_idx) | on_host
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Name what each rank holds: all features become DTensors, without communication."""

@@ -38,6 +38,7 @@ class CoFoldingModule(LightningModule):
         seed: of the recycling counts.
 
     Attributes:
+        judged: whether structures are sampled in training, for the confidence module to be trained.
         validation: means of the last validation by metric name; equal on all ranks.
     """
 
@@ -50,7 +51,7 @@ class CoFoldingModule(LightningModule):
         self.validation: dict[str, float] = {}
         self._recycling, self._optim, self._diffusion, self._seed = model.recycling_steps, optim, diffusion, seed
         self._weights: dict[str, float] = asdict(loss)
-        self._judged = any(self._weights[name] for name in CONFIDENCE)
+        self.judged = any(self._weights[name] for name in CONFIDENCE)
         self._sums = torch.zeros(len(VALIDATION) + 1, dtype=torch.float64)
 
     @property
@@ -70,7 +71,7 @@ class CoFoldingModule(LightningModule):
         recycling = int(np.random.default_rng(step).integers(0, self._recycling + 1))
         draws = Draws(batch["sample_key"])
         out, losses = self._losses(batch, recycling, draws)
-        if self._judged:
+        if self.judged:
             sampling = {"sampling_steps": self._diffusion.sampling_steps, "samples": self._diffusion.samples}
             coords = self.model.sample(out, batch, self.cp, draws=draws, **sampling)
             logits = self.model.judge(out, coords, batch, self.cp, draws)

@@ -40,11 +40,21 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
     return_large_tensors()
     pl.seed_everything(config.seed, verbose=False)
     timeout = timedelta(seconds=config.cp.timeout_s)
+    module = CoFoldingModule(config.model, config.optim, config.loss, config.diffusion, config.seed)
+    grid = world.grid
+    strategy = GridStrategy(
+        grid.rows,
+        grid.cols,
+        grid.dp,
+        timeout,
+        config.cp.algorithm,
+        config.kernels,
+        # The confidence module's, where it has no loss.
+        find_unused_parameters=not module.judged,
+    )
     trainer = pl.Trainer(
         **dataclasses.asdict(config.trainer) | {"num_nodes": world.num_nodes},
-        strategy=GridStrategy(
-            world.grid.rows, world.grid.cols, world.grid.dp, timeout, config.cp.algorithm, config.kernels
-        ),
+        strategy=strategy,
         devices=world.devices,
         logger=_loggers(config, run_dir, record),
         callbacks=_callbacks(config, run_dir),
@@ -52,7 +62,6 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
         # The loader divides the samples itself, over replicas only.
         use_distributed_sampler=False,
     )
-    module = CoFoldingModule(config.model, config.optim, config.loss, config.diffusion, config.seed)
     if config.model.init_from and not config.ckpt_path:
         initialise(module.model, Path(config.model.init_from), config.model.init_weights, config.model.init_skip)
     if config.trainer.precision == "64-true":

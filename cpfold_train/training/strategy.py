@@ -29,6 +29,7 @@ class GridStrategy(DDPStrategy):
         timeout: how long a rank may wait for another before that is an error.
         algorithm: how the triangle ops communicate.
         kernels: what computes the attention within complete rows.
+        kwargs: for ``DDPStrategy``.
 
     Attributes:
         grid: its geometry.
@@ -42,8 +43,6 @@ class GridStrategy(DDPStrategy):
     ) -> None:
         super().__init__(
             timeout=timeout,
-            # With only the distogram loss the single track and its projections receive no gradient.
-            find_unused_parameters=True,
             gradient_as_bucket_view=True,
             **kwargs,
         )

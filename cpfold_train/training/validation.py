@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from cpfold_train.losses.symmetry import matched_truth
 from cpfold_train.ops.atoms_at import atoms_at
 from cpfold_train.parallel.context import ContextParallel, to_local
 from cpfold_train.parallel.gather import gather_tensor
@@ -40,7 +41,8 @@ def score_distances(pdistogram: DTensor, feats: dict[str, Tensor | DTensor], cp:
 
 
 def score_structures(coords: Tensor, feats: dict[str, Tensor | DTensor], cp: ContextParallel) -> Tensor:
-    """(B,): lDDT of one sampled structure of each sample, of its tokens' representative atoms.
+    """(B,): lDDT of one sampled structure of each sample, of its tokens' representative atoms, whose symmetric chains
+    and atoms may be named either way.
 
     Args:
         coords: (B, A/P, 3) in Angstrom, shares of atoms.
@@ -48,12 +50,15 @@ def score_structures(coords: Tensor, feats: dict[str, Tensor | DTensor], cp: Con
         cp: the running grid.
     """
     feats = to_local(feats)
-    predicted = atoms_at(coords, feats["token_to_rep_atom"], cp)
+    truth, known = matched_truth(coords, feats, cp)
+    both = torch.cat([coords, truth, known[..., None].to(coords)], 2)
+    predicted, truth, known = atoms_at(both, feats["token_to_rep_atom"], cp).split((3, 3, 1), 2)
+    known = known.squeeze(2) * feats["token_pad_mask"]
     n = predicted.shape[1]
     rows, cols = cp.grid.row_tokens(n), cp.grid.col_tokens(n)
     scores = []
     for b in range(len(predicted)):
-        distance, valid = metrics.true_distances(feats["disto_center"][b], feats["token_disto_mask"][b], rows, cols)
+        distance, valid = metrics.true_distances(truth[b], known[b], rows, cols)
         apart = torch.cdist(predicted[b, slice(*rows)], predicted[b, slice(*cols)])
         hits, pairs = all_reduce(metrics.lddt_parts(apart, distance.to(apart), valid), cp, cp.all, OP)
         scores.append(hits / pairs.clamp(min=1))

@@ -3,10 +3,10 @@
     python boltz_checkpoint.py make FOLDER
     python boltz_checkpoint.py load FOLDER
 
-``make`` reads arguments of Boltz2 from released.pt and settings.pt. It writes name and shape of every tensor of the first
-model to names.pt, and to stock.ckpt a checkpoint of the second as the package's training does, with random weights,
-another moving average, settings in OmegaConf, optimizer and callbacks. ``load`` loads out.ckpt as boltz predict does and
-writes its weights and the number of its parameters to state.pt.
+``make`` reads arguments of Boltz2 from released.pt and settings.pt. It writes name and shape of every tensor of the
+first model to names.pt, and to stock.ckpt a checkpoint of the second as the package's training does, with random
+weights, another moving average, settings in OmegaConf, optimizer and callbacks. ``load`` loads out.ckpt as
+boltz predict does and writes its weights and the number of its parameters to state.pt.
 """
 
 import sys
@@ -14,9 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from boltz.main import Boltz2DiffusionParams, BoltzSteeringParams, MSAModuleArgs, PairformerArgsV2
+from boltz.model.layers import initialize
 from boltz.model.models.boltz2 import Boltz2
 from omegaconf import OmegaConf
+
+# Weights are replaced, and drawing those of the released model takes a minute.
+initialize.trunc_normal_init_ = lambda *args, **kwargs: None
 
 
 def build(path):
@@ -56,6 +59,8 @@ def make(folder):
 
 
 def load(folder):
+    from boltz.main import Boltz2DiffusionParams, BoltzSteeringParams, MSAModuleArgs, PairformerArgsV2
+
     model = Boltz2.load_from_checkpoint(
         folder / "out.ckpt",
         strict=True,
