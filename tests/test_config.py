@@ -93,6 +93,9 @@ def test_recipe_beats_the_defaults_and_the_command_line_beats_the_recipe():
         ("trainer.log_every_n_steps=0", ["trainer.log_every_n_steps=1"]),
         ("model.num_bins=32", ["model.num_bins=64"]),
         ("model.pairformer.num_heads=5", ["model.token_s=35"]),
+        ("model.init_from=nothing.ckpt", ["nothing.ckpt", "model.init_from=null"]),
+        ("model.init_weights=mean", ["model.init_weights=raw or model.init_weights=ema"]),
+        ("model.confidence.pairformer.num_heads=5", ["model.token_s=35"]),
         ("model.atoms.atom_decoder_heads=5", ["model.atoms.atom_s=35"]),
     ],
 )

@@ -123,7 +123,7 @@ def test_sampling_is_the_same_on_any_grid(ranks, shape):
 def test_noise_levels_fall_from_the_highest_to_zero():
     levels = noise_levels(DiffusionConfig(), 200)
     assert len(levels) == 201 and sorted(levels, reverse=True) == levels
-    assert levels[0] == pytest.approx(16 * 160) and levels[-2] == pytest.approx(16 * 0.0004) and levels[-1] == 0
+    assert levels[0] == pytest.approx(16 * 160) and levels[-2] == pytest.approx(16 * 0.0001) and levels[-1] == 0
 
 
 def placed(cp) -> tuple[Tensor, Tensor]:

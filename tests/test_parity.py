@@ -16,7 +16,7 @@ from cpfold_train.model.pair_stack import (
     TriangleMultiplicationIncoming,
     TriangleMultiplicationOutgoing,
 )
-from cpfold_train.model.pairformer import AttentionPairBias, PairformerLayer
+from cpfold_train.model.pairformer import AttentionPairBias, PairformerLayer, PairformerModule
 from cpfold_train.model.trunk import DistogramModule, Trunk
 from cpfold_train.ops import outer_product_mean as opm
 from cpfold_train.ops import pair_weighted_averaging as pwa
@@ -227,6 +227,28 @@ def test_training_step_of_the_trunk(ranks, grid):
     n = Grid(*grid).pad_tokens(N)
     for placements, shape in (parts[0][2][name] for name in ("z", "pdistogram")):
         assert placements == TILED and shape[1:3] == (n, n)
+
+
+def grouped(cp: ContextParallel, blocks_at_once: int) -> tuple[list[torch.Tensor], int]:
+    """Gradients of five recomputed blocks, and how many tensors as large as the tile were kept for them."""
+    module = PairformerModule(C_S, C_Z, PairformerConfig(5, 4, 0.25, 6, 2, blocks_at_once), True).double()
+    randomise(module)
+    grid = cp.grid
+    given = [INPUTS[name] for name in ("s", "z", "token_mask")]
+    s, z, mask = (cut(pad(x, kind, grid), kind, grid) for x, kind in given)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        s, z = module(s, z.clone().requires_grad_(), mask, cp, draws())
+    (s.sum() / grid.cp_size + z.square().sum()).backward()
+    return [p.grad for p in module.parameters()], sum(shape == z.shape for shape in kept)
+
+
+def test_blocks_recomputed_at_once(ranks):
+    expected = ranks.run(grouped, 1, 2, 1)
+    found = ranks.run(grouped, 1, 2, 2)
+    for (grads, kept), (same, all_kept) in zip(found, expected):
+        torch.testing.assert_close(grads, same, rtol=1e-12, atol=1e-12)
+        assert (kept, all_kept) == (3, 5)
 
 
 def test_dropout_is_positioned():

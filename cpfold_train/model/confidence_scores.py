@@ -13,6 +13,7 @@ from torch.nn.functional import one_hot
 from cpfold_train.model.confidence import distances
 from cpfold_train.model.constants import NONPOLYMER, PROTEIN
 from cpfold_train.model.frames import frame_points, spanning
+from cpfold_train.model.layers import without_autocast
 from cpfold_train.ops.atoms_at import atoms_at
 from cpfold_train.ops.attention_pair_bias import all_tokens
 from cpfold_train.ops.by_rows import in_blocks, rows_per_block
@@ -39,7 +40,7 @@ def confidence_scores(
     multiplicity: int,
     cp: ContextParallel,
 ) -> dict[str, Tensor]:
-    """All scores of M samples of each complex.
+    """All scores of M samples of each complex, in fp32 (or fp64).
 
     Args:
         logits: what :class:`~cpfold_train.model.confidence.ConfidenceModule` returns.
@@ -56,6 +57,19 @@ def confidence_scores(
         ``iptm``, ``ligand_iptm`` and ``protein_iptm`` (B M,); ``pair_chains_iptm`` (B M, K, K) by ``asym_id``, where
         [:, a, b] is chain a's score in the frames of chain b.
     """
+    with without_autocast(x_pred):
+        return _scores(logits, x_pred, pdistogram, feats, multiplicity, cp)
+
+
+def _scores(
+    logits: dict[str, Tensor],
+    x_pred: Tensor,
+    pdistogram: Tensor,
+    feats: dict[str, Tensor],
+    multiplicity: int,
+    cp: ContextParallel,
+) -> dict[str, Tensor]:
+    """What :func:`confidence_scores` returns."""
     names = "token_to_rep_atom", "asym_id", "mol_type", "token_pad_mask"
     atom, chain, kind, mask = (feats[name].repeat_interleave(multiplicity, 0) for name in names)
     n = mask.shape[1]

@@ -19,13 +19,15 @@ class MSAConfig:
 
 @dataclass
 class PairformerConfig:
-    """The Pairformer: blocks, heads of the single attention, dropout of z, and the triangle attention inside."""
+    """The Pairformer: blocks, heads of the single attention, dropout of z, the triangle attention inside, and how many
+    blocks are recomputed as one, beside each on its own, where blocks are recomputed."""
 
     num_blocks: int = 64
     num_heads: int = 16
     dropout: float = 0.25
     pairwise_head_width: int = 32
     pairwise_num_heads: int = 4
+    blocks_at_once: int = 1
 
 
 @dataclass
@@ -70,7 +72,7 @@ class DiffusionConfig:
     P_mean: float = -1.2
     P_std: float = 1.5
     sigma_max: float = 160.0
-    sigma_min: float = 0.0004
+    sigma_min: float = 0.0001
     rho: float = 7.0
     gamma_0: float = 0.8
     gamma_min: float = 1.0

@@ -95,6 +95,7 @@ class PairformerModule(nn.Module):
     def __init__(self, token_s: int, token_z: int, config: PairformerConfig, checkpoint_blocks: bool) -> None:
         super().__init__()
         self.checkpoint_blocks = checkpoint_blocks
+        self.blocks_at_once = config.blocks_at_once
         self.layers = nn.ModuleList(
             PairformerLayer(
                 token_s,
@@ -110,8 +111,22 @@ class PairformerModule(nn.Module):
     def forward(
         self, s: Tensor, z: Tensor, token_mask: Tensor, cp: ContextParallel, draws: Draws | None
     ) -> tuple[Tensor, Tensor]:
-        """New s and z; shapes as :meth:`PairformerLayer.forward`."""
-        for i, layer in enumerate(self.layers):
+        """New s and z; shapes as :meth:`PairformerLayer.forward`.
+
+        Of n blocks that are recomputed, g at once, n / g + g pairs of s and z are kept at most, instead of n, for one
+        more forward pass.
+        """
+        if not self.checkpoint_blocks or self.blocks_at_once == 1:
+            return self._blocks(range(len(self.layers)), s, z, token_mask, cp, draws)
+        for first in range(0, len(self.layers), self.blocks_at_once):
+            group = range(first, min(first + self.blocks_at_once, len(self.layers)))
+            s, z = recompute(self._blocks, group, s, z, token_mask, cp, draws)
+        return s, z
+
+    def _blocks(
+        self, which: range, s: Tensor, z: Tensor, token_mask: Tensor, cp: ContextParallel, draws: Draws | None
+    ) -> tuple[Tensor, Tensor]:
+        for i in which:
             args = s, z, token_mask, cp, None if draws is None else draws.at("pairformer", i)
-            s, z = recompute(layer, *args) if self.checkpoint_blocks else layer(*args)
+            s, z = recompute(self.layers[i], *args) if self.checkpoint_blocks else self.layers[i](*args)
         return s, z

@@ -144,8 +144,8 @@ def _explain(path: Path, misfits: dict[str, dict[str, str]], skip: Collection[st
     for what, tensors in misfits.items():
         for part in _parts(tensors):
             names = [name for name in tensors if _within(name, part)]
-            shown = ", ".join(f"{name}{tensors[name]}" for name in names[:_SHOWN])
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            shown = "; ".join(f"{name}{tensors[name]}" for name in names[:_SHOWN])
+            more = f"; and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             lines.append(f"  {part}: {len(names)} tensors {what}: {shown}{more}")
     parts = sorted({*skip, *(part for tensors in misfits.values() for part in _parts(tensors))})
     lines.append(

@@ -34,6 +34,8 @@ def check(config: TrainConfig) -> None:
         ("data.max_atoms", config.data.max_atoms, 1),
         ("data.samples_per_epoch", config.data.samples_per_epoch, 1),
         ("data.num_workers", config.data.num_workers, 0),
+        ("model.pairformer.blocks_at_once", config.model.pairformer.blocks_at_once, 1),
+        ("model.confidence.pairformer.blocks_at_once", config.model.confidence.pairformer.blocks_at_once, 1),
         ("trainer.log_every_n_steps", config.trainer.log_every_n_steps, 1),
         ("checkpoint.every_n_steps", config.checkpoint.every_n_steps, 1),
     ):
@@ -48,6 +50,7 @@ def check(config: TrainConfig) -> None:
     _one_of("model.num_bins", config.model.num_bins, (NUM_BINS,))
     atoms = config.model.atoms
     _divides("model.token_s", config.model.token_s, config.model.pairformer.num_heads)
+    _divides("model.token_s", config.model.token_s, config.model.confidence.pairformer.num_heads)
     _divides("model.atoms.atom_s", atoms.atom_s, atoms.atom_encoder_heads)
     _divides("model.atoms.atom_s", atoms.atom_s, atoms.atom_decoder_heads)
     if config.cp.timeout_s <= 0:
