@@ -190,6 +190,15 @@ def test_without_confidence_and_with_a_bad_input(command, tmp_path, folder):
     assert len(np.unique(read.atom_token[read.resolved])) == 16
 
 
+def test_a_failure_names_the_input_and_its_size(command, folder, tmp_path):
+    """On one of two ranks, which ends both."""
+    options = ["--accelerator", "cpu", "--samples", 1, "--grid", "1x2", "--out", tmp_path]
+    process = command(2, "predict", "broken", folder / "job.fasta", *options)
+    assert process.returncode != 0
+    assert "RuntimeError: job (36 tokens, 63 atoms) failed: MemoryError: nothing is left" in process.stderr
+    assert not list(tmp_path.glob("*/*.json"))
+
+
 MODEL = {
     "token_s": 16,
     "token_z": 8,
