@@ -239,7 +239,8 @@ def _show(result: dict, as_json: bool) -> None:
     if "wall_s" in result:
         table.add_row("wall time", f"{result['wall_s']:.3f} s")
         table.add_row("CPU time, all ranks", f"{result['cpu_s_total']:.3f} s")
-    table.add_row("peak memory a rank", ", ".join(f"{mib:.0f}" for mib in result["peak_mib_per_rank"]) + " MiB")
+    peaks = (f"{mib:.{1 if mib < 10 else 0}f}" for mib in result["peak_mib_per_rank"])
+    table.add_row("peak memory a rank", ", ".join(peaks) + " MiB")
     table.add_row("sent a rank", f"{mean(result['sent_mib_per_rank']):.1f} MiB = {result['sent_tiles']:.2f} tiles")
     table.add_row("waiting for messages", f"{result['exposed_comm_s']:.3f} s")
     if against := result.get("against"):
