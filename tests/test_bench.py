@@ -116,16 +116,18 @@ def test_auto_takes_the_cheaper_way():
     assert multiplication(many, "auto") == "ring"
 
 
-def test_memory_falls_with_the_number_of_ranks():
-    op, config, n = "triangle_multiplication", ModelConfig(token_z=64), 768
-    peaks = []
+@pytest.mark.parametrize("op", ["triangle_multiplication", "diffusion_module", "confidence_losses"])
+def test_memory_falls_with_the_number_of_ranks(op):
+    config = replace(CONFIG, token_z=64, checkpoint_blocks=True, confidence=ConfidenceConfig(PAIRFORMER))
+    config = replace(config, diffusion=replace(CONFIG.diffusion, token_transformer_depth=1))
+    sizes, peaks = Sizes(768, msa_depth=4, atoms=1536, samples=1), []
     for side in (2, 4):
         context = mp.get_context("fork")
         with context.Pool(1) as pool:
-            result = pool.apply(simulate, (op, config, Sizes(n, 4, n, 1), Grid(side, side), torch.float32, "auto"))
+            result = pool.apply(simulate, (op, config, sizes, Grid(side, side), torch.float32, "auto"))
         peaks.append(result["peak_bytes"])
     # The blocks of rows are of one size on any grid; what is left falls as 1 / P.
-    assert peaks[1] < 0.5 * peaks[0]
+    assert peaks[1] < 0.5 * peaks[0], peaks
 
 
 def test_command_prints_one_json_object(capfd):
