@@ -2,8 +2,7 @@
 
 Both sides run their own training step: trunk with one recycling, sampled structures, noised copies and their denoising,
 distogram, b-factors, confidences, all losses with Boltz-2's weights, and the backward pass; in fp64, on crops of real
-entries, of protein and ligand, and protein and DNA, with an alignment, a template, and a pocket and contacts given
-away. The package gets what ours drew.
+entries. The package gets what ours drew.
 
 Known differences, which are taken out of the comparison:
 
@@ -12,6 +11,8 @@ Known differences, which are taken out of the comparison:
 - dropout is drawn otherwise, and is off;
 - the truth that confidences are judged by is renamed by another search (``tests/test_symmetry.py``): the package is
   given ours;
+- aligned errors are judged at the residues that are resolved in the truth as renamed; the package asks for residues
+  with a frame in the truth as it came, and a place in the truth of the first structure: in these crops all have;
 - the package centres what it samples on all atoms, padded ones included: the crops have whole windows of atoms;
 - the package takes one complex at a time. Ours takes both in one batch, so one of them is padded.
 """
@@ -82,16 +83,17 @@ ORACLE = Path(__file__).parent / "oracle" / "boltz_whole.py"
 
 @cache
 def crops() -> list[Crop]:
-    """Two chains of protein around a ligand, with a template; two and three of DNA, with atoms unresolved."""
+    """Protein and a ligand, with two templates; protein and DNA, with a pocket and contacts given away.
+
+    Each has three chains, and the second one's sequences have deletions.
+    """
     (entry,) = (entry for entry in open_shards(["tests/data/*.tar"]) if entry.key == "7pzb")
     structure, alignments, _ = read_sample(entry)
-    template = make_template(structure, structure, [(0, 1)])
-    hints = Augmentation(pocket=0.7, contact=0.7)
+    templates = [make_template(structure, structure, chains) for chains in ([(0, 1)], [(0, 0), (1, 1)])]
+    hints = Augmentation(pocket=0.9, contact=0.9)
     return [
-        make_crop(
-            structure, alignments, templates, crop_size=size, max_msa_rows=depth, augmentation=hints, draw=(0, 0, place)
-        )
-        for size, place, depth, templates in ((40, 34, 14, [template]), (36, 24, 5, []))
+        make_crop(structure, alignments, templates, crop_size=40, max_msa_rows=5, draw=(0, 0, 34)),
+        make_crop(structure, alignments, crop_size=32, max_msa_rows=14, augmentation=hints, draw=(0, 0, 17)),
     ]
 
 
