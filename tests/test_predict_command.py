@@ -15,13 +15,13 @@ from PIL import Image
 
 from cpfold_train.__main__ import main
 from cpfold_train.data.parse import read_structure
+from cpfold_train.data.queries.inputs import find_queries, has_truth
 from cpfold_train.data.shards import open_shards, read_sample
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.config import ModelConfig
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.predict.checkpoint import load_model
-from cpfold_train.predict.inputs import find_queries, has_truth
 from cpfold_train.predict.predictor import assembled
 from tests.structures import write_a3m, write_tiny
 

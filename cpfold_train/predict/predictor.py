@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from cpfold_train.data.batch import Crop, collate
+from cpfold_train.data.queries.complex import crop_of
+from cpfold_train.data.queries.inputs import Query
 from cpfold_train.errors import DataError
 from cpfold_train.parallel.context import Axis, ContextParallel
 from cpfold_train.parallel.gather import gather_tensor, gather_to_first
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.random import Draws
-from cpfold_train.predict.inputs import Query
-from cpfold_train.predict.sample import crop_of
 from cpfold_train.training.strategy import GridStrategy
 
 RANKING = "confidence_score"
