@@ -12,12 +12,14 @@ from cpfold_train.predict import checkpoint
 class StandIn(nn.Module):
     """The form of the model's ``predict``; confidence is made up, and greatest for the sample with the least noise."""
 
-    def __init__(self, confident):
+    def __init__(self, kind):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
-        self.confident = confident
+        self.confident, self.broken = kind != "plain", kind == "broken"
 
     def predict(self, feats, cp, *, recycling_steps, sampling_steps, samples, draws):
+        if self.broken and cp.all.index == cp.all.size - 1:
+            raise MemoryError("nothing is left")
         n, a = feats["token_pad_mask"].shape[1], feats["coords"].shape[1] * cp.grid.cp_size
         start, stop = cp.grid.atoms(a)
         own = [draws.at("noise", sample).normal(3 * start, 3 * stop) for sample in range(samples)]
@@ -44,6 +46,9 @@ class StandIn(nn.Module):
 
 
 def main():
-    """The command line, with the stand-in whatever the checkpoint; one called ``plain`` has no confidence."""
-    checkpoint.load_model = lambda path: StandIn(Path(path).name != "plain")
+    """The command line, with the stand-in whatever the checkpoint.
+
+    One called ``plain`` has no confidence, and one called ``broken`` fails on the last rank.
+    """
+    checkpoint.load_model = lambda path: StandIn(Path(path).name)
     return cpfold_train.__main__.main()

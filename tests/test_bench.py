@@ -10,14 +10,37 @@ import pytest
 import torch
 
 from cpfold_train.__main__ import main
-from cpfold_train.bench.cases import CASES, make_inputs, randomise
+from cpfold_train.bench.case import Sizes
+from cpfold_train.bench.cases import CASES
+from cpfold_train.bench.inputs import make_features, make_inputs, randomise
 from cpfold_train.bench.simulate import simulate
-from cpfold_train.model.config import ModelConfig, MSAConfig, PairformerConfig
+from cpfold_train.model.config import (
+    AtomConfig,
+    ConfidenceConfig,
+    DiffusionConfig,
+    ModelConfig,
+    MSAConfig,
+    PairformerConfig,
+    TemplateConfig,
+)
 from cpfold_train.parallel.cost import choose, triangle_attention_cost, triangle_multiplication_cost
 from cpfold_train.parallel.grid import Grid
 
-CONFIG = ModelConfig(32, 24, 8, 1, False, MSAConfig(16, 1, 0.0, 0.0, 8, 2), PairformerConfig(1, 4, 0.0, 8, 2))
-N, DEPTH = 36, 12
+PAIRFORMER = PairformerConfig(1, 4, 0.0, 8, 2)
+CONFIG = ModelConfig(
+    token_s=32,
+    token_z=24,
+    num_bins=8,
+    checkpoint_blocks=False,
+    msa=MSAConfig(16, 1, 0.0, 0.0, 8, 2),
+    pairformer=PAIRFORMER,
+    atoms=AtomConfig(8, 4, 1, 2, 1, 2),
+    diffusion=DiffusionConfig(token_transformer_depth=2, token_transformer_heads=2, dim_fourier=8),
+    template=TemplateConfig(8, 1, 0.0, 4, 2),
+    confidence=ConfidenceConfig(PAIRFORMER, num_dist_bins=8, num_plddt_bins=5, num_pde_bins=6, num_pae_bins=7),
+)
+N = 36
+SIZES = Sizes(N, msa_depth=12, atoms=384, samples=2)
 
 
 def sent(cp, op, config=CONFIG):
@@ -25,21 +48,22 @@ def sent(cp, op, config=CONFIG):
     case = CASES[op]
     module = case.build(config)
     randomise(module)
-    x = make_inputs(case.inputs, config, N, DEPTH, cp.grid, torch.float32, torch.device("cpu"))
+    x = make_features(case.inputs, SIZES, cp.grid, torch.device("cpu"))
+    x |= make_inputs(case.inputs, config, SIZES, cp.grid, torch.float32, torch.device("cpu"))
     out = case.call(module, x, cp)
     torch.autograd.backward(out, [torch.ones_like(part) for part in out])
     return cp.ledger.total().sent_bytes
 
 
-def simulated(op, rows, cols, answer):
-    answer.put(simulate(op, CONFIG, N, DEPTH, Grid(rows, cols), torch.float32, "auto"))
+def simulated(op, rows, cols, rank, answer):
+    answer.put(simulate(op, CONFIG, SIZES, Grid(rows, cols, 1, rank), torch.float32, "auto"))
 
 
-def simulate_elsewhere(op, rows, cols):
+def simulate_elsewhere(op, rows, cols, rank):
     """A simulated world wants a process of its own."""
     context = mp.get_context("fork")
     answer = context.Queue()
-    process = context.Process(target=simulated, args=(op, rows, cols, answer))
+    process = context.Process(target=simulated, args=(op, rows, cols, rank, answer))
     process.start()
     result = answer.get(timeout=120)
     process.join()
@@ -49,8 +73,8 @@ def simulate_elsewhere(op, rows, cols):
 @pytest.mark.parametrize("op", CASES)
 def test_simulated_rank_sends_what_a_real_one_sends(ranks, op):
     real = ranks.run(sent, 2, 3, op)
-    assert simulate_elsewhere(op, 2, 3)["sent_bytes"] == real[0]
-    assert (real[0] > 0) == (op != "transition")
+    assert simulate_elsewhere(op, 2, 3, rank=3)["sent_bytes"] == real[3]
+    assert (real[3] > 0) == (op != "transition")
 
 
 def booked(cp, op, algorithm, config):
@@ -92,16 +116,18 @@ def test_auto_takes_the_cheaper_way():
     assert multiplication(many, "auto") == "ring"
 
 
-def test_memory_falls_with_the_number_of_ranks():
-    op, config, n = "triangle_multiplication", ModelConfig(token_z=64), 768
-    peaks = []
+@pytest.mark.parametrize("op", ["triangle_multiplication", "diffusion_module", "confidence_losses"])
+def test_memory_falls_with_the_number_of_ranks(op):
+    config = replace(CONFIG, token_z=64, checkpoint_blocks=True, confidence=ConfidenceConfig(PAIRFORMER))
+    config = replace(config, diffusion=replace(CONFIG.diffusion, token_transformer_depth=1))
+    sizes, peaks = Sizes(768, msa_depth=4, atoms=1536, samples=1), []
     for side in (2, 4):
         context = mp.get_context("fork")
         with context.Pool(1) as pool:
-            result = pool.apply(simulate, (op, config, n, 1, Grid(side, side), torch.float32, "auto"))
+            result = pool.apply(simulate, (op, config, sizes, Grid(side, side), torch.float32, "auto"))
         peaks.append(result["peak_bytes"])
     # The blocks of rows are of one size on any grid; what is left falls as 1 / P.
-    assert peaks[1] < 0.5 * peaks[0]
+    assert peaks[1] < 0.5 * peaks[0], peaks
 
 
 def test_command_prints_one_json_object(capfd):
@@ -118,6 +144,10 @@ def test_refusals(capsys):
     assert "2x2" in capsys.readouterr().err
     assert main(["bench", "transition", "--grid", "2x2", "--world", "6"]) == 2
     assert "--world 4" in capsys.readouterr().err
+    assert main(["bench", "transition", "--world", "4", "--rank", "4"]) == 2
+    assert "--world P" in capsys.readouterr().err
+    assert main(["bench", "smooth_lddt", "--against", "boltz", "--boltz-python", "python"]) == 2
+    assert "type one of triangle_multiplication" in capsys.readouterr().err
 
 
 def test_data_figures(capfd):

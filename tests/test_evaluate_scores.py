@@ -8,6 +8,7 @@ import pytest
 import tmtools
 
 from cpfold_train.data.atoms import rotations
+from cpfold_train.data.residues import DNA
 from cpfold_train.data.shards import open_shards, read_sample
 from cpfold_train.errors import DataError
 from cpfold_train.evaluate.interfaces import BACKBONE
@@ -158,6 +159,14 @@ def test_one_chain_has_no_interface():
     scores = score(structure, structure)
     assert (scores.interface_lddt, scores.dockq, scores.ligand_rmsd) == (None, None, None)
     assert scores.lddt == 1
+
+
+def test_chains_without_a_backbone_have_contacts_but_no_interface():
+    """Only C1' is resolved of DNA made so."""
+    chains = [make_chain(name, ["DA"] * 5, origin=(0, y, 0), mol_type=DNA) for name, y in (("A", 0.0), ("B", 4.0))]
+    structure = make_structure(chains)
+    scores = score(structure, structure)
+    assert (scores.interfaces, scores.dockq, scores.interface_lddt) == ([], None, 1)
 
 
 def test_another_sequence_is_refused():

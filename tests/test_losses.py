@@ -1,8 +1,10 @@
 """Losses of structures and confidences: against the stock package, and grid against grid."""
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from cpfold_train.losses.bfactor import bfactor_loss
 from cpfold_train.losses.confidence import judge, pae_loss, pde_loss, plddt_loss, resolved_loss
 from cpfold_train.losses.diffusion import diffusion_loss
 from cpfold_train.losses.smooth_lddt import smooth_lddt_loss
+from cpfold_train.losses.token_frames import token_frames
 from cpfold_train.parallel.grid import Grid
 from tests import complexes
 from tests.complexes import SAMPLES
@@ -154,3 +157,23 @@ def test_partners_are_resolved_in_the_truth_at_hand(ranks):
     given["true_resolved"].scatter_(1, centre, 0.0)
     found = on_grid(ranks, (1, 1), feats, given)
     assert not found["plddt"][0].any() and found["pde"][0].any()
+
+
+def frames(cp, coords, resolved, feats):
+    """Atoms of the tokens' frames."""
+    return token_frames(coords, resolved, feats, cp, "test")
+
+
+def test_frames_of_ligands_go_by_resolved_atoms(ranks):
+    """They are those that the data has for the truth, though a third of the ligand is unresolved."""
+    crop = complexes.crops()[1]
+    structure = crop.structure
+    resolved = structure.resolved & (np.random.default_rng(0).random(len(structure.resolved)) > 0.3)
+    structure = replace(structure, resolved=resolved, coords=structure.coords * resolved[:, None])
+    found = complexes.features_alone(replace(crop, structure=structure))
+    feats = {name: torch.from_numpy(x)[None] for name, x in found.items()}
+    shown = feats["frame_resolved_mask"] > 0
+    assert (shown & (feats["mol_type"] == 3)).sum() > 9
+    given = {name: x if name != "frames_idx" else x * (feats["mol_type"] != 3)[..., None] for name, x in feats.items()}
+    (index,) = ranks.run(frames, 1, 1, feats["coords"], feats["atom_resolved_mask"], given)
+    assert (index == feats["frames_idx"])[shown].all()

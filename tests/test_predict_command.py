@@ -15,12 +15,14 @@ from PIL import Image
 
 from cpfold_train.__main__ import main
 from cpfold_train.data.parse import read_structure
+from cpfold_train.data.queries.inputs import find_queries, has_truth
 from cpfold_train.data.shards import open_shards, read_sample
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.config import ModelConfig
+from cpfold_train.parallel.grid import Grid
 from cpfold_train.predict.checkpoint import load_model
-from cpfold_train.predict.inputs import find_queries, has_truth
+from cpfold_train.predict.predictor import assembled
 from tests.structures import write_a3m, write_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,6 +132,13 @@ def test_results_of_a_query(on_1x1):
     assert Image.open(out / "4hhb.png").size == (1500, 850)
 
 
+def test_tiles_come_together():
+    whole = np.arange(36).reshape(6, 6)
+    grids = [Grid(2, 3, rank=rank) for rank in range(6)]
+    tiles = [whole[slice(*grid.row_tokens(6)), slice(*grid.col_tokens(6))] for grid in grids]
+    assert np.array_equal(assembled(np.stack(tiles), grids[0]), whole)
+
+
 def test_sequences_alone(on_1x1):
     about = json.loads((on_1x1 / "job" / "job.json").read_text())
     assert (about["tokens"], about["truth_known"]) == (5 + 31, False)
@@ -181,6 +190,15 @@ def test_without_confidence_and_with_a_bad_input(command, tmp_path, folder):
     assert len(np.unique(read.atom_token[read.resolved])) == 16
 
 
+def test_a_failure_names_the_input_and_its_size(command, folder, tmp_path):
+    """On one of two ranks, which ends both."""
+    options = ["--accelerator", "cpu", "--samples", 1, "--grid", "1x2", "--out", tmp_path]
+    process = command(2, "predict", "broken", folder / "job.fasta", *options)
+    assert process.returncode != 0
+    assert "RuntimeError: job (36 tokens, 63 atoms) failed: MemoryError: nothing is left" in process.stderr
+    assert not list(tmp_path.glob("*/*.json"))
+
+
 MODEL = {
     "token_s": 16,
     "token_z": 8,
@@ -198,8 +216,10 @@ def checkpoint(tmp_path_factory):
     """As training writes it, of a small model whose parameters are random, those included that start at zero."""
     model = CoFolding(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), MODEL)))
     generator = torch.Generator().manual_seed(0)
-    state = model.state_dict()
-    weights = {f"model.{name}": 0.2 * torch.randn(x.shape, generator=generator) for name, x in state.items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    weights = {f"model.{name}": value for name, value in model.state_dict().items()}
     path = tmp_path_factory.mktemp("checkpoint") / "last.ckpt"
     torch.save({"state_dict": weights, "hyper_parameters": {"model": MODEL}, "epoch": 0}, path)
     return path
@@ -243,7 +263,7 @@ def test_the_command_starts_its_ranks(checkpoint, folder, tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=280,
         check=False,
     )
     assert process.returncode == 0, process.stderr[-3000:]
@@ -252,21 +272,24 @@ def test_the_command_starts_its_ranks(checkpoint, folder, tmp_path):
     assert read_structure(tmp_path / "job" / "job_model_0.cif")[0].resolved.all()
 
 
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"hyper_parameters": {}}, "does not say how large its model is"),
-        ({"state_dict": {}}, "does not fit its model: it lacks"),
-    ],
-)
-def test_other_checkpoints_are_refused(checkpoint, tmp_path, change, told):
+def test_the_averaged_weights_are_used(checkpoint, tmp_path):
+    """In a checkpoint of training, ``state_dict`` is the average, and the weights under training are another entry."""
+    held = torch.load(checkpoint)
+    path = tmp_path / "last.ckpt"
+    torch.save(held | {"current_model_state": {name: x + 1 for name, x in held["state_dict"].items()}}, path)
+    for name, value in load_model(path).state_dict().items():
+        assert torch.equal(value, held["state_dict"][f"model.{name}"])
+
+
+def test_other_checkpoints_are_refused(checkpoint, tmp_path):
     path = tmp_path / "other.ckpt"
-    torch.save(torch.load(checkpoint) | change, path)
-    with pytest.raises(ConfigError) as error:
+    held = torch.load(checkpoint)
+    held["state_dict"].popitem()
+    torch.save(held, path)
+    with pytest.raises(ConfigError, match="does not fit the model"):
         load_model(path)
-    assert told in str(error.value)
     path.write_text("no checkpoint")
-    with pytest.raises(ConfigError, match="is not a checkpoint that can be read"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         load_model(path)
 
 

@@ -7,11 +7,11 @@ from cpfold_train.data.batch import collate
 from cpfold_train.data.conditioning import BINDER_TO_POCKET, CONTACT, POCKET_TO_BINDER, UNSELECTED
 from cpfold_train.data.features import token_features
 from cpfold_train.data.parse import chain_letters
+from cpfold_train.data.queries.complex import crop_of
+from cpfold_train.data.queries.sequences import read_sequences
 from cpfold_train.data.residues import BOND_TYPES
 from cpfold_train.errors import DataError
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.predict.sample import crop_of
-from cpfold_train.predict.sequences import read_sequences
 from tests.structures import write_a3m, write_mmcif
 
 YAML = """

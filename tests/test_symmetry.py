@@ -46,7 +46,7 @@ def test_symmetries_of_molecules(name, count):
 def test_prochiral_and_linked_atoms_stay():
     assert symmetries("LEU") == [{"O": "OXT", "OXT": "O"}]
     assert {"O1": "O4", "C1": "C4", "C2": "C3", "C3": "C2", "C4": "C1", "O4": "O1"} in symmetries("PEG")
-    assert not symmetries("PEG", linked=["O1"])
+    assert not symmetries("PEG", linked=["O1"]) and not symmetries("PEG", linked=["O1", "O4"])
 
 
 @cache
@@ -99,17 +99,21 @@ def match(cp, feats, pred):
     return matched_truth(own(pred), feats, cp)
 
 
+def features(crops):
+    """Of both crops, padded for a grid of 2x3."""
+    n, a = Grid(2, 3).pad_tokens(800), Grid(2, 3).pad_atoms(max(len(c.atoms.atom) for c in crops))
+    others = tuple(map(max, zip(*(c.symmetry.sizes for c in crops))))
+    alone = [tile_features(c, Grid(), n, 1, a, 1, others) for c in crops]
+    return {name: torch.from_numpy(np.stack([x[name] for x in alone])) for name in NAMES.split()}
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3)], ids=lambda s: f"{s[0]}x{s[1]}")
 def test_names_are_found(ranks, case, shape):
     """Of two predictions, turned and with noise, one has other names and one the names that the data came with."""
     keys, copies = zip(*CASES[case])
     crops = [crop(key, tuple(copy_of)) for key, copy_of in zip(keys, copies)]
-    n, a = Grid(2, 3).pad_tokens(800), Grid(2, 3).pad_atoms(max(len(c.atoms.atom) for c in crops))
-    others = tuple(map(max, zip(*(c.symmetry.sizes for c in crops))))
-    alone = [tile_features(c, Grid(), n, 1, a, 1, others) for c in crops]
-    feats = {name: torch.from_numpy(np.stack([x[name] for x in alone])) for name in NAMES.split()}
-
+    feats = features(crops)
     generator = torch.Generator().manual_seed(0)
     truth, resolved = shuffled(feats, crops, copies, generator)
     original = feats["copy_coords"][:, :, 0].double(), feats["copy_resolved"][:, :, 0] > 0
@@ -117,8 +121,22 @@ def test_names_are_found(ranks, case, shape):
     turn = torch.linalg.qr(torch.randn(4, 3, 3, generator=generator, dtype=torch.float64)).Q
     turn = turn * torch.linalg.det(turn)[:, None, None]
     pred = (wanted[0] + 0.05 * torch.randn(wanted[0].shape, generator=generator, dtype=torch.float64)) @ turn + 7
+    # Where nothing is known, anything may be predicted.
+    pred = torch.where(wanted[1][..., None], pred, 30 * torch.randn(pred.shape, generator=generator).double())
     parts = ranks.run(match, *shape, feats, pred)
     coords, known = (torch.cat(x, 1) for x in zip(*parts))
     known &= feats["atom_pad_mask"].repeat_interleave(2, 0) > 0
     assert (known == wanted[1]).all()
     torch.testing.assert_close(coords[known], wanted[0][known])
+
+
+def test_no_copy_is_taken_twice(ranks):
+    """Two chains predicted in one place."""
+    crops = [crop("4hhb", (0, 1, 2, 3))]
+    feats = features(crops)
+    one_place, resolved = shuffled(feats, crops, [{0: 0, 1: 1, 2: 0, 3: 3}], torch.Generator().manual_seed(0))
+    assert resolved.any()
+    ((coords, _),) = ranks.run(match, 1, 1, feats, one_place)
+    token = feats["asym_id"].gather(1, feats["atom_to_token"].long())
+    places = [coords[(token == chain) & (feats["atom_pad_mask"] > 0)].sum(0) for chain in (0, 2)]
+    assert not torch.allclose(*places)

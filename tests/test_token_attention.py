@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing as mp
+
 import pytest
 import torch
 from torch import Tensor
 
+from cpfold_train.bench.simulate import LiveMemory
 from cpfold_train.ops import biased_attention as blocks
 from cpfold_train.ops.token_attention import OP, token_attention
+from cpfold_train.parallel.context import fake_world
 from cpfold_train.parallel.grid import Grid
 
 B, M, HEADS, WIDTH, LENGTHS = 2, 5, 3, 4, (13, 9)
@@ -77,3 +81,24 @@ def test_bytes(ranks, shape):
     kept = sum(len(set(range(*one.col_tokens(n))) & set(range(*one.atoms(n)))) for one in every)
     keys = 2 * B * M * HEADS * WIDTH * 8 * (grid.rows * n - kept)
     assert sum(sent for _, sent in ranks.run(attend, *shape)) == grid.cp_size * queries + keys
+
+
+def peak_bytes(grid: Grid) -> int:
+    """Most that the op holds above its inputs, forward and backward, on a rank of a simulated world."""
+    n, samples, heads, width = 512, 16, 4, 32
+    with fake_world(grid) as cp, LiveMemory() as memory:
+        share = (samples, n // grid.cp_size, heads, width)
+        q, k, v = (torch.randn(share, requires_grad=True) for _ in range(3))
+        bias = torch.randn(1, heads, n // grid.rows, n // grid.cols, requires_grad=True)
+        memory.reset()
+        before = memory.now
+        token_attention(q, k, v, bias, cp).sum().backward()
+    return memory.peak - before
+
+
+def test_memory_falls_with_the_number_of_ranks():
+    """Rows and columns of all samples at once would fall only with the sides of the grid."""
+    # A simulated world wants a process of its own.
+    with mp.get_context("fork").Pool(1) as pool:
+        alone, four, sixteen = pool.map(peak_bytes, [Grid(1, 1), Grid(2, 2), Grid(4, 4)])
+    assert four < 1.5 * alone / 4 and sixteen < 1.5 * alone / 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import socket
 import subprocess
@@ -19,9 +20,12 @@ import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 
-from cpfold_train.bench.cases import CASES, make_inputs, randomise
+from cpfold_train.bench.case import Sizes
+from cpfold_train.bench.cases import CASES
+from cpfold_train.bench.inputs import allocate_gradients, make_features, make_inputs, randomise
 from cpfold_train.bench.measure import machine, measure
 from cpfold_train.bench.simulate import simulate
+from cpfold_train.bench.trunk_cases import TRUNK
 from cpfold_train.errors import ConfigError
 from cpfold_train.memory import return_large_tensors
 from cpfold_train.model.config import ModelConfig
@@ -32,6 +36,8 @@ from cpfold_train.parallel.gather import barrier
 from cpfold_train.parallel.grid import Grid, parse_grid, squarest
 
 MIB = 2**20
+ATOMS_PER_TOKEN = 8.2
+"""Of a protein with its ligands, hydrogens aside."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -44,7 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--world", type=int, metavar="P", help="start no ranks: bytes and memory of one rank of a simulated world of P"
     )
+    parser.add_argument("--rank", type=int, default=0, metavar="K", help="which rank of the world (default: 0)")
     parser.add_argument("--msa-depth", type=int, default=128, metavar="S", help="MSA sequences (default: 128)")
+    parser.add_argument("--atoms", type=int, metavar="A", help="atoms (default: 8.2 a token)")
+    parser.add_argument("--samples", type=int, default=4, metavar="M", help="diffusion samples (default: 4)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="precision (default: fp32)")
     parser.add_argument("--token-z", type=int, default=widths.token_z, help="width of z (default: %(default)s)")
     parser.add_argument(
@@ -77,12 +86,13 @@ def run(args: argparse.Namespace) -> None:
         ConfigError: for options that cannot work together.
     """
     grid = _grid(args)
-    n, depth = grid.pad_tokens(args.n), grid.pad_rows(args.msa_depth)
+    atoms = grid.pad_atoms(args.atoms or math.ceil(ATOMS_PER_TOKEN * args.n))
+    sizes = Sizes(grid.pad_tokens(args.n), grid.pad_rows(args.msa_depth), atoms, args.samples)
     if args.world:
         config, dtype = ModelConfig(token_z=args.token_z), DTYPES[args.dtype]
-        figures = simulate(args.op, config, n, depth, grid, dtype, args.algorithm)
+        figures = simulate(args.op, config, sizes, grid, dtype, args.algorithm)
         ranks = [{"peak_mib": figures["peak_bytes"] / MIB, "ops": figures["ops"]}]
-        _show(_summary(ranks, args, grid, n, depth) | {"simulated": True}, args.json)
+        _show(_summary(ranks, args, grid, sizes) | {"simulated": True, "rank": args.rank}, args.json)
         return
     threads = args.threads or max(1, (os.cpu_count() or 1) // grid.cp_size)
     if args.device == "cuda" and grid.cp_size > torch.cuda.device_count():
@@ -96,39 +106,43 @@ def run(args: argparse.Namespace) -> None:
     if args.against and not args.boltz_python:
         raise ConfigError("--against boltz needs the package: type pip install -e '.[boltz]', or --boltz-python PATH")
 
+    if args.against and args.op not in TRUNK:
+        raise ConfigError(f"--against boltz compares ops of the trunk: type one of {', '.join(TRUNK)}")
+
     with tempfile.TemporaryDirectory() as folder:
-        job = {**vars(args), "n": n, "msa_depth": depth, "threads": threads, "folder": folder, "port": _free_port()}
+        job = {**vars(args), "sizes": sizes, "threads": threads, "folder": folder, "port": _free_port()}
         # Ranks must not start with more threads than they get: OpenMP reads this once.
         os.environ["OMP_NUM_THREADS"] = str(threads)
         mp.spawn(_rank, (grid.rows, grid.cols, job), grid.cp_size)
         ranks = [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(grid.cp_size)]
-        result = _summary(ranks, args, grid, n, depth) | {
+        result = _summary(ranks, args, grid, sizes) | {
             "threads_per_rank": threads,
             "repeats": args.repeats,
             "wall_s": max(rank["wall_s"] for rank in ranks),
             "cpu_s_total": sum(rank["cpu_s"] for rank in ranks),
         }
         if args.against:
-            result["against"] = _stock(args, folder, n, depth)
+            result["against"] = _stock(args, folder, sizes)
             result["against"]["time_ratio"] = result["wall_s"] / result["against"]["wall_s"]
             result["against"]["memory_ratio"] = max(result["peak_mib_per_rank"]) / result["against"]["peak_mib"]
     _show(result, args.json)
 
 
 def _grid(args: argparse.Namespace) -> Grid:
-    """The grid asked for.
+    """The grid asked for, at the rank to simulate.
 
     Raises:
-        ConfigError: where it does not fit the simulated world.
+        ConfigError: where they do not fit the simulated world.
     """
-    if args.grid is None:
-        return Grid(*squarest(args.world or 1))
-    grid = Grid(*parse_grid(args.grid))
-    if args.world and grid.cp_size != args.world:
-        raise ConfigError(f"--grid {grid} has {grid.cp_size} ranks: type --world {grid.cp_size}, or leave --grid out")
+    rows, cols = squarest(args.world or 1) if args.grid is None else parse_grid(args.grid)
+    ranks = rows * cols
+    if args.world and ranks != args.world:
+        raise ConfigError(f"--grid {rows}x{cols} has {ranks} ranks: type --world {ranks}, or leave --grid out")
     if args.world and args.against:
         raise ConfigError("a simulated world takes no time that could be compared: leave out --world or --against")
-    return grid
+    if not 0 <= args.rank < ranks or (args.rank and not args.world):
+        raise ConfigError(f"--rank {args.rank} is for a simulated world: type --world P with a P above it")
+    return Grid(rows, cols, 1, args.rank)
 
 
 def _free_port() -> int:
@@ -154,7 +168,9 @@ def _rank(rank: int, rows: int, cols: int, job: dict) -> None:
     if rank == 0 and job["against"]:
         torch.save(module.state_dict(), Path(job["folder"]) / "state.pt")
     module = module.to(device, DTYPES[job["dtype"]])
-    x = make_inputs(case.inputs, config, job["n"], job["msa_depth"], cp.grid, DTYPES[job["dtype"]], device)
+    allocate_gradients(module)
+    x = make_features(case.inputs, job["sizes"], cp.grid, device)
+    x |= make_inputs(case.inputs, config, job["sizes"], cp.grid, DTYPES[job["dtype"]], device)
     grads = [torch.randn_like(out) for out in case.call(module, x, cp)]
 
     def step() -> None:
@@ -166,9 +182,9 @@ def _rank(rank: int, rows: int, cols: int, job: dict) -> None:
     (Path(job["folder"]) / f"rank{rank}.json").write_text(json.dumps({**asdict(figures), "ops": ops}))
 
 
-def _summary(ranks: list[dict], args: argparse.Namespace, grid: Grid, n: int, depth: int) -> dict:
+def _summary(ranks: list[dict], args: argparse.Namespace, grid: Grid, sizes: Sizes) -> dict:
     """What is told of real ranks and of a simulated one alike."""
-    tile = (n // grid.rows) * (n // grid.cols) * args.token_z * DTYPES[args.dtype].itemsize
+    tile = (sizes.n // grid.rows) * (sizes.n // grid.cols) * args.token_z * DTYPES[args.dtype].itemsize
     sent = [sum(entry["sent_bytes"] for entry in rank["ops"].values()) for rank in ranks]
     by_op = {
         op: {
@@ -180,8 +196,7 @@ def _summary(ranks: list[dict], args: argparse.Namespace, grid: Grid, n: int, de
     }
     return {
         "op": args.op,
-        "n": n,
-        "msa_depth": depth,
+        **asdict(sizes),
         "grid": str(grid),
         "dtype": args.dtype,
         "algorithm": args.algorithm,
@@ -195,12 +210,12 @@ def _summary(ranks: list[dict], args: argparse.Namespace, grid: Grid, n: int, de
     }
 
 
-def _stock(args: argparse.Namespace, folder: str, n: int, depth: int) -> dict:
+def _stock(args: argparse.Namespace, folder: str, sizes: Sizes) -> dict:
     """Figures of the stock package's module, with the weights of ours."""
     config = ModelConfig(token_z=args.token_z)
     source, target = Path(folder) / "stock-in.pt", Path(folder) / "stock-out.pt"
     widths = {"token_s": config.token_s, "token_z": config.token_z, "msa_s": config.msa.msa_s}
-    given = {"op": args.op, "n": n, "depth": depth, "widths": widths, "repeats": args.repeats}
+    given = {"op": args.op, "n": sizes.n, "depth": sizes.msa_depth, "widths": widths, "repeats": args.repeats}
     given |= {"threads": args.boltz_threads, "dtype": DTYPES[args.dtype]}
     torch.save({**given, "state": torch.load(Path(folder) / "state.pt", weights_only=True)}, source)
     root = Path(__file__).parents[2]
@@ -224,7 +239,8 @@ def _show(result: dict, as_json: bool) -> None:
     if "wall_s" in result:
         table.add_row("wall time", f"{result['wall_s']:.3f} s")
         table.add_row("CPU time, all ranks", f"{result['cpu_s_total']:.3f} s")
-    table.add_row("peak memory a rank", ", ".join(f"{mib:.0f}" for mib in result["peak_mib_per_rank"]) + " MiB")
+    peaks = (f"{mib:.{1 if mib < 10 else 0}f}" for mib in result["peak_mib_per_rank"])
+    table.add_row("peak memory a rank", ", ".join(peaks) + " MiB")
     table.add_row("sent a rank", f"{mean(result['sent_mib_per_rank']):.1f} MiB = {result['sent_tiles']:.2f} tiles")
     table.add_row("waiting for messages", f"{result['exposed_comm_s']:.3f} s")
     if against := result.get("against"):
@@ -238,7 +254,7 @@ def _show(result: dict, as_json: bool) -> None:
         console.print(ops)
     spec = result["machine"]
     if "simulated" in result:
-        console.print(f"rank 0 of a simulated world, torch {spec['torch']}")
+        console.print(f"rank {result['rank']} of a simulated world, torch {spec['torch']}")
     else:
         console.print(
             f"{spec.get('gpu', spec['cpu'])}, {spec['cores']} cores, {result['threads_per_rank']} threads a rank, "

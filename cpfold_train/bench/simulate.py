@@ -14,7 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from cpfold_train.bench.cases import CASES, make_inputs
+from cpfold_train.bench.case import Sizes
+from cpfold_train.bench.cases import CASES
+from cpfold_train.bench.inputs import allocate_gradients, make_features, make_inputs
 from cpfold_train.model.config import ModelConfig
 from cpfold_train.ops import biased_attention
 from cpfold_train.ops.by_rows import BLOCK_BYTES
@@ -62,20 +64,24 @@ class LiveMemory(TorchDispatchMode):
         weakref.finalize(storage, forget)
 
 
-def simulate(op: str, config: ModelConfig, n: int, depth: int, grid: Grid, dtype: torch.dtype, algorithm: str) -> dict:
-    """Forward and backward of one op as rank 0 of a grid.
+def simulate(op: str, config: ModelConfig, sizes: Sizes, grid: Grid, dtype: torch.dtype, algorithm: str) -> dict:
+    """Forward and backward of one op as the rank that ``grid`` names.
 
     Returns:
-        ``peak_bytes`` above inputs and weights, ``sent_bytes``, and ``ops``, the ledger's entries by operation.
+        ``peak_bytes`` above inputs, weights and their gradients, ``sent_bytes``, and ``ops``, the ledger's entries by
+        operation.
     """
-    case = CASES[op]
+    case, device = CASES[op], torch.device("cpu")
     # Every call is made in Python, block for block, and a real core's cache does not matter here.
     biased_attention.SCORE_BYTES = BLOCK_BYTES
     with torch.device("meta"):
         module = case.build(config).to(dtype)
+    # Some of the features decide what travels, so they have values.
+    features = make_features(case.inputs, sizes, grid, device)
     with fake_world(grid, algorithm) as cp, FakeTensorMode(allow_non_fake_inputs=True), LiveMemory() as memory:
         module = module.to_empty(device="cpu")
-        x = make_inputs(case.inputs, config, n, depth, grid, dtype, torch.device("cpu"))
+        allocate_gradients(module)
+        x = features | make_inputs(case.inputs, config, sizes, grid, dtype, device)
         outputs = case.call(module, x, cp)
         grads = [torch.empty_like(out) for out in outputs]
         del outputs

@@ -56,6 +56,9 @@ def main(source: str, target: str) -> None:
     module = build(given["widths"]).train()
     module.load_state_dict(given["state"], strict=True)
     module.to(given["dtype"])
+    # As on our ranks, there is room for them before the first step.
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     n, depth, dtype, widths = given["n"], given["depth"], given["dtype"], given["widths"]
     x = {
         "s": torch.randn(1, n, widths["token_s"], dtype=dtype, requires_grad=True),

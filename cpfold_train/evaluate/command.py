@@ -14,11 +14,11 @@ from statistics import mean
 from rich.table import Table
 
 from cpfold_train.data.parse import SUFFIXES, entry_id, read_structure
+from cpfold_train.data.queries.inputs import Query, find_queries
 from cpfold_train.data.structure import Structure
 from cpfold_train.data.tables import make_console, make_table
 from cpfold_train.errors import ConfigError, DataError
 from cpfold_train.evaluate.scores import Scores, score
-from cpfold_train.predict.inputs import Query, find_queries
 
 _SAMPLE = re.compile(r"(.+)_model_(\d+)")
 _COLUMNS = {

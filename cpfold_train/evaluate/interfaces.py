@@ -15,11 +15,12 @@ CONTACT = 5.0
 """Angstrom between the nearest heavy atoms of two residues in contact."""
 INTERFACE = 10.0
 """Angstrom to the other chain within which a residue belongs to the interface."""
+_FEWEST = 3
 BACKBONE = (b"N", b"CA", b"C", b"O", b"P", b"O5'", b"C5'", b"C4'", b"C3'", b"O3'")
 
 
 def interface_scores(matched: Matched) -> list[dict[str, Any]]:
-    """Scores of each pair of polymer chains in contact in the truth.
+    """Scores of each pair of polymer chains in contact in the truth that have backbones to superpose.
 
     Returns:
         ``chains`` (i, j) of the truth, ``fnat`` the share of native contacts that the prediction has, ``irmsd`` in
@@ -30,10 +31,11 @@ def interface_scores(matched: Matched) -> list[dict[str, Any]]:
     for first, second in combinations(np.unique(matched.chain[matched.polymer]).tolist(), 2):
         a, b = (np.flatnonzero(matched.chain == chain) for chain in (first, second))
         native = _contacts(matched.truth, matched.residue, a, b, CONTACT)
-        if not native:
+        distances = _rmsds(matched, a, b) if native else None
+        if distances is None:
             continue
         kept = native & _contacts(matched.predicted, matched.residue, a, b, CONTACT)
-        scores = {"fnat": len(kept) / len(native), **_rmsds(matched, a, b)}
+        scores = {"fnat": len(kept) / len(native), **distances}
         scores["dockq"] = (scores["fnat"] + _scaled(scores["irmsd"], 1.5) + _scaled(scores["lrmsd"], 8.5)) / 3
         found.append({"chains": (first, second), **scores})
     return found
@@ -55,7 +57,8 @@ def _contacts(coords: np.ndarray, residue: np.ndarray, a: np.ndarray, b: np.ndar
     return set(map(tuple, pairs.tolist()))
 
 
-def _rmsds(matched: Matched, a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+def _rmsds(matched: Matched, a: np.ndarray, b: np.ndarray) -> dict[str, float] | None:
+    """None where fewer than three backbone atoms would be superposed."""
     close = _contacts(matched.truth, matched.residue, a, b, INTERFACE)
     own, others = ({pair[end] for pair in close} for end in (0, 1))
     backbone = np.isin(matched.name, BACKBONE)
@@ -64,6 +67,8 @@ def _rmsds(matched: Matched, a: np.ndarray, b: np.ndarray) -> dict[str, float]:
     )
     chosen = chosen[backbone[chosen]]
     larger, smaller = sorted((a[backbone[a]], b[backbone[b]]), key=len, reverse=True)
+    if min(map(len, (chosen, larger, smaller))) < _FEWEST:
+        return None
     rotation, shift = superposition(matched.predicted[larger], matched.truth[larger])
     return {
         "irmsd": superposed_rmsd(matched.predicted[chosen], matched.truth[chosen]),

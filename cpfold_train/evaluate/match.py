@@ -133,7 +133,7 @@ def _assign(
     # A chain that has few candidates and many residues says best how the two structures lie.
     anchor = min(candidates, key=lambda chain: (sizes[chain] < 3, len(candidates[chain]), -sizes[chain]))
     x, y = truth.coords.astype(np.float64), predicted.coords.astype(np.float64)
-    best: tuple[float, dict[int, int], np.ndarray] | None = None
+    best: tuple[tuple[int, float], dict[int, int], np.ndarray] | None = None
     for candidate in candidates[anchor]:
         first, second = polymers[anchor, candidate]
         moved = _onto(y, second, x, first)

@@ -34,8 +34,8 @@ def matched_truth(pred_coords: Tensor, feats: dict[str, Tensor], cp: ContextPara
 
     Args:
         pred_coords: (S, A/P, 3) in Angstrom, share of atoms.
-        feats: as for :func:`choose_copies`; ``atom_swaps`` (B, A/P, W), ``ref_space_uid`` and ``atom_pad_mask``
-            (B, A/P), shares of atoms; ``token_to_center_atom`` and ``token_pad_mask`` (B, N), replicated.
+        feats: as for :func:`choose_copies`; ``atom_swaps`` (B, A/P, W) and ``ref_space_uid`` (B, A/P), shares of
+            atoms; ``token_to_center_atom`` and ``token_pad_mask`` (B, N), replicated.
         cp: the running grid.
     """
     pred = pred_coords.double()
@@ -52,7 +52,6 @@ def matched_truth(pred_coords: Tensor, feats: dict[str, Tensor], cp: ContextPara
     # There and back, so that only the truth is fetched again and not the motion of where it comes from.
     local = ((pred - motion[..., 3, :])[..., None, :] @ motion[..., :3, :]).squeeze(-2)
 
-    real = feats["atom_pad_mask"].repeat_interleave(samples, 0) > 0
     tokens, first = feats["asym_id"].shape[1], cp.all.index * pred.shape[1]
     atom = torch.arange(first, first + pred.shape[1], device=pred.device)
     for _ in range(ROUNDS):
@@ -60,7 +59,7 @@ def matched_truth(pred_coords: Tensor, feats: dict[str, Tensor], cp: ContextPara
         costs = []
         for swap in (torch.zeros_like(swaps[..., 0]), *swaps.unbind(2)):
             truth = whole.gather(1, (atom + swap)[..., None].expand(-1, -1, 4))
-            error = (local - truth[..., :3]).square().sum(2) * truth[..., 3] * real
+            error = (local - truth[..., :3]).square().sum(2) * truth[..., 3]
             costs.append(torch.zeros_like(error[:, :1]).expand(-1, tokens).scatter_add(1, residue, error))
         costs = all_reduce(torch.stack(costs, 2), cp, cp.all, OP)
         lowest, best = costs.min(2)

@@ -50,7 +50,8 @@ class PairwiseConditioning(nn.Module):
         """Two tiles (B, N/R, N/C, token_z) to one. Local, a few rows at a time; only the two are kept."""
         norm, project = self.dim_pairwise_init_proj
         shared = [norm.weight, norm.bias, project.weight, *(w for layer in self.transitions for w in layer.weights())]
-        row_bytes = 2 * z_trunk[:, :1].numel() * z_trunk.element_size()
+        # A block holds the intermediates of all transitions together, some 30 times its rows.
+        row_bytes = 8 * z_trunk[:, :1].numel() * z_trunk.element_size()
         return by_rows(_conditioned, rows_per_block(row_bytes, z_trunk.device), (z_trunk, rel_pos), shared)
 
 

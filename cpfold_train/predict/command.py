@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     parse_grid(args.grid)
     world = plan_world(args.grid, 1, 1, args.accelerator)
     # Torch and Lightning take seconds to import; a wrong option is to be told at once.
-    from cpfold_train.predict.inputs import find_queries
+    from cpfold_train.data.queries.inputs import find_queries
     from cpfold_train.predict.results import is_done
 
     queries = find_queries(args.inputs, args.msa, args.id)

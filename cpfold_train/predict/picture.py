@@ -14,10 +14,10 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from cpfold_train.data.batch import Crop
+from cpfold_train.data.queries.inputs import has_truth
 from cpfold_train.data.structure import Structure
 from cpfold_train.evaluate.match import match
 from cpfold_train.evaluate.superpose import rmsd, superposition
-from cpfold_train.predict.inputs import has_truth
 
 MAX_SIDE = 1024
 """Most rows and columns of the drawn map; larger ones are drawn with a stride."""

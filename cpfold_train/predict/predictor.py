@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from cpfold_train.data.batch import Crop, collate
+from cpfold_train.data.queries.complex import crop_of
+from cpfold_train.data.queries.inputs import Query
 from cpfold_train.errors import DataError
 from cpfold_train.parallel.context import Axis, ContextParallel
 from cpfold_train.parallel.gather import gather_tensor, gather_to_first
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.random import Draws
-from cpfold_train.predict.inputs import Query
-from cpfold_train.predict.sample import crop_of
 from cpfold_train.training.strategy import GridStrategy
 
 RANKING = "confidence_score"
@@ -190,7 +190,7 @@ def collect(out: dict[str, Tensor], number: int, crop: Crop, cp: ContextParallel
     tiles = {name: _gathered(out[name][number], cp.all) for name in ("pae", "pde") if name in out}
     if coords is None:
         return None
-    arrays = {name: _assembled(tile, cp.grid)[:n, :n] for name, tile in tiles.items()}
+    arrays = {name: assembled(tile, cp.grid)[:n, :n] for name, tile in tiles.items()}
     if "plddt" in out:
         arrays["plddt"] = out["plddt"][number, :n].float().cpu().numpy()
     scores = {name: x[number].tolist() for name, x in out.items() if x.ndim == 1 or name == "pair_chains_iptm"}
@@ -202,7 +202,7 @@ def _gathered(x: Tensor, axis: Axis) -> np.ndarray | None:
     return None if stacked is None else stacked.cpu().numpy()
 
 
-def _assembled(tiles: np.ndarray, grid: Grid) -> np.ndarray:
+def assembled(tiles: np.ndarray, grid: Grid) -> np.ndarray:
     """(P, N/R, N/C) tiles, rank by rank, to (N, N)."""
     rows, cols = tiles.shape[1:]
     return tiles.reshape(grid.rows, grid.cols, rows, cols).swapaxes(1, 2).reshape(grid.rows * rows, grid.cols * cols)

@@ -83,8 +83,9 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
 def _callbacks(config: TrainConfig, run_dir: Path) -> list[Callback]:
     folder = run_dir / "checkpoints"
     every = config.checkpoint.every_n_steps
-    callbacks = [
-        MovingAverage(config.optim.ema_decay),
+    # First, so that the others see the average in validation. It holds the weights once more.
+    callbacks: list[Callback] = [MovingAverage(config.optim.ema_decay)] if config.optim.ema_decay else []
+    callbacks += [
         StepFigures(),
         EndOnSigterm(),
         Pictures(run_dir),

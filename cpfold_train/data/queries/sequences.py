@@ -2,7 +2,7 @@
 
 A FASTA record is ``>CHAIN|protein`` (``dna``, ``rna``), with a third field for the alignment of a protein, or
 ``>CHAIN|ccd`` with the code of a ligand. YAML is the package's schema, version 1; what it may say beside the sequences
-is in :mod:`cpfold_train.predict.hints`. Structures of SMILES are not built: a ligand is named by its code in the
+is in :mod:`cpfold_train.data.queries.hints`. Structures of SMILES are not built: a ligand is named by its code in the
 Chemical Component Dictionary (CCD).
 """
 
@@ -20,11 +20,11 @@ from cpfold_train.data.alignment import Alignment
 from cpfold_train.data.components import component
 from cpfold_train.data.entry import Chain, Entry
 from cpfold_train.data.parse import build, chain_letters, entry_id
+from cpfold_train.data.queries.complex import Complex
+from cpfold_train.data.queries.hints import links_of, read_conditions, read_templates
 from cpfold_train.data.residues import DNA, NONPOLYMER, PROTEIN, RNA, TOKENS, letter_table
 from cpfold_train.data.structure import Structure
 from cpfold_train.errors import DataError
-from cpfold_train.predict.hints import links_of, read_conditions, read_templates
-from cpfold_train.predict.sample import Sample
 
 SUFFIXES = (".fasta", ".fa", ".yaml", ".yml")
 MAX_ROWS = 16384
@@ -39,7 +39,7 @@ Item = tuple[str, dict[str, Any]]
 """Kind of molecule, and what the file says of it."""
 
 
-def read_sequences(path: Path) -> Sample:
+def read_sequences(path: Path) -> Complex:
     """A complex of which only sequences are known.
 
     Raises:
@@ -59,7 +59,7 @@ def read_sequences(path: Path) -> Sample:
         structure.meta["interfaces"] = []
         alignments = _alignments(structure, items, path.parent)
         templates = read_templates(_listed(schema, "templates"), structure, path.parent)
-        return Sample(structure, alignments, templates, read_conditions(constraints, structure))
+        return Complex(structure, alignments, templates, read_conditions(constraints, structure))
     except DataError as error:
         raise DataError(f"{path.name}: {error}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -15,7 +15,7 @@ from cpfold_train.parallel.random import key_of
 
 
 @dataclass(frozen=True)
-class Sample:
+class Complex:
     """A complex to predict.
 
     Attributes:
@@ -31,19 +31,19 @@ class Sample:
     conditions: list[Condition] = field(default_factory=list)
 
 
-def crop_of(sample: Sample, crop_size: int | None, max_msa_rows: int, seed: int) -> Crop:
+def crop_of(given: Complex, crop_size: int | None, max_msa_rows: int, seed: int) -> Crop:
     """The whole complex, or a crop of it: around a token where the truth is known, else a stretch of each chain.
 
-    What is random about it depends on the seed and on the sample's id, not on which others are predicted.
+    What is random about it depends on the seed and on the complex's id, not on which others are predicted.
 
     Args:
         crop_size: most tokens, None for no limit.
     """
-    structure = sample.structure
+    structure = given.structure
     crop = make_crop(
         structure,
-        sample.alignments,
-        sample.templates,
+        given.alignments,
+        given.templates,
         crop_size=len(structure) if crop_size is None else crop_size,
         max_msa_rows=max_msa_rows,
         crop={"spatial" if structure.center[1].any() else "contiguous": 1.0},
@@ -51,7 +51,7 @@ def crop_of(sample: Sample, crop_size: int | None, max_msa_rows: int, seed: int)
     )
     place = np.full(len(structure), -1)
     place[crop.tokens] = np.arange(len(crop.tokens))
-    return replace(crop, conditions=[_moved(condition, place) for condition in sample.conditions])
+    return replace(crop, conditions=[_moved(condition, place) for condition in given.conditions])
 
 
 def _moved(condition: Condition, place: np.ndarray) -> Condition:

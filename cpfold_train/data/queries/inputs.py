@@ -10,12 +10,12 @@ from pathlib import Path
 from cpfold_train.data.parse import SUFFIXES as STRUCTURES
 from cpfold_train.data.parse import entry_id, read_structure
 from cpfold_train.data.prepare.msas import AlignmentFile, align_entities, find_alignments
+from cpfold_train.data.queries.complex import Complex
+from cpfold_train.data.queries.sequences import MAX_ROWS, read_sequences
+from cpfold_train.data.queries.sequences import SUFFIXES as SEQUENCES
 from cpfold_train.data.shards import Place, open_shards, read_sample
 from cpfold_train.data.structure import Structure
 from cpfold_train.errors import ConfigError, DataError
-from cpfold_train.predict.sample import Sample
-from cpfold_train.predict.sequences import MAX_ROWS, read_sequences
-from cpfold_train.predict.sequences import SUFFIXES as SEQUENCES
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Query:
 
     id: str
     source: str
-    read: Callable[[], Sample]
+    read: Callable[[], Complex]
 
 
 def find_queries(inputs: Sequence[str], msa: Path | None = None, ids: Sequence[str] = ()) -> list[Query]:
@@ -79,30 +79,30 @@ def _found(given: str, listed: dict[str, list[AlignmentFile]]) -> Iterator[Query
         yield Query(name, given, partial(_of_file, path, read, listed.get(name, [])))
 
 
-def _reader(path: Path) -> Callable[[Path], Sample] | None:
+def _reader(path: Path) -> Callable[[Path], Complex] | None:
     """What reads files of this kind."""
     if path.suffix in SEQUENCES:
         return read_sequences
     return _of_structure if path.name.removesuffix(".gz").endswith(STRUCTURES) else None
 
 
-def _of_structure(path: Path) -> Sample:
+def _of_structure(path: Path) -> Complex:
     structure, _ = read_structure(path)
     structure.meta["interfaces"] = []
-    return Sample(structure, {})
+    return Complex(structure, {})
 
 
-def _of_shard(place: Place) -> Sample:
-    return Sample(*read_sample(place))
+def _of_shard(place: Place) -> Complex:
+    return Complex(*read_sample(place))
 
 
-def _of_file(path: Path, read: Callable[[Path], Sample], files: list[AlignmentFile]) -> Sample:
-    sample = read(path)
+def _of_file(path: Path, read: Callable[[Path], Complex], files: list[AlignmentFile]) -> Complex:
+    given = read(path)
     problems: list[str] = []
-    alignments = align_entities(sample.structure, files, MAX_ROWS, problems)
+    alignments = align_entities(given.structure, files, MAX_ROWS, problems)
     if problems:
         raise DataError(problems[0])
-    return Sample(sample.structure, alignments | sample.alignments, sample.templates, sample.conditions)
+    return Complex(given.structure, alignments | given.alignments, given.templates, given.conditions)
 
 
 def has_truth(structure: Structure) -> bool:
