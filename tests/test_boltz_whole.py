@@ -58,9 +58,10 @@ from tests.atoms import dense
 CONFIG = ModelConfig(
     16, 8, 64, 1, True,
     MSAConfig(8, 2, 0.0, 0.0, 4, 2), PairformerConfig(2, 4, 0.0, 4, 2), AtomConfig(8, 4, 1, 2, 1, 2),
-    DiffusionConfig(2, 4, 1, 12), TemplateConfig(6, 1, 0.0, 4, 2),
+    DiffusionConfig(2, 4, 1, 12, step_scale=1.0), TemplateConfig(6, 1, 0.0, 4, 2),
     ConfidenceConfig(PairformerConfig(1, 4, 0.0, 4, 2), 10, 20.0, 9, 11, 12),
 )  # fmt: skip
+"""Small, without dropout, and with steps of sampling that end near the truth even of a model that knows nothing."""
 WEIGHTS = LossConfig(4.0, 4.0, 0.03, 1e-3, 1e-4, 1e-4, 1e-4, 1e-4)
 COPIES, STRUCTURES, STEPS = 3, 2, 3
 """Noised copies, sampled structures and the steps of sampling."""
