@@ -116,10 +116,9 @@ def test_auto_takes_the_cheaper_way():
     assert multiplication(many, "auto") == "ring"
 
 
-@pytest.mark.parametrize("op", ["triangle_multiplication", "diffusion_module", "confidence_losses"])
+@pytest.mark.parametrize("op", ["triangle_multiplication", "confidence_losses"])
 def test_memory_falls_with_the_number_of_ranks(op):
     config = replace(CONFIG, token_z=64, checkpoint_blocks=True, confidence=ConfidenceConfig(PAIRFORMER))
-    config = replace(config, diffusion=replace(CONFIG.diffusion, token_transformer_depth=1))
     sizes, peaks = Sizes(768, msa_depth=4, atoms=1536, samples=1), []
     for side in (2, 4):
         context = mp.get_context("fork")

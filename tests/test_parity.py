@@ -215,7 +215,7 @@ def train_step(cp: ContextParallel) -> tuple[torch.Tensor, dict[str, torch.Tenso
     return loss.detach(), grads, {name: (x.placements, x.shape) for name, x in out.items()}
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g[0]}x{g[1]}")
+@pytest.mark.parametrize("grid", [(1, 2), (2, 3), (3, 3), (5, 1)], ids=lambda g: f"{g[0]}x{g[1]}")
 def test_training_step_of_the_trunk(ranks, grid):
     ((loss, grads, _),) = ranks.run(train_step, 1, 1)
     parts = ranks.run(train_step, *grid)
