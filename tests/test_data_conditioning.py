@@ -46,6 +46,7 @@ def test_pockets_are_near_their_binders(structures, key):
         assert conditions
         for to_pocket, to_binder in zip(conditions[::2], conditions[1::2]):
             assert (to_pocket.kind, to_binder.kind) == (BINDER_TO_POCKET, POCKET_TO_BINDER)
+            assert to_pocket.rows is to_binder.columns and to_pocket.columns is to_binder.rows
             assert CUTOFFS[0] <= to_pocket.threshold == to_binder.threshold <= CUTOFFS[1]
             binder, pocket = tokens[to_pocket.rows], tokens[to_pocket.columns]
             (asym_id,) = set(structure.asym_id[binder].tolist())

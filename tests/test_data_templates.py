@@ -100,6 +100,11 @@ def test_features(query):
     towards_c = query.coords[query.atom_start[tokens[:100]] + 2] - query.coords[query.atom_start[tokens[:100]] + 1]
     along = (turns[0, :100, :, 0] * towards_c).sum(-1)
     np.testing.assert_allclose(along, np.linalg.norm(towards_c, axis=1), rtol=1e-4)
+    own = tokens[:100]
+    alpha = query.coords[query.atom_start[own] + 1]
+    np.testing.assert_allclose(features["template_frame_t"][0, :100], alpha, atol=1e-3)
+    np.testing.assert_allclose(features["template_ca"][0, :100], query.center[0][own], atol=1e-3)
+    np.testing.assert_allclose(features["template_cb"][0, :100], query.disto_center[0][own], atol=1e-3)
     assert all(
         (features[name][2] == 0).all() and (features[name][:, 100:] == 0).all() for name in features if name[0] == "t"
     )
