@@ -1,17 +1,9 @@
-"""Distances and local frames of points."""
+"""Local frames of points."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def distances(first: Tensor, second: Tensor) -> Tensor:
-    """Between points (..., r, 3) and (..., n, 3): (..., r, n).
-
-    Component by component, not by a matrix product, which would lose the digits of near points.
-    """
-    return sum((first[..., :, None, x] - second[..., None, :, x]).square() for x in range(3)).sqrt()
 
 
 def frame_axes(points: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cpfold_train.losses.chain_symmetry import choose_copies, clearly_less, take_copies
-from cpfold_train.losses.geometry import distances
 from cpfold_train.ops.by_rows import in_blocks, rows_per_block
+from cpfold_train.ops.distances import distances
 from cpfold_train.ops.shares import gather_shares, own_share
 from cpfold_train.ops.superpose import moments, superposition
 from cpfold_train.parallel.context import ContextParallel

@@ -17,6 +17,7 @@ from cpfold_train.model.layers import linear
 from cpfold_train.model.pairformer import PairformerModule
 from cpfold_train.ops.atoms_at import atoms_at
 from cpfold_train.ops.by_rows import by_rows, rows_per_block
+from cpfold_train.ops.distances import distances
 from cpfold_train.ops.transpose import transpose
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.random import Draws
@@ -160,8 +161,3 @@ class ConfidenceModule(nn.Module):
         x_i, x_j = center[:, slice(*cp.grid.row_tokens(n))], center[:, slice(*cp.grid.col_tokens(n))]
         rows = rows_per_block(z[:, :1].numel() * z.element_size(), z.device)
         return by_rows(add, rows, (z, x_i), (x_j, self.boundaries, self.dist_bin_pairwise_embed.weight))
-
-
-def distances(x_i: Tensor, x_j: Tensor) -> Tensor:
-    """(B, r, c) distances of points (B, r, 3) and (B, c, 3); a pair's is the same number whatever r and c are."""
-    return sum((x_i[:, :, None, k] - x_j[:, None, :, k]).square() for k in range(3)).sqrt()
