@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cpfold_train.ops.superpose import best_rotation
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.redistribute import all_reduce
 
@@ -36,9 +37,5 @@ def weighted_rigid_align(moving: Tensor, target: Tensor, weights: Tensor, mask: 
     total, x_sum, y_sum, products = all_reduce(torch.cat(sums, 1), cp, cp.all, OP).split([1, 3, 3, 9], 1)
     total = total.clamp(min=torch.finfo(total.dtype).tiny)
     x_middle, y_middle = x_sum / total, y_sum / total
-    covariance = products.unflatten(1, (3, 3)) - y_sum[:, :, None] * x_middle[:, None]
-
-    u, _, vh = torch.linalg.svd(covariance)
-    # Mirrored where the determinant is -1: turned back along the direction in which that costs least, the last.
-    u = torch.cat([u[..., :2], u[..., 2:] * torch.linalg.det(u @ vh)[:, None, None]], -1)
-    return ((x - x_middle[:, None]) @ (u @ vh).mT + y_middle[:, None]).to(moving.dtype)
+    rotation, _ = best_rotation(products.unflatten(1, (3, 3)) - y_sum[:, :, None] * x_middle[:, None])
+    return ((x - x_middle[:, None]) @ rotation.mT + y_middle[:, None]).to(moving.dtype)

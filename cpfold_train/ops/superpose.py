@@ -40,8 +40,15 @@ def _kabsch(sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     count = sums[..., 0, 0]
     divisor = count.clamp(min=1)[..., None]
     p, x = sums[..., 1:4, 0] / divisor, sums[..., 0, 1:4] / divisor
-    u, sigma, vh = torch.linalg.svd(sums[..., 1:4, 1:4] - divisor[..., None] * p[..., :, None] * x[..., None, :])
+    rotation, overlap = best_rotation(sums[..., 1:4, 1:4] - divisor[..., None] * p[..., :, None] * x[..., None, :])
+    return count, p, x, rotation, overlap
+
+
+def best_rotation(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotation (..., 3, 3) that brings x closest to p, and the sum of products of p and rotated x, of the sums of
+    p x^T of centred points (..., 3, 3)."""
+    u, sigma, vh = torch.linalg.svd(covariance)
     # Never mirrored: turned back along the direction in which that costs least, the last.
     sign = torch.linalg.det(u @ vh)
     rotation = torch.cat([u[..., :2], u[..., 2:] * sign[..., None, None]], -1) @ vh
-    return count, p, x, rotation, sigma[..., 0] + sigma[..., 1] + sign * sigma[..., 2]
+    return rotation, sigma[..., 0] + sigma[..., 1] + sign * sigma[..., 2]
