@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from cpfold_train.model.confidence import distances
 from cpfold_train.model.constants import NONPOLYMER, PROTEIN
 from cpfold_train.model.frames import frame_points, spanning
 from cpfold_train.model.layers import without_autocast
 from cpfold_train.ops.atoms_at import atoms_at
 from cpfold_train.ops.attention_pair_bias import all_tokens
 from cpfold_train.ops.by_rows import in_blocks, rows_per_block
+from cpfold_train.ops.distances import distances
 from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.redistribute import all_reduce, all_reduce_max
@@ -58,40 +58,28 @@ def confidence_scores(
         [:, a, b] is chain a's score in the frames of chain b.
     """
     with without_autocast(x_pred):
-        return _scores(logits, x_pred, pdistogram, feats, multiplicity, cp)
+        names = "token_to_rep_atom", "asym_id", "mol_type", "token_pad_mask"
+        atom, chain, kind, mask = (feats[name].repeat_interleave(multiplicity, 0) for name in names)
+        n = mask.shape[1]
+        rows = slice(*cp.grid.row_tokens(n))
+        center = atoms_at(x_pred, atom, cp)
+        framed = spanning(frame_points(x_pred, center, feats, cp))[:, rows] * mask[:, rows]
+        pae, tm = _expected_error_and_tm(logits["pae_logits"], mask)
+        pde = expected_value(logits["pde_logits"], MAX_ERROR)
+        plddt = expected_value(logits["plddt_logits"], 1.0)
 
-
-def _scores(
-    logits: dict[str, Tensor],
-    x_pred: Tensor,
-    pdistogram: Tensor,
-    feats: dict[str, Tensor],
-    multiplicity: int,
-    cp: ContextParallel,
-) -> dict[str, Tensor]:
-    """What :func:`confidence_scores` returns."""
-    names = "token_to_rep_atom", "asym_id", "mol_type", "token_pad_mask"
-    atom, chain, kind, mask = (feats[name].repeat_interleave(multiplicity, 0) for name in names)
-    n = mask.shape[1]
-    rows = slice(*cp.grid.row_tokens(n))
-    center = atoms_at(x_pred, atom, cp)
-    framed = spanning(frame_points(x_pred, center, feats, cp))[:, rows] * mask[:, rows]
-    pae, tm = _expected_error_and_tm(logits["pae_logits"], mask)
-    pde = expected_value(logits["pde_logits"], MAX_ERROR)
-    plddt = expected_value(logits["plddt_logits"], 1.0)
-
-    ligand = kind == NONPOLYMER
-    interface = _at_interface(center, chain, mask, ligand, cp)
-    weight = mask * torch.where(ligand, LIGAND_WEIGHT, torch.where(interface, INTERFACE_WEIGHT, 1))
-    return {
-        "plddt": plddt,
-        "pae": pae,
-        "pde": pde,
-        "complex_plddt": (plddt * mask).sum(1) / mask.sum(1),
-        "complex_iplddt": (plddt * weight).sum(1) / weight.sum(1),
-        **_complex_pde(pde, pdistogram, feats, multiplicity, cp),
-        **_tm_scores(tm, framed, chain, kind, mask, cp),
-    }
+        ligand = kind == NONPOLYMER
+        interface = _at_interface(center, chain, mask, ligand, cp)
+        weight = mask * torch.where(ligand, LIGAND_WEIGHT, torch.where(interface, INTERFACE_WEIGHT, 1))
+        return {
+            "plddt": plddt,
+            "pae": pae,
+            "pde": pde,
+            "complex_plddt": (plddt * mask).sum(1) / mask.sum(1),
+            "complex_iplddt": (plddt * weight).sum(1) / weight.sum(1),
+            **_complex_pde(pde, pdistogram, feats, multiplicity, cp),
+            **_tm_scores(tm, framed, chain, kind, mask, cp),
+        }
 
 
 def expected_value(logits: Tensor, end: float) -> Tensor:
