@@ -20,8 +20,10 @@ PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 
 def check(config: TrainConfig) -> None:
     """Raise ConfigError or DataError, one sentence that says what to type instead."""
-    if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
-        raise ConfigError(f"ckpt_path={config.ckpt_path} does not exist: type the path of a .ckpt file or leave it out")
+    if config.ckpt_path not in (None, "last") and not Path(config.ckpt_path).is_file():
+        raise ConfigError(
+            f"ckpt_path={config.ckpt_path} does not exist: type the path of a .ckpt file, or ckpt_path=last"
+        )
     init_from = config.model.init_from
     if init_from is not None and not Path(init_from).is_file():
         raise ConfigError(
@@ -38,6 +40,7 @@ def check(config: TrainConfig) -> None:
         ("model.confidence.pairformer.blocks_at_once", config.model.confidence.pairformer.blocks_at_once, 1),
         ("trainer.log_every_n_steps", config.trainer.log_every_n_steps, 1),
         ("checkpoint.every_n_steps", config.checkpoint.every_n_steps, 1),
+        ("faults.max_skipped", config.faults.max_skipped, 0),
     ):
         if value is not None and value < least:
             raise ConfigError(f"{name}={value} is too small: type {name}={least} or more")

@@ -101,6 +101,13 @@ class CheckpointConfig:
 
 
 @dataclass
+class FaultsConfig:
+    """``max_skipped`` of 100 steps in a row may be without a finite loss and gradient."""
+
+    max_skipped: int = MISSING
+
+
+@dataclass
 class WandbConfig:
     """Weights & Biases; see ``conf/train.yaml``."""
 
@@ -161,3 +168,4 @@ class TrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)

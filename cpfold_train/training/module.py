@@ -39,6 +39,7 @@ class CoFoldingModule(LightningModule):
 
     Attributes:
         judged: whether structures are sampled in training, for the confidence module to be trained.
+        bad_losses: micro-batches whose share of the loss was not finite on this rank.
         validation: means of the last validation by metric name; equal on all ranks.
     """
 
@@ -52,6 +53,7 @@ class CoFoldingModule(LightningModule):
         self._recycling, self._optim, self._diffusion, self._seed = model.recycling_steps, optim, diffusion, seed
         self._weights: dict[str, float] = asdict(loss)
         self.judged = any(self._weights[name] for name in CONFIDENCE)
+        self.bad_losses = torch.zeros((), dtype=torch.int64)
         self._sums = torch.zeros(len(VALIDATION) + 1, dtype=torch.float64)
 
     @property
@@ -81,6 +83,9 @@ class CoFoldingModule(LightningModule):
         # DDP takes the mean over dp x cp ranks; the gradient is the mean over dp of the sum over cp.
         loss = shares["loss"] * self.cp.grid.cp_size
         shares = {name: share.detach() for name, share in shares.items()}
+        self.bad_losses = self.bad_losses.to(loss.device) + ~shares["loss"].isfinite()
+        # The factor is 1, or not a number where the loss is not finite: then the gradient of all ranks is not, too.
+        loss = loss * (1 + 0 * shares["loss"])
         return {"loss": loss, "shares": shares, "tokens": batch["num_tokens"].sum()}
 
     def on_validation_epoch_start(self) -> None:
