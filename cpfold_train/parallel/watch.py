@@ -71,7 +71,7 @@ class Watch:
             self._thread.join(INTERVAL)
 
     def report(self, fault: str) -> None:
-        """Tell the others that this rank cannot go on. The first report of the run counts."""
+        """Tell the others in a sentence why this rank cannot go on. The first report of the run counts."""
         if self._store is not None:
             _within(2.0, lambda: self._store.compare_set(_FAULT, "", json.dumps([self._rank, fault])), None)
 
@@ -80,7 +80,7 @@ class Watch:
         if self._store is None or not _within(2.0, lambda: self._store.check([_FAULT]), False):
             return None
         rank, fault = json.loads(_within(2.0, lambda: self._store.get(_FAULT), b'[-1, ""]'))
-        return None if rank in (self._rank, -1) else f"rank {rank} {fault}"
+        return None if rank in (self._rank, -1) else fault
 
     def explain(self, error: BaseException) -> str | None:
         """A sentence on why this rank could not go on, where the cause is another rank; None where it is its own.

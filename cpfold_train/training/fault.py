@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from cpfold_train.errors import RunError
-from cpfold_train.training.watched import is_out_of_memory
+from cpfold_train.training.watched import OUT_OF_MEMORY, is_out_of_memory
 from cpfold_train.whole_file import disk_full_sentence, is_disk_full, remove_partial_files
 
 
@@ -41,8 +41,5 @@ def sentence_on(error: Exception, run_dir: Path) -> str | None:
     if is_disk_full(error):
         return disk_full_sentence(run_dir / "metrics.csv")
     if is_out_of_memory(error):
-        return (
-            "out of memory: type a smaller crop_size, batch_size or diffusion.multiplicity, or a larger cp.grid, and "
-            "go on with ckpt_path=last"
-        )
+        return OUT_OF_MEMORY
     return None

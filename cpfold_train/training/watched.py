@@ -11,6 +11,11 @@ from cpfold_train.parallel.watch import Watch
 from cpfold_train.training.launcher import RankLauncher
 from cpfold_train.whole_file import is_disk_full
 
+OUT_OF_MEMORY = (
+    "out of memory: type a smaller crop_size, batch_size or diffusion.multiplicity, or a larger cp.grid, and go on "
+    "with ckpt_path=last"
+)
+
 
 class Watched:
     """To be inherited before a Lightning strategy, which calls :meth:`start_watch` once it has its ``cp``.
@@ -59,10 +64,10 @@ def describe(error: BaseException) -> str:
     if isinstance(error, RunError):
         return str(error)
     if is_out_of_memory(error):
-        return f"it ran out of memory ({_first_line(error)})"
+        return OUT_OF_MEMORY
     if is_disk_full(error):
         return "the disk is full"
-    return f"{type(error).__name__}: {_first_line(error)}"
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -72,7 +77,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "")
