@@ -8,6 +8,7 @@ from pathlib import Path
 from cpfold_train.data.features import NUM_BINS
 from cpfold_train.data.sampling import open_source
 from cpfold_train.errors import ConfigError
+from cpfold_train.model.config import RESIDUALS
 from cpfold_train.ops.biased_attention import KERNELS
 from cpfold_train.parallel.cost import ALGORITHMS
 from cpfold_train.training.boltz_checkpoint import WEIGHTS
@@ -36,8 +37,9 @@ def check(config: TrainConfig) -> None:
         ("data.max_atoms", config.data.max_atoms, 1),
         ("data.samples_per_epoch", config.data.samples_per_epoch, 1),
         ("data.num_workers", config.data.num_workers, 0),
-        ("model.pairformer.blocks_at_once", config.model.pairformer.blocks_at_once, 1),
-        ("model.confidence.pairformer.blocks_at_once", config.model.confidence.pairformer.blocks_at_once, 1),
+        ("memory.blocks_at_once", config.memory.blocks_at_once, 1),
+        ("memory.samples_at_once", config.memory.samples_at_once, 1),
+        ("memory.chunk_mib", config.memory.chunk_mib, 0.001),
         ("trainer.log_every_n_steps", config.trainer.log_every_n_steps, 1),
         ("checkpoint.every_n_steps", config.checkpoint.every_n_steps, 1),
         ("faults.max_skipped", config.faults.max_skipped, 0),
@@ -47,6 +49,9 @@ def check(config: TrainConfig) -> None:
     _one_of("cp.algorithm", config.cp.algorithm, ALGORITHMS)
     _one_of("model.init_weights", config.model.init_weights, WEIGHTS)
     _one_of("kernels", config.kernels, KERNELS)
+    _one_of("memory.residual", config.memory.residual, RESIDUALS)
+    if config.memory.offload and not config.memory.recompute:
+        raise ConfigError("memory.offload=true is for what lies between recomputed blocks: type memory.recompute=true")
     if config.kernels == "cuequivariance":
         _require_cuequivariance(config)
     _one_of("trainer.precision", str(config.trainer.precision), PRECISIONS)
