@@ -9,5 +9,8 @@
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
+# Five minutes before the end: save, ask for another 24 hours, and go on there. Pre-emption needs no more than --requeue.
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
 set -euo pipefail
-srun .venv/bin/python train.py trainer.accelerator=gpu "$@"
+srun .venv/bin/python train.py trainer.accelerator=gpu ckpt_path=last "$@"

@@ -41,6 +41,7 @@ class CoFoldingModule(LightningModule):
     Attributes:
         judged: whether structures are sampled in training, for the confidence module to be trained.
         bad_losses: micro-batches whose share of the loss was not finite on this rank.
+        too_large: whether the step at hand is to be skipped on all ranks, because one has no memory for it.
         validation: means of the last validation by metric name; equal on all ranks.
     """
 
@@ -61,6 +62,7 @@ class CoFoldingModule(LightningModule):
         self._weights: dict[str, float] = asdict(loss)
         self.judged = any(self._weights[name] for name in CONFIDENCE)
         self.bad_losses = torch.zeros((), dtype=torch.int64)
+        self.too_large = False
         self._sums = torch.zeros(len(VALIDATION) + 1, dtype=torch.float64)
 
     @property
@@ -75,6 +77,10 @@ class CoFoldingModule(LightningModule):
             ``loss``, for the backward pass; ``shares``, this rank's part of the batch's mean losses by name, ``loss``
             their weighted sum; ``tokens``.
         """
+        if self.too_large:
+            # A gradient that is not a number, so that the step is skipped as all that have one.
+            loss = sum(p.sum() for p in self.parameters() if p.requires_grad) * torch.nan
+            return {"loss": loss, "shares": {"loss": loss.detach()}, "tokens": batch["num_tokens"].sum()}
         # Every rank and every grid draws the same count, also after a resume.
         step = [self._seed, self.global_step]
         recycling = int(np.random.default_rng(step).integers(0, self._recycling + 1))

@@ -105,7 +105,7 @@ def _callbacks(config: TrainConfig, run_dir: Path) -> list[Callback]:
     every = config.checkpoint.every_n_steps
     # First, so that the others see the average in validation. It holds the weights once more.
     callbacks: list[Callback] = [MovingAverage(config.optim.ema_decay)] if config.optim.ema_decay else []
-    skip = SkipBadSteps(config.faults.max_skipped)
+    skip = SkipBadSteps(config.faults.max_skipped, run_dir / "out_of_memory.txt")
     callbacks += [
         TellFaults(folder),
         StepFigures(skip),

@@ -12,8 +12,8 @@ from cpfold_train.training.launcher import RankLauncher
 from cpfold_train.whole_file import is_disk_full
 
 OUT_OF_MEMORY = (
-    "out of memory: type a smaller crop_size, batch_size or diffusion.multiplicity, or a larger cp.grid, and go on "
-    "with ckpt_path=last"
+    "out of memory: the same command with ckpt_path=last goes on and skips this step, noted in out_of_memory.txt; "
+    "where it happens often, type a smaller crop_size or a larger cp.grid"
 )
 
 
