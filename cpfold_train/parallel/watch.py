@@ -24,7 +24,7 @@ INTERVAL = 2.0
 """Seconds between two signs of life of a rank."""
 SILENT = 3 * INTERVAL
 """Seconds without one after which a rank counts as stopped or gone."""
-GRACE = 8.0
+GRACE = 15.0
 """Seconds that a rank has to end by itself once another has failed."""
 
 _OF_A_PEER = re.compile(r"gloo/|NCCL|nccl|Connection (closed|reset|refused)|the exchange on axis")

@@ -6,7 +6,9 @@ import os
 import sys
 from typing import NoReturn
 
-from cpfold_train.errors import RunError
+import torch
+
+from cpfold_train.errors import ConfigError, DataError, RunError
 from cpfold_train.parallel.watch import Watch
 from cpfold_train.training.launcher import RankLauncher
 from cpfold_train.whole_file import is_disk_full
@@ -61,7 +63,7 @@ class Watched:
 
 def describe(error: BaseException) -> str:
     """One line on an error."""
-    if isinstance(error, RunError):
+    if isinstance(error, (ConfigError, DataError, RunError)):
         return str(error)
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
@@ -72,8 +74,6 @@ def describe(error: BaseException) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch, or Python, found no memory on the device or on the host."""
-    import torch
-
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
