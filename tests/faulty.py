@@ -45,24 +45,23 @@ def out_of_memory() -> None:
     """An allocation fails on rank 1 between the forward and the backward pass, where the others go on without it."""
     import torch
 
-    from cpfold_train.training.module import CoFoldingModule
-
-    original = CoFoldingModule._losses
-
-    def _losses(self: CoFoldingModule, *args: object) -> tuple:
-        losses = original(self, *args)
-        if self.trainer.global_rank == 1 and self.global_step == 2:
-            torch.empty(1 << 60)
+    def fail(step: int, losses: dict) -> dict:
+        if step == 2:
+            torch.empty(1 << 50)
         return losses
 
-    CoFoldingModule._losses = _losses
+    _losses_on_rank_1(fail)
     entry.main()
 
 
 def not_finite() -> None:
-    """Rank 1 reads a coordinate that is not a number in its second and third step."""
-    _on_rank_1_in_step(1, _spoil)
-    _on_rank_1_in_step(2, _spoil)
+    """A loss of rank 1 is infinite in the second step, though its gradient is not; it is not a number in the third."""
+
+    def spoil(step: int, losses: dict) -> dict:
+        wrong = {1: losses["distogram"] + float("inf"), 2: losses["distogram"] * float("nan")}
+        return losses | {"distogram": wrong.get(step, losses["distogram"])}
+
+    _losses_on_rank_1(spoil)
     entry.main()
 
 
@@ -78,8 +77,17 @@ def sigterm_in_step_3() -> None:
     entry.main()
 
 
-def _spoil(batch: dict) -> None:
-    batch["disto_center"].to_local().fill_(float("nan"))
+def _losses_on_rank_1(change: Callable[[int, dict], dict]) -> None:
+    """Let ``change`` have the step, counted from 0, and what the losses are on rank 1."""
+    from cpfold_train.training.module import CoFoldingModule
+
+    original = CoFoldingModule._losses
+
+    def _losses(self: CoFoldingModule, *args: object) -> tuple:
+        out, losses = original(self, *args)
+        return out, change(self.global_step, losses) if self.trainer.global_rank == 1 else losses
+
+    CoFoldingModule._losses = _losses
 
 
 def _on_rank_1_in_step(step: int, fault: Callable[[dict], None]) -> None:
