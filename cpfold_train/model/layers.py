@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.nn.functional import layer_norm
 
 from cpfold_train.ops.by_rows import by_rows, rows_per_block
+from cpfold_train.ops.linear import linear as linear_of
 
 
 def linear(c_in: int, c_out: int, init: str = "lecun", bias: bool = False) -> nn.Linear:
@@ -56,7 +57,7 @@ class Transition(nn.Module):
 def transition(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, fc1: Tensor, fc2: Tensor, fc3: Tensor) -> Tensor:
     """:class:`Transition` of (..., dim) all at once."""
     x = layer_norm(x, norm_weight.shape, norm_weight, norm_bias)
-    return F.linear(F.silu(F.linear(x, fc1)) * F.linear(x, fc2), fc3)
+    return linear_of(F.silu(linear_of(x, fc1)) * linear_of(x, fc2), fc3)
 
 
 def normed_linear(x: Tensor, norm: nn.LayerNorm, project: nn.Linear) -> Tensor:
