@@ -17,7 +17,7 @@ from cpfold_train.parallel.grid import Grid, squarest
 from cpfold_train.training import entry
 from cpfold_train.training.check import check
 from cpfold_train.training.config import TrainerConfig
-from cpfold_train.training.launch import plan_world
+from cpfold_train.training.launch import is_first_rank, plan_world
 
 NOT_FOR_USERS = {
     "strategy": "follows from cp.grid and dp",
@@ -150,6 +150,15 @@ def test_world_follows_the_grid_or_the_launcher(monkeypatch):
     with pytest.raises(ConfigError, match=r"needs 4 GPUs a node and there are 2: type cp.grid=1x2"):
         plan_world("2x2", 1, 1, "gpu", {})
     assert plan_world("auto", 1, 1, "gpu", {}).devices == 2
+
+
+def test_one_rank_speaks():
+    assert is_first_rank({}) and not is_first_rank({"LOCAL_RANK": "1"})
+    assert not is_first_rank({"RANK": "2", "LOCAL_RANK": "0"})
+    slurm = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "train"}
+    assert is_first_rank(slurm) and not is_first_rank(slurm | {"SLURM_PROCID": "2"})
+    # A run that is started in a shell within an allocation starts its ranks itself.
+    assert not is_first_rank(slurm | {"SLURM_JOB_NAME": "bash", "LOCAL_RANK": "1"})
 
 
 def test_torchrun_ranks_share_a_run_directory(monkeypatch):

@@ -95,5 +95,6 @@ def _gpus() -> int:
 
 def is_first_rank(env: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is the one that speaks to the user, before any process group exists."""
-    rank = next((env[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in env), "0")
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK") if started_by_slurm(env) else ("RANK", "LOCAL_RANK")
+    rank = next((env[name] for name in names if name in env), "0")
     return int(rank) == 0
