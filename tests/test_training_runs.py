@@ -170,7 +170,7 @@ def test_sweep_survives_a_failing_job(tmp_path):
 
 
 def test_sweep_as_submitted_jobs(tmp_path):
-    """Each job goes through the launcher that also submits to SLURM. Both are refused, which is what the table tells."""
+    """Each job goes through the launcher that also submits to SLURM. Both are refused, and the table says so."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     overrides = ["batch_size=0,-1", "hydra/launcher=submitit_local", f"hydra.sweep.dir={tmp_path}", "-m"]
     process = train(*overrides)

@@ -63,13 +63,13 @@ def transition(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, fc1: Tensor, f
 def normed_linear(x: Tensor, norm: nn.LayerNorm, project: nn.Linear) -> Tensor:
     """``project(norm(x))`` of (B, rows, ..., c), a few rows at a time: the norm of a whole tile would have to be kept.
 
-    ``project`` has no bias."""
+    ``project`` has no bias. The norm is in the dtype of its weights, whatever that of x is."""
     rows = rows_per_block(x[:, :1].numel() * x.element_size(), x.device)
     return by_rows(_normed_linear, rows, (x,), (norm.weight, norm.bias, project.weight))
 
 
 def _normed_linear(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias), weight)
+    return F.linear(F.layer_norm(x.to(norm_weight.dtype), norm_weight.shape, norm_weight, norm_bias), weight)
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
