@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cpfold_train.errors import ConfigError
-from cpfold_train.model.config import PairformerConfig
+from cpfold_train.model.config import MemoryConfig, PairformerConfig
 from cpfold_train.model.pairformer import PairformerModule
 from cpfold_train.parallel.random import Draws
 from cpfold_train.training.check_precision import check_precision
@@ -27,7 +27,7 @@ def gradients(cp, fp8: bool):
     fp8_stand_in.install()
     fp8_stand_in.calls.clear()
     precision = Fp8Precision("cpu")
-    module = PairformerModule(C_S, C_Z, PairformerConfig(2, 4, 0.25, 16, 1), checkpoint_blocks=True)
+    module = PairformerModule(C_S, C_Z, PairformerConfig(2, 4, 0.25, 16, 1), MemoryConfig())
     randomise(module)
     frozen = module.layers[0].transition_z.fc1.weight.requires_grad_(False)
     kinds = [type(m) for m in module.modules()]

@@ -6,7 +6,7 @@ from cpfold_train.errors import ConfigError
 from cpfold_train.training.config import TrainerConfig
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "transformer-engine", "64-true")
-"""fp16 overflows in the pair stack."""
+"""Not fp16: its range ends at 65,504."""
 IN_BF16 = ("bf16-mixed", "bf16-true", "transformer-engine")
 """Those in which attention gets bf16."""
 
