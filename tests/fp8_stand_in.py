@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 calls: list[tuple[tuple[int, ...], bool]] = []
-"""Shape of the weight of each call, and whether it has a gradient to give."""
+"""Shape of the weight of each call, and whether it was for a graph, as in the backward pass of a block alone."""
 active: list[object] = []
 """Recipes of the regions entered and not left."""
 
@@ -68,7 +68,7 @@ class Linear(nn.Module):
         dtype = torch.get_autocast_dtype(x.device.type)
         check_shape(x)
         check_shape(self.weight)
-        calls.append((tuple(self.weight.shape), self.weight.requires_grad))
+        calls.append((tuple(self.weight.shape), torch.is_grad_enabled()))
         with torch.autocast(x.device.type, enabled=False):
             out = _Product.apply(x.to(dtype), self.weight.to(dtype))
             return out if self.bias is None else out + self.bias.to(dtype)
@@ -94,4 +94,4 @@ def main() -> int | None:
     try:
         return entry.main()
     finally:
-        print(f"stand-in: {len(calls)} calls, {sum(grad for _, grad in calls)} with a gradient to give")
+        print(f"stand-in: {len(calls)} calls, {sum(graph for _, graph in calls)} for a graph")
