@@ -86,12 +86,21 @@ def install(modules: dict[str, ModuleType] = sys.modules) -> None:
 
 
 def main() -> int | None:
-    """The command line, with the stand-in. What it saw is printed."""
+    """The command line, with the stand-in. What it saw, and in what z was held, is printed."""
+    from cpfold_train.model.trunk import Trunk
     from cpfold_train.training import check_precision, entry
 
+    forward, held = Trunk.forward, set()
+
+    def watched(self, *args):
+        out = forward(self, *args)
+        held.add(out["z"].dtype)
+        return out
+
     install()
+    Trunk.forward = watched
     check_precision._require_fp8 = lambda accelerator: None
     try:
         return entry.main()
     finally:
-        print(f"stand-in: {len(calls)} calls, {sum(graph for _, graph in calls)} for a graph")
+        print(f"stand-in: {len(calls)} calls, {sum(graph for _, graph in calls)} for a graph; z in {held}")

@@ -16,4 +16,5 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 export OMP_NUM_THREADS=1
-srun .venv/bin/python train.py trainer.accelerator=gpu ckpt_path=last "$@"
+# When one of the tasks fails, all end.
+srun --kill-on-bad-exit=1 .venv/bin/python train.py trainer.accelerator=gpu ckpt_path=last "$@"
