@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from cpfold_train.parallel.gather import on_any_rank
+from cpfold_train.parallel.gather import barrier, on_any_rank
 
 
 class SaveOnSigterm(Callback):
@@ -70,6 +70,8 @@ class SaveOnSigterm(Callback):
             print(f"asked to end: {saved}; the same command with ckpt_path=last goes on there", file=sys.stderr)
         if on_any_rank(trainer.strategy.cp, self._asked == signal.SIGUSR1) and trainer.is_global_zero:
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
+        # The first rank that ends may have the others killed.
+        barrier(trainer.strategy.cp)
         sys.exit(128 + signal.SIGTERM)
 
 
