@@ -15,14 +15,18 @@ from cpfold_train.memory import return_large_tensors
 from cpfold_train.training.boltz_checkpoint import initialise
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.datamodule import TileData
+from cpfold_train.training.early_stop import EarlyStop
 from cpfold_train.training.figures import StepFigures
+from cpfold_train.training.freeze import choose_trained
 from cpfold_train.training.launch import World
 from cpfold_train.training.metrics_csv import MetricsCSV
 from cpfold_train.training.module import CoFoldingModule
+from cpfold_train.training.module_statistics import ModuleStatistics
 from cpfold_train.training.optim import MovingAverage
 from cpfold_train.training.picture import Pictures
 from cpfold_train.training.quiet import quiet_lightning
 from cpfold_train.training.result import Result
+from cpfold_train.training.schedule_start import StartSchedule, schedule_start
 from cpfold_train.training.signals import EndOnSigterm
 from cpfold_train.training.strategy import GridStrategy
 
@@ -40,7 +44,7 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
     return_large_tensors()
     pl.seed_everything(config.seed, verbose=False)
     timeout = timedelta(seconds=config.cp.timeout_s)
-    module = CoFoldingModule(config.model, config.optim, config.loss, config.diffusion, config.seed)
+    module = CoFoldingModule(config.model, config.optim, config.loss, config.diffusion, config.seed, config.finetune)
     grid = world.grid
     strategy = GridStrategy(
         grid.rows,
@@ -64,6 +68,7 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
     )
     if config.model.init_from and not config.ckpt_path:
         initialise(module.model, Path(config.model.init_from), config.model.init_weights, config.model.init_skip)
+    choose_trained(module.model, config.finetune, module.judged)
     if config.trainer.precision == "64-true":
         # Lightning converts the module after it has read the checkpoint, whose weights would be rounded to fp32.
         module.double()
@@ -96,6 +101,12 @@ def _callbacks(config: TrainConfig, run_dir: Path) -> list[Callback]:
         callbacks.append(
             ModelCheckpoint(folder, "best-{step}", monitor="val/loss", mode="min", enable_version_counter=False)
         )
+    if config.early_stop.monitor:
+        callbacks.append(EarlyStop(**dataclasses.asdict(config.early_stop)))
+    if every := config.module_statistics.every_n_steps:
+        callbacks.append(ModuleStatistics(run_dir / "modules.csv", every))
+    if (step := schedule_start(config, run_dir)) is not None:
+        callbacks.append(StartSchedule(step))
     if config.trainer.enable_progress_bar:
         callbacks.append(TQDMProgressBar(leave=True))
     return callbacks
