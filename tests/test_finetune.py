@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -118,21 +119,22 @@ def test_mixed_precision_merges_as_the_export_does():
     assert torch.equal(used, merged(model.state_dict(), 2.0)["0.weight"])
 
 
-def lora_step(cp, state: dict[str, torch.Tensor], lora: LoRAConfig | None) -> dict:
-    """This rank's shares of the losses and gradients of a training step."""
+def lora_step(cp, folder: Path, given: str, lora: LoRAConfig | None) -> dict:
+    """This rank's shares of the losses of a training step; the shares of the gradients go to a file."""
     module = CoFoldingModule(CONFIG, OPTIM, WEIGHTS, DRAWN, SEED).double()
     if lora:
         choose_trained(module.model, FinetuneConfig(lora=lora), True)
-    module.model.load_state_dict(state)
+    module.model.load_state_dict(torch.load(folder / given))
     module.train()
     module._trainer = SimpleNamespace(strategy=SimpleNamespace(cp=cp), global_step=0)
-    step = module.training_step(features(crops(), cp.grid, torch.float64), 0)
+    step = module.training_step(features(crops()[:1], cp.grid, torch.float64), 0)
     step["loss"].backward()
     grads = {name: p.grad / cp.grid.cp_size for name, p in module.model.named_parameters() if p.grad is not None}
-    return {"losses": step["shares"], "grads": grads}
+    torch.save(grads, folder / f"{given}-{cp.grid.cp_index}")
+    return {name: share.item() for name, share in step["shares"].items()}
 
 
-def test_gradients_of_lora_are_those_of_the_merged_weights(ranks):
+def test_gradients_of_lora_are_those_of_the_merged_weights(ranks, tmp_path):
     """Every linear layer of the model on 2x2, beside a model on 1x1 whose weights are the sums."""
     lora, scale = LoRAConfig(["*"], 2, 3.0), 1.5
     model = CoFolding(CONFIG)
@@ -143,21 +145,24 @@ def test_gradients_of_lora_are_those_of_the_merged_weights(ranks):
             nn.init.normal_(module.lora_A, std=0.1)
             nn.init.normal_(module.lora_B, std=0.1)
     state = model.state_dict()
-    (plain,) = ranks.run(lora_step, 1, 1, merged(state, scale), None)
-    parts = ranks.run(lora_step, 2, 2, state, lora)
-    for name, loss in plain["losses"].items():
-        assert sum(part["losses"][name] for part in parts).item() == pytest.approx(loss.item(), rel=1e-10)
-    grads = {name: sum(part["grads"][name] for part in parts) for name in parts[0]["grads"]}
+    torch.save(state, tmp_path / "lora")
+    torch.save(merged(state, scale), tmp_path / "plain")
+    (alone,) = ranks.run(lora_step, 1, 1, tmp_path, "plain", None)
+    parts = ranks.run(lora_step, 2, 2, tmp_path, "lora", lora)
+    assert {name: sum(part[name] for part in parts) for name in alone} == pytest.approx(alone, rel=1e-10)
+    plain = torch.load(tmp_path / "plain-0")
+    shares = [torch.load(tmp_path / f"lora-{rank}") for rank in range(4)]
+    grads = {name: sum(share[name] for share in shares) for name in shares[0]}
     assert all(".0.lora_" in name for name in grads)
     layers = {name.rpartition(".parametrizations.")[0] for name in grads}
     assert len(layers) > 200
-    largest = max(g.abs().max() for g in plain["grads"].values())
+    largest = max(g.abs().max() for g in plain.values()).item()
     for layer in layers:
         a, b = (state[f"{layer}.parametrizations.weight.0.lora_{which}"] for which in "AB")
-        of_weight = plain["grads"][f"{layer}.weight"]
+        of_weight = plain[f"{layer}.weight"]
         for which, expected in (("A", scale * b.T @ of_weight), ("B", scale * of_weight @ a.T)):
             found = grads[f"{layer}.parametrizations.weight.0.lora_{which}"]
-            torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12 * largest.item(), msg=f"{layer}.{which}")
+            torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12 * largest, msg=f"{layer}.{which}")
 
 
 def test_checkpoints_are_read_merged(tmp_path):

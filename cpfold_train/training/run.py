@@ -66,12 +66,12 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
         # The loader divides the samples itself, over replicas only.
         use_distributed_sampler=False,
     )
-    if config.model.init_from and not config.ckpt_path:
-        initialise(module.model, Path(config.model.init_from), config.model.init_weights, config.model.init_skip)
-    choose_trained(module.model, config.finetune, module.judged)
     if config.trainer.precision == "64-true":
         # Lightning converts the module after it has read the checkpoint, whose weights would be rounded to fp32.
         module.double()
+    if config.model.init_from and not config.ckpt_path:
+        initialise(module.model, Path(config.model.init_from), config.model.init_weights, config.model.init_skip)
+    choose_trained(module.model, config.finetune, module.judged)
     accumulate = config.trainer.accumulate_grad_batches
     quarantine = run_dir / "quarantine.jsonl"
     data = TileData(config.data, config.crop_size, config.batch_size, accumulate, config.seed, quarantine)
