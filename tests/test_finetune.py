@@ -11,6 +11,7 @@ from torch import nn
 
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.cofolding import CoFolding
+from cpfold_train.model.config import MemoryConfig
 from cpfold_train.training.boltz_checkpoint import boltz_name, weights_of
 from cpfold_train.training.check import check
 from cpfold_train.training.check_finetune import HIGHER_IS_BETTER, LOWER_IS_BETTER
@@ -32,7 +33,7 @@ NAMES = ["msa_module.norm.weight", *(f"pairformer_module.layers.{k}.fc{i}.weight
 @pytest.fixture
 def model() -> CoFolding:
     torch.manual_seed(0)
-    return CoFolding(CONFIG)
+    return CoFolding(CONFIG, MemoryConfig())
 
 
 def trained(model: nn.Module) -> set[str]:
@@ -88,9 +89,9 @@ def test_nothing_to_train_is_refused(model):
     with pytest.raises(ConfigError, match="leave nothing to train"):
         choose_trained(model, FinetuneConfig(train=["s_init"], freeze=["s_init"]), True)
     with pytest.raises(ConfigError, match=r"loss\.plddt=1e-4"):
-        choose_trained(CoFolding(CONFIG), FinetuneConfig(train=["confidence_module"]), False)
+        choose_trained(CoFolding(CONFIG, MemoryConfig()), FinetuneConfig(train=["confidence_module"]), False)
     with pytest.raises(ConfigError, match=r"finetune\.lora\.patterns has .* no linear_p"):
-        choose_trained(CoFolding(CONFIG), FinetuneConfig(lora=LoRAConfig(["*.linear_p"])), True)
+        choose_trained(CoFolding(CONFIG, MemoryConfig()), FinetuneConfig(lora=LoRAConfig(["*.linear_p"])), True)
 
 
 def test_lora_leaves_the_model_as_it_is_at_first(model):
@@ -121,7 +122,7 @@ def test_mixed_precision_merges_as_the_export_does():
 
 def lora_step(cp, folder: Path, given: str, lora: LoRAConfig | None) -> dict:
     """This rank's shares of the losses of a training step; the shares of the gradients go to a file."""
-    module = CoFoldingModule(CONFIG, OPTIM, WEIGHTS, DRAWN, SEED).double()
+    module = CoFoldingModule(CONFIG, MemoryConfig(), OPTIM, WEIGHTS, DRAWN, SEED).double()
     if lora:
         choose_trained(module.model, FinetuneConfig(lora=lora), True)
     module.model.load_state_dict(torch.load(folder / given))
@@ -137,7 +138,7 @@ def lora_step(cp, folder: Path, given: str, lora: LoRAConfig | None) -> dict:
 def test_gradients_of_lora_are_those_of_the_merged_weights(ranks, tmp_path):
     """Every linear layer of the model on 2x2, beside a model on 1x1 whose weights are the sums."""
     lora, scale = LoRAConfig(["*"], 2, 3.0), 1.5
-    model = CoFolding(CONFIG)
+    model = CoFolding(CONFIG, MemoryConfig())
     model.load_state_dict(weights())
     choose_trained(model.double(), FinetuneConfig(lora=lora), True)
     for module in model.modules():

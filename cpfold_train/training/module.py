@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from cpfold_train.losses.total import confidence_losses, structure_losses
 from cpfold_train.model.cofolding import CoFolding
-from cpfold_train.model.config import ModelConfig
+from cpfold_train.model.config import MemoryConfig, ModelConfig
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.gather import gather_figures
 from cpfold_train.parallel.random import Draws
@@ -35,6 +35,7 @@ class CoFoldingModule(LightningModule):
 
     Args:
         model: sizes.
+        memory: what is kept for the backward pass.
         optim: optimizer and schedule.
         loss: weights of the losses.
         diffusion: noised copies and sampled structures.
@@ -49,6 +50,7 @@ class CoFoldingModule(LightningModule):
     def __init__(
         self,
         model: ModelConfig,
+        memory: MemoryConfig,
         optim: OptimConfig,
         loss: LossConfig,
         diffusion: DiffusionRunConfig,
@@ -58,7 +60,7 @@ class CoFoldingModule(LightningModule):
         super().__init__()
         self._finetune = finetune or FinetuneConfig()
         self.save_hyperparameters({"model": asdict(model), "finetune": asdict(self._finetune)}, logger=False)
-        self.model = CoFolding(model)
+        self.model = CoFolding(model, memory)
         self.validation: dict[str, float] = {}
         self._recycling, self._optim, self._diffusion, self._seed = model.recycling_steps, optim, diffusion, seed
         self._weights: dict[str, float] = asdict(loss)
