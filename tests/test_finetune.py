@@ -181,7 +181,11 @@ def test_learning_rates(model):
     """Two Pairformer blocks; LoRA's products learn at the rate of their layer's weight."""
     lora = LoRAConfig(["pairformer_module.layers.0.transition_z"])
     choose_trained(model, FinetuneConfig(train=["*"], lora=lora), True)
-    groups = {"structure_module": 0.1, "*.transition_z.fc[123].weight": 3, "pairformer_module.layers.1.transition_z.norm": 5}
+    groups = {
+        "structure_module": 0.1,
+        "*.transition_z.fc[123].weight": 3,
+        "pairformer_module.layers.1.transition_z.norm": 5,
+    }
     factor = learning_rate_factors(model, 0.5, groups)
     expected = {
         "s_init.weight": 0.125,
