@@ -18,11 +18,6 @@ def check_finetune(config: TrainConfig) -> None:
         )
     if finetune.lora.alpha <= 0:
         raise ConfigError(f"finetune.lora.alpha={finetune.lora.alpha} trains nothing: type a number above 0, as 16")
-    if finetune.lora.patterns and str(config.trainer.precision).startswith("transformer-engine"):
-        raise ConfigError(
-            "transformer-engine replaces the layers that LoRA changes: "
-            "type trainer.precision=bf16-mixed or finetune.lora.patterns=[]"
-        )
     _groups(finetune.lr_groups)
     _start_step(config)
     _early_stop(config)
