@@ -143,6 +143,13 @@ class TrainerConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """``fsdp``: parameters and optimizer shared out over all ranks."""
+
+    fsdp: bool = MISSING
+
+
+@dataclass
 class TrainConfig:
     """One run; ``kernels`` is what computes triangle attention."""
 
@@ -161,3 +168,4 @@ class TrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)

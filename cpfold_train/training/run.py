@@ -16,10 +16,11 @@ from cpfold_train.training.boltz_checkpoint import initialise
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.datamodule import TileData
 from cpfold_train.training.figures import StepFigures
+from cpfold_train.training.fsdp import ShardedGridStrategy
 from cpfold_train.training.launch import World
 from cpfold_train.training.metrics_csv import MetricsCSV
 from cpfold_train.training.module import CoFoldingModule
-from cpfold_train.training.optim import MovingAverage
+from cpfold_train.training.moving_average import MovingAverage
 from cpfold_train.training.picture import Pictures
 from cpfold_train.training.quiet import quiet_lightning
 from cpfold_train.training.result import Result
@@ -42,7 +43,7 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
     timeout = timedelta(seconds=config.cp.timeout_s)
     module = CoFoldingModule(config.model, config.optim, config.loss, config.diffusion, config.seed)
     grid = world.grid
-    strategy = GridStrategy(
+    strategy = (ShardedGridStrategy if config.parallel.fsdp else GridStrategy)(
         grid.rows,
         grid.cols,
         grid.dp,
