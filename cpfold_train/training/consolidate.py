@@ -36,4 +36,7 @@ def run(args: argparse.Namespace) -> None:
     written = args.out.with_name(f"{args.out.name}.new")
     torch.save(checkpoint, written)
     written.replace(args.out)
-    print(f"{args.out}: all of {args.checkpoint}, step {checkpoint['global_step']}; predict, export-boltz and ckpt_path read it")
+    print(f"{args.out}: all of {args.checkpoint}, step {checkpoint['global_step']}")
+    print(
+        "predict and export-boltz read it, and a run resumes from it with ckpt_path, on any grid, with FSDP or without"
+    )

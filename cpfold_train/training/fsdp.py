@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.msa import MSALayer
 from cpfold_train.model.pairformer import PairformerLayer
@@ -56,21 +54,13 @@ class ShardedGridStrategy(GridStrategy):
         return self._shared_out(super().load_checkpoint(path, weights_only=False))
 
     def _shared_out(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """A checkpoint of a run without FSDP, its parameters and the optimizer's state of them shared out."""
+        """A checkpoint of a run without FSDP, its parameters and the optimizer's state of them shared out, in place."""
         mesh = world_mesh(self.cp)
         parameters = {name for name, _ in self.lightning_module.named_parameters(remove_duplicate=False)}
-        states = {
-            key: {name: shard(x, mesh) if name in parameters else x for name, x in checkpoint[key].items()}
-            for key in _STATES
-            if key in checkpoint
-        }
-        optimizers = [
-            state | {"state": {i: {name: _shared(x, mesh) for name, x in own.items()} for i, own in state["state"].items()}}
-            for state in checkpoint["optimizer_states"]
-        ]
-        return checkpoint | states | {"optimizer_states": optimizers}
-
-
-def _shared(x: Any, mesh) -> Any:
-    """Of an optimizer's state of a parameter what is of its shape; a count of steps is on every rank."""
-    return shard(x, mesh) if isinstance(x, Tensor) and x.ndim else x
+        for state in (checkpoint[key] for key in _STATES if key in checkpoint):
+            state.update({name: shard(x, mesh) for name, x in state.items() if name in parameters})
+        for optimizer in checkpoint["optimizer_states"]:
+            for state in optimizer["state"].values():
+                # What has no dims is a count of steps, which every rank keeps.
+                state.update({name: shard(x, mesh) for name, x in state.items() if x.ndim})
+        return checkpoint

@@ -94,6 +94,9 @@ def _trainable(module: LightningModule) -> dict[str, Tensor]:
 def _copies(module: LightningModule, values: dict[str, Tensor]) -> dict[str, Tensor]:
     """A wide copy of each trainable parameter, or of the value given for it, beside the parameter."""
     return {
-        name: values.get(name, parameter).detach().to(parameter.device, torch.promote_types(parameter.dtype, torch.float32)).clone()
+        name: values.get(name, parameter)
+        .detach()
+        .to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
+        .clone()
         for name, parameter in _trainable(module).items()
     }

@@ -53,8 +53,10 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
         # The confidence module's, where it has no loss.
         find_unused_parameters=not module.judged,
     )
+    # What FSDP gathers in inference mode could not be used in training.
+    inference_mode = config.trainer.inference_mode and not config.parallel.fsdp
     trainer = pl.Trainer(
-        **dataclasses.asdict(config.trainer) | {"num_nodes": world.num_nodes},
+        **dataclasses.asdict(config.trainer) | {"num_nodes": world.num_nodes, "inference_mode": inference_mode},
         strategy=strategy,
         devices=world.devices,
         logger=_loggers(config, run_dir, record),
