@@ -28,7 +28,12 @@ from tests.test_training_runs import TINY, assert_same_curve, rows_of
 
 LAST = "checkpoints/last.ckpt"
 LOSSES = ("train/loss", "train/diffusion", "train/distogram", "train/pae", "grad_norm")
-QUICK = ("trainer.num_sanity_val_steps=0", "diffusion.validation_steps=0", "data.max_templates=1")
+QUICK = (
+    "trainer.num_sanity_val_steps=0",
+    "trainer.gradient_clip_val=1",
+    "diffusion.validation_steps=0",
+    "data.max_templates=1",
+)
 NESTED = ("model.pairformer.num_blocks=3", "memory.blocks_at_once=2")
 """Blocks that are computed again within a group of blocks that is computed again."""
 
