@@ -34,7 +34,7 @@ QUICK = (
     "diffusion.validation_steps=0",
     "data.max_templates=1",
 )
-NESTED = ("model.pairformer.num_blocks=3", "memory.blocks_at_once=2")
+NESTED = ("model.pairformer.num_blocks=3", "memory.blocks_at_once=2", "trainer.accumulate_grad_batches=1")
 """Blocks that are computed again within a group of blocks that is computed again."""
 
 
@@ -50,9 +50,9 @@ def forked(forked_runs) -> Callable[..., list[dict[str, str]]]:
 def test_sharing_parameters_out_does_not_change_the_curve(forked, tmp_path):
     """A step on 2x2, the next on another grid with another number of ranks, and without FSDP from the file.
 
-    A step has two micro-batches and samples structures for the confidence module; validation takes averaged weights.
+    Each step samples structures for the confidence module; validation takes averaged weights.
     """
-    two = (*NESTED, "trainer.max_steps=2", "trainer.val_check_interval=4")
+    two = (*NESTED, "trainer.max_steps=2", "trainer.val_check_interval=2")
     expected = forked(1, tmp_path / "whole", *two, "cp.grid=1x1")
     one = (*NESTED, "trainer.max_steps=1", "data.val=[]", "cp.grid=2x2", "parallel.fsdp=true")
     assert_same_curve(forked(4, tmp_path / "a", *one), expected[:1], *LOSSES)
@@ -71,7 +71,7 @@ def test_sharing_parameters_out_does_not_change_the_curve(forked, tmp_path):
 def test_replicas_and_untrained_parts(forked, tmp_path):
     """Two replicas of one micro-batch each are one of two. Without its losses the confidence module has no gradient.
 
-    The second step goes on from the file of a run without FSDP.
+    The second step, of two micro-batches, goes on from the file of a run without FSDP.
     """
     untrained = [f"loss.{name}=0" for name in ("plddt", "resolved", "pde", "pae")] + ["data.val=[]"]
     expected = forked(1, tmp_path / "whole", *untrained, "cp.grid=1x1", "trainer.max_steps=2")
