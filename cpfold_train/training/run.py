@@ -23,6 +23,7 @@ from cpfold_train.training.metrics_csv import MetricsCSV
 from cpfold_train.training.module import CoFoldingModule
 from cpfold_train.training.moving_average import MovingAverage
 from cpfold_train.training.picture import Pictures
+from cpfold_train.training.precision import precision_arguments
 from cpfold_train.training.quiet import quiet_lightning
 from cpfold_train.training.result import Result
 from cpfold_train.training.signals import EndOnSigterm
@@ -59,7 +60,9 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
     # What FSDP gathers in inference mode could not be used in training.
     inference_mode = config.trainer.inference_mode and not config.parallel.fsdp
     trainer = pl.Trainer(
-        **dataclasses.asdict(config.trainer) | {"num_nodes": world.num_nodes, "inference_mode": inference_mode},
+        **dataclasses.asdict(config.trainer)
+        | {"num_nodes": world.num_nodes, "inference_mode": inference_mode}
+        | precision_arguments(config.trainer),
         strategy=strategy,
         devices=world.devices,
         logger=_loggers(config, run_dir, record),
