@@ -18,6 +18,8 @@ from omegaconf import DictConfig, ListConfig, base, nodes
 from torch import Tensor, nn
 
 from cpfold_train.errors import ConfigError
+from cpfold_train.parallel.sharded_checkpoint import is_sharded_checkpoint
+from cpfold_train.training.lora import merged
 
 SAFE_TYPES = [
     *(DictConfig, ListConfig, base.ContainerMetadata, base.Metadata),
@@ -28,6 +30,8 @@ SAFE_TYPES = [
 """What the settings in a checkpoint are made of."""
 
 WEIGHTS = ("raw", "ema")
+CONSOLIDATE = "python -m cpfold_train consolidate {} OUT.ckpt"
+"""What makes one file of a checkpoint of a run with FSDP."""
 _TASK, _TRUNK = "model.", "trunk."
 _SHOWN = 3
 
@@ -80,6 +84,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it is no checkpoint, or holds what could run code.
     """
+    if is_sharded_checkpoint(path):
+        raise ConfigError(
+            f"{path} was written with parallel.fsdp=true: type {CONSOLIDATE.format(path)} and give OUT.ckpt instead"
+        )
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: type the path of a .ckpt file")
     try:
@@ -105,7 +113,9 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def weights_of(checkpoint: dict[str, Any], weights: str, path: Path) -> dict[str, Tensor]:
-    """Tensors of a checkpoint under Boltz-2's names; ``weights`` is one of ``WEIGHTS``, ``path`` is for errors.
+    """Tensors of a checkpoint under Boltz-2's names, LoRA merged into the weights.
+
+    ``weights`` is one of ``WEIGHTS``, ``path`` is for errors.
 
     Raises:
         ConfigError: it has no moving average.
@@ -119,6 +129,8 @@ def weights_of(checkpoint: dict[str, Any], weights: str, path: Path) -> dict[str
         state = checkpoint["ema"]["ema_weights"]
     else:
         raise ConfigError(f"{path} has no moving average of the weights: ask for the raw ones")
+    if lora := (checkpoint.get("hyper_parameters") or {}).get("finetune", {}).get("lora"):
+        state = merged(state, lora["alpha"] / lora["rank"])
     return {boltz_name(name.removeprefix(_TASK)): value for name, value in state.items()}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from pathlib import Path
 
 from cpfold_train.data.features import NUM_BINS
 from cpfold_train.data.sampling import open_source
@@ -12,6 +11,8 @@ from cpfold_train.model.config import RESIDUALS
 from cpfold_train.ops.biased_attention import KERNELS
 from cpfold_train.parallel.cost import ALGORITHMS
 from cpfold_train.training.boltz_checkpoint import WEIGHTS
+from cpfold_train.training.check_checkpoint import check_checkpoints
+from cpfold_train.training.check_finetune import check_finetune
 from cpfold_train.training.check_precision import IN_BF16, check_precision
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.sources import training_sources, validation_source
@@ -19,15 +20,9 @@ from cpfold_train.training.sources import training_sources, validation_source
 
 def check(config: TrainConfig) -> None:
     """Raise ConfigError or DataError, one sentence that says what to type instead."""
-    if config.ckpt_path not in (None, "last") and not Path(config.ckpt_path).is_file():
-        raise ConfigError(
-            f"ckpt_path={config.ckpt_path} does not exist: type the path of a .ckpt file, or ckpt_path=last"
-        )
-    init_from = config.model.init_from
-    if init_from is not None and not Path(init_from).is_file():
-        raise ConfigError(
-            f"model.init_from={init_from} does not exist: type the path of a .ckpt file, or model.init_from=null"
-        )
+    # What an earlier start of the same command has left, if anything.
+    ckpt_path = None if config.ckpt_path == "last" else config.ckpt_path
+    check_checkpoints(ckpt_path, config.model.init_from, config.parallel.fsdp)
     for name, value, least in (
         ("crop_size", config.crop_size, 1),
         ("batch_size", config.batch_size, 1),
@@ -41,6 +36,10 @@ def check(config: TrainConfig) -> None:
         ("trainer.log_every_n_steps", config.trainer.log_every_n_steps, 1),
         ("checkpoint.every_n_steps", config.checkpoint.every_n_steps, 1),
         ("faults.max_skipped", config.faults.max_skipped, 0),
+        ("finetune.lora.rank", config.finetune.lora.rank, 1),
+        ("early_stop.patience", config.early_stop.patience, 1),
+        ("early_stop.min_delta", config.early_stop.min_delta, 0),
+        ("module_statistics.every_n_steps", config.module_statistics.every_n_steps, 0),
     ):
         if value is not None and value < least:
             raise ConfigError(f"{name}={value} is too small: type {name}={least} or more")
@@ -63,6 +62,7 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(f"cp.timeout_s={config.cp.timeout_s} leaves no time: type a number of seconds above 0")
     if not 0 <= config.data.max_bad_share <= 1:
         raise ConfigError(f"data.max_bad_share={config.data.max_bad_share} is not a share: type a number from 0 to 1")
+    check_finetune(config)
     _crop_schedule(config.data.crop_schedule)
     for source in training_sources(config.data):
         open_source(source)

@@ -1,31 +1,39 @@
-"""AdamW, AlphaFold 3's learning-rate schedule and the moving average of the weights."""
+"""AdamW and AlphaFold 3's learning-rate schedule."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor, nn
-from torch.optim import AdamW
+from torch import nn
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 _NO_DECAY = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.Embedding)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups of the trainable parameters: decayed matrices, and norms, biases and embeddings without decay.
+def equal_rates(name: str) -> float:
+    """1: every parameter learns at the same rate."""
+    return 1.0
 
-    A parameter belongs to the module that owns it, so the choice goes by type and not by name.
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, rate_factor: Callable[[str], float] = equal_rates
+) -> list[dict]:
+    """Groups of the trainable parameters, each with its ``factor`` on the learning rate, highest first.
+
+    Of each factor there are the decayed matrices, and the norms, embeddings, biases and other vectors, which have no
+    decay. A parameter belongs to the module that owns it, so the choice goes by type and shape and not by name.
     """
-    decayed, plain = [], []
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
             if parameter.requires_grad:
-                exempt = isinstance(module, _NO_DECAY) or name == "bias"
-                (plain if exempt else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+                decayed = parameter.ndim > 1 and not isinstance(module, _NO_DECAY)
+                groups.setdefault((rate_factor(name), decayed), []).append(parameter)
+    return [
+        {"params": groups[factor, decayed], "weight_decay": weight_decay if decayed else 0.0, "factor": factor}
+        for factor, decayed in sorted(groups, reverse=True)
+    ]
 
 
 def warmup_then_steps(warmup_steps: int, decay: float, decay_every: int) -> Callable[[int], float]:
@@ -48,42 +56,21 @@ def adamw_with_schedule(
     eps: float,
     weight_decay: float,
     factor: Callable[[int], float],
+    rate_factor: Callable[[str], float] = equal_rates,
 ) -> tuple[AdamW, LambdaLR]:
-    """The optimizer and its scheduler, which is to be stepped once an optimizer step."""
-    optimizer = AdamW(parameter_groups(model, weight_decay), lr=lr, betas=betas, eps=eps)
+    """The optimizer and its scheduler, which is to be stepped once an optimizer step.
+
+    ``factor`` is that of a step, ``rate_factor`` that of a parameter by its name in the model.
+    """
+    groups = parameter_groups(model, weight_decay, rate_factor)
+    for group in groups:
+        group["lr"] = lr * group["factor"]
+    optimizer = AdamW(groups, lr=lr, betas=betas, eps=eps)
     return optimizer, LambdaLR(optimizer, factor)
 
 
-class MovingAverage(WeightAveraging):
-    """Exponential moving average of the parameters: used in validation and kept in checkpoints.
-
-    In a checkpoint ``state_dict`` holds the average, ready for use, and ``current_model_state`` the weights under
-    training. The decay after n updates is ``min(decay, (1 + n) / (10 + n))``, so that the first, random weights are
-    soon forgotten.
-
-    Args:
-        decay: its limit.
-    """
-
-    def __init__(self, decay: float) -> None:
-        def average(averaged: Tensor, current: Tensor, n: Tensor) -> Tensor:
-            # 1 - (1 + n) / (10 + n), kept on the device: reading n on the host would stall it for every parameter.
-            weight = (9 / (10 + n)).clamp(min=1 - decay)
-            return averaged.lerp(current.to(averaged.dtype), weight.to(averaged.dtype))
-
-        super().__init__(use_buffers=False, avg_fn=average)
-        self._under_training: list[Tensor] = []
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the average in place. The base class exchanges the two, which rounds it to the dtype of the weights."""
-        self._under_training = [parameter.detach().clone() for parameter in pl_module.parameters()]
-        self._copy_average_to_current(pl_module)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        with torch.no_grad():
-            for parameter, value in zip(pl_module.parameters(), self._under_training):
-                parameter.copy_(value)
-        self._under_training = []
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the weights under training in place: the last checkpoint is written after this and must resume."""
+def base_rate(optimizer: Optimizer) -> float:
+    """The learning rate at this step of a parameter whose factor is 1."""
+    group = optimizer.param_groups[0]
+    # A checkpoint of an earlier version has no factors: all of them were 1.
+    return group["lr"] / group.get("factor", 1.0)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from cpfold_train.errors import RunError
 from cpfold_train.parallel.gather import gather_figures
+from cpfold_train.parallel.sharding import whole
 from cpfold_train.training.watched import is_out_of_memory
 
 WINDOW = 100
@@ -67,7 +68,7 @@ class SkipBadSteps(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        if torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+        if whole(torch.nn.utils.get_total_norm(gradients)).isfinite():
             return
         for parameter in pl_module.parameters():
             # What has no gradient, the optimizer leaves alone.
