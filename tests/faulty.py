@@ -35,12 +35,6 @@ def stopped() -> None:
     entry.main()
 
 
-def stopped_process() -> None:
-    """Rank 1 is stopped in its third step, and can do nothing about it."""
-    _on_rank_1_in_step(2, lambda batch: os.kill(os.getpid(), signal.SIGSTOP))
-    entry.main()
-
-
 def out_of_memory() -> None:
     """An allocation fails on rank 1 between the forward and the backward pass, where the others go on without it."""
     import torch

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -222,22 +221,3 @@ def test_killed_while_it_writes(tmp_path):
         remove_partial_files(tmp_path)
         assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
     assert amidst > 3, "or the kills came at the wrong times"
-
-
-@pytest.mark.slow
-def test_a_stopped_process_of_a_plain_launch(tmp_path):
-    """SIGSTOP, which no process can answer: the others name it, and rank 0 kills it."""
-    process = _start(tmp_path, "stopped_process", "cp.timeout_s=40")
-    _, stderr = process.communicate(timeout=250)
-    assert process.returncode != 0
-    assert re.search(r"error: rank 0 waited \d+ s in .+: there is no sign of rank 1 for \d+ s", stderr), stderr
-    assert last_checkpoint(tmp_path)["global_step"] == 2
-
-
-def _start(run_dir: Path, fault: str, *arguments: str) -> subprocess.Popen:
-    root = Path(__file__).parents[1]
-    script = run_dir / "faulty_train.py"
-    script.write_text(f"from tests.faulty import {fault}\n{fault}()\n")
-    command = [sys.executable, str(script), *SMALL, "cp.grid=1x2", "data.val=[]", f"hydra.run.dir={run_dir}"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    return subprocess.Popen([*command, *arguments], cwd=root, env=env, text=True, stderr=subprocess.PIPE)
