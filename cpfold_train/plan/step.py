@@ -1,0 +1,117 @@
+"""The training step of one rank of a world that is not there.
+
+Model, losses, backward pass and optimizer are those of training. They run under ``FakeTensorMode``, so tensors have
+shapes but no contents, and with torch's fake process group, so messages are counted and go nowhere.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cpfold_train.memory import LARGE_BYTES
+from cpfold_train.parallel.context import fake_world
+from cpfold_train.parallel.grid import Grid
+from cpfold_train.plan.shortcuts import two_blocks_for_all
+from cpfold_train.plan.trace import Moment, Phase, Seconds, Tallies, Tracer, TracedLedger
+from cpfold_train.training.config import TrainConfig
+from cpfold_train.training.module import CoFoldingModule
+
+SAMPLING_STEPS = 3
+"""Steps of sampling that are traced: the second stands for all that are left out."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a step of one rank does.
+
+    Attributes:
+        moments: what it holds at the fullest moment of each phase.
+        tallies: its work, with ``recycling`` recycling passes and ``sampling`` steps of sampling.
+        cycle: work of a recycling pass; empty where there are none.
+        sampling_step: work of a step of sampling; empty where there are none.
+    """
+
+    moments: dict[Phase, Moment]
+    tallies: Tallies
+    cycle: Tallies
+    recycling: int
+    sampling_step: Tallies
+    sampling: int
+
+
+def trace_step(config: TrainConfig, grid: Grid, batch: dict[str, Tensor], seconds: Seconds, on_host: bool) -> Trace:
+    """One micro-batch and one step of the optimizer, as they are from the second step on.
+
+    Args:
+        config: of the run.
+        grid: with the rank whose step it is.
+        batch: its features; see :mod:`cpfold_train.plan.batch`.
+        seconds: what a kernel takes.
+        on_host: whether it runs on CPU, where memory of small tensors is kept when they are freed.
+    """
+    recycling = min(1, config.model.recycling_steps)
+    sampling = min(SAMPLING_STEPS, config.diffusion.sampling_steps)
+    diffusion = replace(config.diffusion, sampling_steps=sampling)
+    with torch.device("meta"):
+        module = CoFoldingModule(config.model, config.optim, config.loss, diffusion, config.seed)
+    tracer = Tracer(seconds, LARGE_BYTES if on_host else 0)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake_world(grid, config.cp.algorithm) as cp, fake, tracer, two_blocks_for_all(tracer):
+        with tracer.category("parameters"):
+            module = module.to_empty(device="cpu")
+        trained = [x for x in module.parameters() if x.requires_grad]
+        with tracer.category("gradients"):
+            # DistributedDataParallel has room for all of them from the start.
+            for weight in trained:
+                weight.grad = torch.empty_like(weight)
+        if config.optim.ema_decay:
+            with tracer.category("average"):
+                average = [torch.empty_like(x) for x in module.parameters()]
+        optimizer = module.configure_optimizers()["optimizer"]
+        for group in optimizer.param_groups:
+            # One kernel instead of thousands: what is kept is the same.
+            group["fused"] = True
+        with tracer.category("optimizer"):
+            optimizer.step()
+
+        cp.ledger = TracedLedger(tracer)
+        module.trainer = SimpleNamespace(strategy=SimpleNamespace(cp=cp), global_step=0)
+        tracer.watch(module.model)
+        cycles, samplings = [], []
+        # What a pass through the trunk begins with, and each step of sampling.
+        module.model.trunk.s_norm.register_forward_pre_hook(lambda *_: cycles.append(tracer.so_far()))
+        module.model.structure_module.score_model.register_forward_pre_hook(
+            lambda *_: None if torch.is_grad_enabled() else samplings.append(tracer.so_far())
+        )
+        tracer.reset()
+        with tracer.category("features"):
+            fed = {name: x if x.device.type == "cpu" else torch.empty_like(x, device="cpu") for name, x in batch.items()}
+        mixed = torch.autocast("cpu", torch.bfloat16) if config.trainer.precision == "bf16-mixed" else nullcontext()
+        with mixed:
+            loss = module.micro_batch(fed, recycling)["loss"]
+        loss.backward()
+        del loss
+        with tracer.category("optimizer"):
+            optimizer.step()
+        moments, tallies = tracer.moments(), tracer.so_far()
+    return Trace(
+        moments,
+        tallies,
+        difference(cycles[1], cycles[0]) if recycling else {},
+        recycling,
+        difference(samplings[2], samplings[1]) if len(samplings) > 2 else {},
+        sampling,
+    )
+
+
+def difference(after: Tallies, before: Tallies) -> Tallies:
+    """The work between two moments."""
+    return {
+        module: tally.plus(before[module], -1) if module in before else tally for module, tally in after.items()
+    }
