@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cpfold_train.bench.simulate import LiveMemory
 from cpfold_train.model.atom_attention import AtomAttentionDecoder, AtomAttentionEncoder
 from cpfold_train.model.atom_encoder import AtomEncoder
-from cpfold_train.model.config import AtomConfig
+from cpfold_train.model.config import AtomConfig, MemoryConfig
 from cpfold_train.parallel.context import fake_world
 from cpfold_train.parallel.grid import Grid
 
@@ -39,8 +39,8 @@ class Encode(nn.Module):
 class Attend(nn.Module):
     def __init__(self):
         super().__init__()
-        self.encoder = AtomAttentionEncoder(CONFIG, TOKEN_S, True, True)
-        self.decoder = AtomAttentionDecoder(CONFIG, TOKEN_S, True)
+        self.encoder = AtomAttentionEncoder(CONFIG, TOKEN_S, True, MemoryConfig())
+        self.decoder = AtomAttentionDecoder(CONFIG, TOKEN_S, MemoryConfig())
 
     def forward(self, feats, cp, given):
         a, q, c = self.encoder(feats, given["q"], given["c"], given["bias"], cp, given["r"], SAMPLES)

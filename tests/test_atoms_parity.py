@@ -9,7 +9,7 @@ import torch
 
 from cpfold_train.model.atom_attention import AtomAttentionDecoder, AtomAttentionEncoder
 from cpfold_train.model.atom_encoder import AtomEncoder
-from cpfold_train.model.config import AtomConfig
+from cpfold_train.model.config import AtomConfig, MemoryConfig
 from cpfold_train.ops import atom_tokens, window_attention
 from cpfold_train.ops.window_attention import windows_of_keys, with_halo
 from cpfold_train.parallel.grid import Grid
@@ -17,6 +17,7 @@ from tests.atoms import atom_features
 from tests.parity import LENGTHS, TOTALS, check
 
 TOKEN_S, TOKEN_Z, M = 6, 5, 2
+RECOMPUTED, KEPT = MemoryConfig(), MemoryConfig(recompute=False)
 CONFIG = AtomConfig(8, 4, 2, 2, 1, 2)
 B, N, A = len(LENGTHS), max(LENGTHS), max(TOTALS)
 GRIDS = [(1, 2), (2, 3), (3, 3)]
@@ -79,13 +80,14 @@ CASES = {
     "atom encoder with s and z": (
         partial(double, AtomEncoder, CONFIG, TOKEN_S, TOKEN_Z, True), encoded, ["ref_pos", "s_trunk", "z"], "atom"),
     "atoms to tokens": (
-        partial(double, AtomAttentionEncoder, CONFIG, TOKEN_S, True, True), encoded_tokens, ["q", "c", "bias", "r"],
+        partial(double, AtomAttentionEncoder, CONFIG, TOKEN_S, True, RECOMPUTED), encoded_tokens,
+        ["q", "c", "bias", "r"],
         "share"),
     "atoms to atoms": (
-        partial(double, AtomAttentionEncoder, CONFIG, TOKEN_S, False, False), encoded_atoms, ["q", "c", "bias"],
+        partial(double, AtomAttentionEncoder, CONFIG, TOKEN_S, False, KEPT), encoded_atoms, ["q", "c", "bias"],
         "atom"),
     "decoder": (
-        partial(double, AtomAttentionDecoder, CONFIG, TOKEN_S, False), decoded, ["a", "q_of_all", "c_of_all", "bias"],
+        partial(double, AtomAttentionDecoder, CONFIG, TOKEN_S, KEPT), decoded, ["a", "q_of_all", "c_of_all", "bias"],
         "atom"),
 }  # fmt: skip
 

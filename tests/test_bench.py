@@ -31,7 +31,6 @@ CONFIG = ModelConfig(
     token_s=32,
     token_z=24,
     num_bins=8,
-    checkpoint_blocks=False,
     msa=MSAConfig(16, 1, 0.0, 0.0, 8, 2),
     pairformer=PAIRFORMER,
     atoms=AtomConfig(8, 4, 1, 2, 1, 2),
@@ -118,7 +117,7 @@ def test_auto_takes_the_cheaper_way():
 
 @pytest.mark.parametrize("op", ["triangle_multiplication", "confidence_losses"])
 def test_memory_falls_with_the_number_of_ranks(op):
-    config = replace(CONFIG, token_z=64, checkpoint_blocks=True, confidence=ConfidenceConfig(PAIRFORMER))
+    config = replace(CONFIG, token_z=64, confidence=ConfidenceConfig(PAIRFORMER))
     sizes, peaks = Sizes(768, msa_depth=4, atoms=1536, samples=1), []
     for side in (2, 4):
         context = mp.get_context("fork")

@@ -16,7 +16,7 @@ from cpfold_train.data.batch import collate, make_crop
 from cpfold_train.data.shards import open_shards, read_sample
 from cpfold_train.model.atom_attention import AtomAttentionDecoder, AtomAttentionEncoder
 from cpfold_train.model.atom_encoder import AtomEncoder
-from cpfold_train.model.config import AtomConfig
+from cpfold_train.model.config import AtomConfig, MemoryConfig
 from cpfold_train.parallel.grid import Grid
 from tests.atoms import dense
 from tests.parity import cut, join, randomise
@@ -37,8 +37,8 @@ class Atoms(nn.Module):
             nn.Sequential(nn.LayerNorm(CONFIG.atom_z), nn.Linear(CONFIG.atom_z, DEPTH * HEADS, bias=False))
             for _ in range(2)
         )
-        self.atom_attention_encoder = AtomAttentionEncoder(CONFIG, TOKEN_S, True, True)
-        self.atom_attention_decoder = AtomAttentionDecoder(CONFIG, TOKEN_S, False)
+        self.atom_attention_encoder = AtomAttentionEncoder(CONFIG, TOKEN_S, True, MemoryConfig())
+        self.atom_attention_decoder = AtomAttentionDecoder(CONFIG, TOKEN_S, MemoryConfig(recompute=False))
 
     def forward(self, feats, cp, s_trunk, z, r):
         q, c, p = self.atom_encoder(feats, cp, s_trunk, z)

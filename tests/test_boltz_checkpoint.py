@@ -17,6 +17,7 @@ from cpfold_train.model.config import (
     AtomConfig,
     ConfidenceConfig,
     DiffusionConfig,
+    MemoryConfig,
     ModelConfig,
     MSAConfig,
     PairformerConfig,
@@ -27,7 +28,7 @@ from cpfold_train.training.boltz_export import hyper_parameters, predicts
 from tests.parity import randomise
 
 CONFIG = ModelConfig(
-    16, 8, 64, 1, False,
+    16, 8, 64, 1,
     MSAConfig(), PairformerConfig(), AtomConfig(8, 4, 1, 2, 1, 2), DiffusionConfig(2, 4, 1, 12),
     TemplateConfig(6, 1, 0.1, 4, 2), ConfidenceConfig(PairformerConfig(1, 4, 0.1, 4, 2), 10, 20.0, 9, 11, 12),
 )  # fmt: skip
@@ -57,7 +58,7 @@ def state(model: CoFolding) -> dict[str, torch.Tensor]:
 
 def our_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """A checkpoint as our training writes it; returns the moving average in it."""
-    model = CoFolding(SMALL)
+    model = CoFolding(SMALL, MemoryConfig())
     randomise(model)
     weights = {f"model.{name}": x for name, x in model.state_dict().items()}
     average = {name: x + 1 if x.is_floating_point() else x for name, x in weights.items()}
@@ -80,8 +81,8 @@ def stock(tmp_path_factory):
 def test_number_of_parameters():
     """Of the released model, and of a smaller one without templates and confidence."""
     with torch.device("meta"):
-        model = CoFolding(ModelConfig())
-        small = CoFolding(ModelConfig(pairformer=PairformerConfig(num_blocks=48)))
+        model = CoFolding(ModelConfig(), MemoryConfig())
+        small = CoFolding(ModelConfig(pairformer=PairformerConfig(num_blocks=48)), MemoryConfig())
     assert sum(p.numel() for p in model.parameters()) == 506_724_992
     counts = [
         sum(p.numel() for p in module.parameters())
@@ -92,7 +93,7 @@ def test_number_of_parameters():
 
 def test_tensors_of_the_released_model(stock):
     with torch.device("meta"):
-        ours = {name: list(x.shape) for name, x in state(CoFolding(ModelConfig())).items()}
+        ours = {name: list(x.shape) for name, x in state(CoFolding(ModelConfig(), MemoryConfig())).items()}
     assert ours == torch.load(stock / "names.pt")
 
 
@@ -100,7 +101,7 @@ def test_tensors_of_the_released_model(stock):
 def test_weights_of_the_package(stock, weights):
     checkpoint = torch.load(stock / "stock.ckpt", weights_only=False)
     expected = checkpoint["state_dict"] if weights == "raw" else checkpoint["ema"]["ema_weights"]
-    model = CoFolding(CONFIG)
+    model = CoFolding(CONFIG, MemoryConfig())
     initialise(model, stock / "stock.ckpt", weights)
     ours = state(model)
     assert ours.keys() == expected.keys()
@@ -110,7 +111,7 @@ def test_weights_of_the_package(stock, weights):
 
 def test_round_trip(stock, tmp_path, capsys):
     """The package's weights, ours, exported, and loaded by the package strictly."""
-    model = CoFolding(CONFIG)
+    model = CoFolding(CONFIG, MemoryConfig())
     initialise(model, stock / "stock.ckpt", "raw")
     weights = {f"model.{name}": x for name, x in model.state_dict().items()}
     hyper = {"model": asdict(CONFIG)}
@@ -137,12 +138,12 @@ def test_own_checkpoints(tmp_path):
     average = our_checkpoint(tmp_path / "own.ckpt")
     assert main(["export-boltz", str(tmp_path / "own.ckpt"), str(tmp_path / "out.ckpt")]) == 0
     for source, weights in (("own.ckpt", "ema"), ("out.ckpt", "raw")):
-        model = CoFolding(SMALL)
+        model = CoFolding(SMALL, MemoryConfig())
         initialise(model, tmp_path / source, weights)
         for name, x in model.state_dict().items():
             assert torch.equal(x, average[f"model.{name}"].float()), name
     with pytest.raises(ConfigError, match="no moving average"):
-        initialise(CoFolding(SMALL), tmp_path / "out.ckpt", "ema")
+        initialise(CoFolding(SMALL, MemoryConfig()), tmp_path / "out.ckpt", "ema")
 
 
 def test_partial_loads_are_refused(tmp_path):
@@ -157,7 +158,7 @@ def test_partial_loads_are_refused(tmp_path):
     average["model.trunk.s_init.weight"] = torch.zeros(4, 16)
     torch.save(written, tmp_path / "other.ckpt")
 
-    model = CoFolding(SMALL)
+    model = CoFolding(SMALL, MemoryConfig())
     before = {name: x.clone() for name, x in model.state_dict().items()}
     with pytest.raises(ConfigError) as refused:
         initialise(model, tmp_path / "other.ckpt", "ema")

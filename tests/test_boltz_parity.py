@@ -15,7 +15,7 @@ from torch.nn.functional import one_hot
 
 from cpfold_train.bench.command import boltz_python
 from cpfold_train.losses.distogram import distogram_loss
-from cpfold_train.model.config import AtomConfig, ModelConfig, MSAConfig, PairformerConfig, TemplateConfig
+from cpfold_train.model.config import AtomConfig, MemoryConfig, ModelConfig, MSAConfig, PairformerConfig, TemplateConfig
 from cpfold_train.model.trunk import Trunk
 from cpfold_train.parallel.grid import Grid
 from tests.atoms import dense
@@ -23,7 +23,7 @@ from tests.parity import LENGTHS, join, randomise, real
 from tests.test_parity import features
 
 CONFIG = ModelConfig(
-    16, 10, 8, 1, False,
+    16, 10, 8, 1,
     MSAConfig(12, 2, 0.0, 0.0, 6, 2), PairformerConfig(2, 4, 0.0, 6, 2),
     atoms=AtomConfig(8, 4, 2, 2), template=TemplateConfig(6, 2, 0.0, 6, 2),
 )  # fmt: skip
@@ -32,7 +32,7 @@ ORACLE = Path(__file__).parent / "oracle" / "boltz_trunk.py"
 
 def our_step(cp):
     """Outputs and partial gradients of this rank."""
-    trunk = Trunk(CONFIG).double()
+    trunk = Trunk(CONFIG, MemoryConfig()).double()
     randomise(trunk)
     feats = features(cp.grid)
     out = trunk(feats, cp, recycling_steps=1, draws=None)
@@ -60,7 +60,7 @@ def oracle(tmp_path_factory):
     if not python:
         pytest.skip("the boltz package is absent: type pip install -e '.[boltz]'")
     folder = tmp_path_factory.mktemp("oracle")
-    trunk = Trunk(CONFIG).double()
+    trunk = Trunk(CONFIG, MemoryConfig()).double()
     randomise(trunk)
     feats = features(Grid())
     feats["contact_conditioning"] = one_hot(feats["contact_conditioning"], 5).double()

@@ -41,6 +41,7 @@ from cpfold_train.model.config import (
     AtomConfig,
     ConfidenceConfig,
     DiffusionConfig,
+    MemoryConfig,
     ModelConfig,
     MSAConfig,
     PairformerConfig,
@@ -56,7 +57,7 @@ from cpfold_train.training.module import CoFoldingModule
 from tests.atoms import dense
 
 CONFIG = ModelConfig(
-    16, 8, 64, 1, True,
+    16, 8, 64, 1,
     MSAConfig(8, 2, 0.0, 0.0, 4, 2), PairformerConfig(2, 4, 0.0, 4, 2), AtomConfig(8, 4, 1, 2, 1, 2),
     DiffusionConfig(2, 4, 1, 12, step_scale=1.0), TemplateConfig(6, 1, 0.0, 4, 2),
     ConfidenceConfig(PairformerConfig(1, 4, 0.0, 4, 2), 10, 20.0, 9, 11, 12),
@@ -125,7 +126,7 @@ def package_features(crop: Crop, dtype: torch.dtype) -> dict[str, Tensor]:
 def weights() -> dict[str, Tensor]:
     """Weights of a model of which none is zero and none saturates: many start at zero, and zeros hide errors."""
     torch.manual_seed(5)
-    model = CoFolding(CONFIG)
+    model = CoFolding(CONFIG, MemoryConfig())
     with torch.no_grad():
         for name, x in model.named_parameters():
             if x.ndim > 1:
@@ -260,7 +261,7 @@ def our_optimizer_step(cp, stock: Path, run: Path) -> None:
 
 def our_outputs(cp, checkpoint: Path, given: dict) -> dict[str, Tensor]:
     """What the trunk, one denoising and the heads return of the first crop."""
-    model = CoFolding(CONFIG)
+    model = CoFolding(CONFIG, MemoryConfig())
     initialise(model, checkpoint, "raw")
     model, feats = model.double().eval(), features(crops()[:1], cp.grid, torch.float64)
     with torch.no_grad():
@@ -279,7 +280,7 @@ def test_round_trip_through_a_step_of_training(ranks, trained, folder):
     before, after = (torch.load(folder / name, weights_only=False)["state_dict"] for name in ("stock.ckpt", "out.ckpt"))
     assert before.keys() == after.keys()
     still = {name for name, x in before.items() if torch.equal(x, after[name])}
-    learned = {boltz_name(name) for name, x in CoFolding(CONFIG).named_parameters() if x.requires_grad}
+    learned = {boltz_name(name) for name, x in CoFolding(CONFIG, MemoryConfig()).named_parameters() if x.requires_grad}
     assert not {name for name in still & learned if not name.endswith(tuple(VANISHING))}
 
     feats = package_features(crops()[0], torch.float64)

@@ -13,7 +13,7 @@ from cpfold_train.bench.command import boltz_python
 from cpfold_train.model.bfactor import BFactorModule
 from cpfold_train.model.confidence import ConfidenceModule
 from cpfold_train.model.confidence_scores import confidence_scores
-from cpfold_train.model.config import ConfidenceConfig, ModelConfig, PairformerConfig
+from cpfold_train.model.config import ConfidenceConfig, MemoryConfig, ModelConfig, PairformerConfig
 from cpfold_train.model.constants import DNA, NONPOLYMER, PROTEIN
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.random import Draws
@@ -23,7 +23,7 @@ from tests.test_parity import features
 C_S, C_Z, M = 16, 10, 2
 N, B = max(LENGTHS), len(LENGTHS)
 CONFIG = ModelConfig(
-    C_S, C_Z, 64, checkpoint_blocks=True,
+    C_S, C_Z, 64,
     confidence=ConfidenceConfig(PairformerConfig(2, 4, 0.25, 6, 2), 12, 16.0, 9, 64, 64),
 )  # fmt: skip
 ORACLE = Path(__file__).parent / "oracle" / "boltz_confidence.py"
@@ -77,7 +77,7 @@ def padded(grid: Grid) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]
 
 
 def build() -> torch.nn.ModuleDict:
-    modules = {"confidence_module": ConfidenceModule(CONFIG), "bfactor_module": BFactorModule(C_S, 8)}
+    modules = {"confidence_module": ConfidenceModule(CONFIG, MemoryConfig()), "bfactor_module": BFactorModule(C_S, 8)}
     modules = torch.nn.ModuleDict(modules).double()
     randomise(modules)
     return modules

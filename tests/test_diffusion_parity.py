@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cpfold_train.model.config import AtomConfig, DiffusionConfig
+from cpfold_train.model.config import AtomConfig, DiffusionConfig, MemoryConfig
 from cpfold_train.model.diffusion_conditioning import DiffusionConditioning, PairwiseConditioning
 from cpfold_train.model.edm import AtomDiffusion, noise_levels, randomly_placed
 from cpfold_train.parallel.grid import Grid
@@ -40,14 +40,14 @@ INPUTS = {
 class Diffusion(nn.Module):
     """Conditioning and structure module, under the names that they have in a checkpoint."""
 
-    def __init__(self, checkpoint_blocks: bool) -> None:
+    def __init__(self, recompute: bool) -> None:
         super().__init__()
         self.diffusion_conditioning = DiffusionConditioning(TOKEN_S, TOKEN_Z, ATOMS, CONFIG)
-        self.structure_module = AtomDiffusion(TOKEN_S, ATOMS, CONFIG, checkpoint_blocks)
+        self.structure_module = AtomDiffusion(TOKEN_S, ATOMS, CONFIG, MemoryConfig(recompute=recompute))
 
 
-def diffusion(checkpoint_blocks: bool = True) -> Diffusion:
-    return Diffusion(checkpoint_blocks).double()
+def diffusion(recompute: bool = True) -> Diffusion:
+    return Diffusion(recompute).double()
 
 
 def features(grid: Grid, coords: Tensor) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cpfold_train.losses.distogram import distogram_loss
-from cpfold_train.model.config import AtomConfig, ModelConfig, MSAConfig, PairformerConfig
+from cpfold_train.model.config import AtomConfig, MemoryConfig, ModelConfig, MSAConfig, PairformerConfig
 from cpfold_train.model.msa import MSALayer, OuterProductMean, PairWeightedAveraging
 from cpfold_train.model.pair_stack import (
     TriangleAttentionEndingNode,
@@ -204,8 +204,8 @@ def template_features() -> dict[str, torch.Tensor]:
 
 def train_step(cp: ContextParallel) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict]:
     """Loss shares, gradients and placements of a small trunk: dropout on, one recycling, blocks recomputed."""
-    config = ModelConfig(C_S, C_Z, 8, 1, True, MSA, PairformerConfig(1, 4, 0.25, 6, 2), AtomConfig(8, 4, 2, 2))
-    trunk = Trunk(config).double()
+    config = ModelConfig(C_S, C_Z, 8, 1, MSA, PairformerConfig(1, 4, 0.25, 6, 2), AtomConfig(8, 4, 2, 2))
+    trunk = Trunk(config, MemoryConfig()).double()
     randomise(trunk)
     feats = features(cp.grid)
     out = trunk(feats, cp, recycling_steps=1, draws=draws())
@@ -231,7 +231,9 @@ def test_training_step_of_the_trunk(ranks, grid):
 
 def grouped(cp: ContextParallel, blocks_at_once: int) -> tuple[list[torch.Tensor], int]:
     """Gradients of five recomputed blocks, and how many tensors as large as the tile were kept for them."""
-    module = PairformerModule(C_S, C_Z, PairformerConfig(5, 4, 0.25, 6, 2, blocks_at_once), True).double()
+    module = PairformerModule(
+        C_S, C_Z, PairformerConfig(5, 4, 0.25, 6, 2), MemoryConfig(blocks_at_once=blocks_at_once)
+    ).double()
     randomise(module)
     grid = cp.grid
     given = [INPUTS[name] for name in ("s", "z", "token_mask")]

@@ -19,7 +19,7 @@ from cpfold_train.data.queries.inputs import find_queries, has_truth
 from cpfold_train.data.shards import open_shards, read_sample
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.cofolding import CoFolding
-from cpfold_train.model.config import ModelConfig
+from cpfold_train.model.config import MemoryConfig, ModelConfig
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.predict.checkpoint import load_model
 from cpfold_train.predict.predictor import assembled
@@ -214,7 +214,7 @@ MODEL = {
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """As training writes it, of a small model whose parameters are random, those included that start at zero."""
-    model = CoFolding(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), MODEL)))
+    model = CoFolding(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), MODEL)), MemoryConfig())
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

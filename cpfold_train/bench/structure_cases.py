@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from cpfold_train.bench.case import Case, Inputs
 from cpfold_train.model.atom_encoder import AtomEncoder
 from cpfold_train.model.confidence import ConfidenceModule
-from cpfold_train.model.config import ModelConfig
+from cpfold_train.model.config import MemoryConfig, ModelConfig
 from cpfold_train.model.diffusion import DiffusionModule
 from cpfold_train.model.diffusion_conditioning import DiffusionConditioning
 from cpfold_train.model.templates import TemplateV2Module
@@ -22,7 +22,7 @@ class _Denoiser(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.conditioning = _conditioning(config)
-        self.score_model = DiffusionModule(config.token_s, config.atoms, config.diffusion, config.checkpoint_blocks)
+        self.score_model = DiffusionModule(config.token_s, config.atoms, config.diffusion, MemoryConfig())
 
     def forward(self, x: Inputs, cp: ContextParallel) -> tuple[Tensor]:
         conditioning = self.conditioning(x["s"], x["z"], x["rel_pos"], x, cp)
@@ -62,7 +62,7 @@ def _judge(module: nn.Module, x: Inputs, cp: ContextParallel) -> tuple[Tensor, .
 
 STRUCTURE = {
     "template_module": Case(
-        lambda c: TemplateV2Module(c.token_z, c.template, c.checkpoint_blocks),
+        lambda c: TemplateV2Module(c.token_z, c.template, MemoryConfig()),
         ("z",),
         lambda f, x, cp: (f(x["z"], x, cp, None),),
     ),
@@ -74,5 +74,7 @@ STRUCTURE = {
     "diffusion_conditioning": Case(_conditioning, ("s", "z", "rel_pos"), _condition),
     "token_transformer": Case(_token_transformer, ("a", "s_of_tokens", "token_bias"), _transform),
     "diffusion_module": Case(_Denoiser, ("s_inputs", "s", "z", "rel_pos"), lambda f, x, cp: f(x, cp)),
-    "confidence_module": Case(ConfidenceModule, ("s_inputs", "s", "z", "pair_features"), _judge),
+    "confidence_module": Case(
+        lambda c: ConfidenceModule(c, MemoryConfig()), ("s_inputs", "s", "z", "pair_features"), _judge
+    ),
 }

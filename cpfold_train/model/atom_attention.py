@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cpfold_train.model.config import AtomConfig
+from cpfold_train.model.config import AtomConfig, MemoryConfig
 from cpfold_train.model.layers import linear, without_autocast
 from cpfold_train.model.transformer import DiffusionTransformer
 from cpfold_train.ops.atom_tokens import atoms_to_tokens, tokens_to_atoms
@@ -19,10 +19,10 @@ from cpfold_train.parallel.context import ContextParallel
 class AtomTransformer(nn.Module):
     """The diffusion transformer in windows of 32 atoms that attend to 128."""
 
-    def __init__(self, atom_s: int, depth: int, heads: int, checkpoint_blocks: bool) -> None:
+    def __init__(self, atom_s: int, depth: int, heads: int, memory: MemoryConfig) -> None:
         super().__init__()
         self.heads = heads
-        self.checkpoint_blocks = checkpoint_blocks
+        self.memory = memory
         self.diffusion_transformer = DiffusionTransformer(depth, heads, atom_s, atom_s)
 
     def forward(self, q: Tensor, c: Tensor, bias: Tensor, atom_pad_mask: Tensor, cp: ContextParallel) -> Tensor:
@@ -37,7 +37,7 @@ class AtomTransformer(nn.Module):
         """
         bias_of = bias.split(self.heads, -1).__getitem__
         attend = attend_in_windows(atom_pad_mask, cp)
-        return self.diffusion_transformer(q, c, bias_of, attend, self.checkpoint_blocks)
+        return self.diffusion_transformer(q, c, bias_of, attend, self.memory.recompute)
 
 
 class AtomAttentionEncoder(nn.Module):
@@ -48,17 +48,15 @@ class AtomAttentionEncoder(nn.Module):
         token_s: width of the single representation.
         structure_prediction: whether it also reads coordinates and makes tokens twice as wide, as in the diffusion
             module.
-        checkpoint_blocks: recompute each layer in the backward pass.
+        memory: what is kept for the backward pass.
     """
 
-    def __init__(self, atoms: AtomConfig, token_s: int, structure_prediction: bool, checkpoint_blocks: bool) -> None:
+    def __init__(self, atoms: AtomConfig, token_s: int, structure_prediction: bool, memory: MemoryConfig) -> None:
         super().__init__()
         self.structure_prediction = structure_prediction
         if structure_prediction:
             self.r_to_q_trans = linear(3, atoms.atom_s, "zero")
-        self.atom_encoder = AtomTransformer(
-            atoms.atom_s, atoms.atom_encoder_depth, atoms.atom_encoder_heads, checkpoint_blocks
-        )
+        self.atom_encoder = AtomTransformer(atoms.atom_s, atoms.atom_encoder_depth, atoms.atom_encoder_heads, memory)
         width = 2 * token_s if structure_prediction else token_s
         self.atom_to_token_trans = nn.Sequential(linear(atoms.atom_s, width, "default"), nn.ReLU())
 
@@ -97,12 +95,10 @@ class AtomAttentionEncoder(nn.Module):
 class AtomAttentionDecoder(nn.Module):
     """From tokens to a shift of each atom (AlphaFold 3, Algorithm 6)."""
 
-    def __init__(self, atoms: AtomConfig, token_s: int, checkpoint_blocks: bool) -> None:
+    def __init__(self, atoms: AtomConfig, token_s: int, memory: MemoryConfig) -> None:
         super().__init__()
         self.a_to_q_trans = linear(2 * token_s, atoms.atom_s, "zero")
-        self.atom_decoder = AtomTransformer(
-            atoms.atom_s, atoms.atom_decoder_depth, atoms.atom_decoder_heads, checkpoint_blocks
-        )
+        self.atom_decoder = AtomTransformer(atoms.atom_s, atoms.atom_decoder_depth, atoms.atom_decoder_heads, memory)
         self.atom_feat_to_atom_pos_update = nn.Sequential(nn.LayerNorm(atoms.atom_s), linear(atoms.atom_s, 3, "zero"))
 
     def forward(

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from cpfold_train.model.bfactor import BFactorModule
 from cpfold_train.model.confidence import ConfidenceModule
 from cpfold_train.model.confidence_scores import confidence_scores
-from cpfold_train.model.config import ModelConfig
+from cpfold_train.model.config import MemoryConfig, ModelConfig
 from cpfold_train.model.diffusion_conditioning import Conditioning, DiffusionConditioning
 from cpfold_train.model.edm import AtomDiffusion
 from cpfold_train.model.trunk import Trunk
@@ -33,17 +33,18 @@ class CoFolding(nn.Module):
 
     Args:
         config: sizes.
+        memory: what is kept for the backward pass.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, memory: MemoryConfig) -> None:
         super().__init__()
-        self.trunk = Trunk(config)
+        self.trunk = Trunk(config, memory)
         self.diffusion_conditioning = DiffusionConditioning(
             config.token_s, config.token_z, config.atoms, config.diffusion
         )
-        self.structure_module = AtomDiffusion(config.token_s, config.atoms, config.diffusion, config.checkpoint_blocks)
+        self.structure_module = AtomDiffusion(config.token_s, config.atoms, config.diffusion, memory)
         self.bfactor_module = BFactorModule(config.token_s, config.num_bins)
-        self.confidence_module = ConfidenceModule(config)
+        self.confidence_module = ConfidenceModule(config, memory)
 
     def forward(
         self, feats: Feats, cp: ContextParallel, *, recycling_steps: int, multiplicity: int, draws: Draws

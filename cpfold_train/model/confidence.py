@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cpfold_train.model.config import ConfidenceConfig, ModelConfig
+from cpfold_train.model.config import ConfidenceConfig, MemoryConfig, ModelConfig
 from cpfold_train.model.constants import NUM_BOND_TYPES
 from cpfold_train.model.embedding import ContactConditioning, RelativePositionEncoder
 from cpfold_train.model.layers import linear
@@ -66,11 +66,12 @@ class ConfidenceModule(nn.Module):
 
     Args:
         config: sizes of the model.
+        memory: what is kept for the backward pass.
     """
 
     boundaries: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, memory: MemoryConfig) -> None:
         super().__init__()
         token_s, token_z, own = config.token_s, config.token_z, config.confidence
         self.register_buffer("boundaries", torch.linspace(2, own.max_dist, own.num_dist_bins - 1))
@@ -89,7 +90,7 @@ class ConfidenceModule(nn.Module):
         self.token_bonds = linear(1, token_z, "default")
         self.token_bonds_type = nn.Embedding(NUM_BOND_TYPES + 1, token_z)
         self.contact_conditioning = ContactConditioning(token_z)
-        self.pairformer_stack = PairformerModule(token_s, token_z, own.pairformer, config.checkpoint_blocks)
+        self.pairformer_stack = PairformerModule(token_s, token_z, own.pairformer, memory)
         self.confidence_heads = ConfidenceHeads(token_s, token_z, own)
 
     def forward(

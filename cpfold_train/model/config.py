@@ -6,6 +6,33 @@ from dataclasses import dataclass, field
 
 
 @dataclass
+class MemoryConfig:
+    """What a training step keeps for its backward pass, and how much it works on at a time.
+
+    Nothing of it changes what is computed, but for ``residual``.
+
+    Attributes:
+        auto: let the planner choose everything else.
+        recompute: compute each block again in the backward pass, so that only z, s and m between blocks are kept.
+        blocks_at_once: so many blocks of a Pairformer are also recomputed as one: of n blocks, n / g + g pairs of z and
+            s are kept instead of n, for one more forward pass.
+        residual: ``fp32``, or ``bf16`` for z between blocks.
+        offload: keep z between blocks in the memory of the host.
+        chunk_mib: size of the widest intermediate of what is computed a few rows at a time; None is 4 on CPU and 256
+            on GPUs.
+        samples_at_once: diffusion samples that go through the diffusion module together; None is all.
+    """
+
+    auto: bool = False
+    recompute: bool = True
+    blocks_at_once: int = 1
+    residual: str = "fp32"
+    offload: bool = False
+    chunk_mib: float | None = None
+    samples_at_once: int | None = None
+
+
+@dataclass
 class MSAConfig:
     """The MSA module: width of m, blocks, dropout of m and of z, and the triangle attention inside."""
 
@@ -19,15 +46,13 @@ class MSAConfig:
 
 @dataclass
 class PairformerConfig:
-    """The Pairformer: blocks, heads of the single attention, dropout of z, the triangle attention inside, and how many
-    blocks are recomputed as one, beside each on its own, where blocks are recomputed."""
+    """The Pairformer: blocks, heads of the single attention, dropout of z, the triangle attention inside."""
 
     num_blocks: int = 64
     num_heads: int = 16
     dropout: float = 0.25
     pairwise_head_width: int = 32
     pairwise_num_heads: int = 4
-    blocks_at_once: int = 1
 
 
 @dataclass
@@ -112,7 +137,6 @@ class ModelConfig:
         token_z: width of the pair representation z.
         num_bins: distogram bins.
         recycling_steps: the most recycling steps; training draws 0 ... this many, validation takes this many.
-        checkpoint_blocks: recompute each block in the backward pass, so that only z, s and m between blocks are kept.
         msa: the MSA module.
         pairformer: the Pairformer.
         atoms: the atom encoders and the decoder.
@@ -128,7 +152,6 @@ class ModelConfig:
     token_z: int = 128
     num_bins: int = 64
     recycling_steps: int = 3
-    checkpoint_blocks: bool = True
     msa: MSAConfig = field(default_factory=MSAConfig)
     pairformer: PairformerConfig = field(default_factory=PairformerConfig)
     atoms: AtomConfig = field(default_factory=AtomConfig)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cpfold_train.model.atom_attention import AtomAttentionDecoder, AtomAttentionEncoder
-from cpfold_train.model.config import AtomConfig, DiffusionConfig
+from cpfold_train.model.config import AtomConfig, DiffusionConfig, MemoryConfig
 from cpfold_train.model.diffusion_conditioning import Conditioning
 from cpfold_train.model.embedding import FourierEmbedding
 from cpfold_train.model.layers import Transition, linear, without_autocast
@@ -52,21 +52,21 @@ class DiffusionModule(nn.Module):
         token_s: width of the single representation.
         atoms: sizes.
         config: sizes.
-        checkpoint_blocks: recompute each layer in the backward pass.
+        memory: what is kept for the backward pass.
     """
 
-    def __init__(self, token_s: int, atoms: AtomConfig, config: DiffusionConfig, checkpoint_blocks: bool) -> None:
+    def __init__(self, token_s: int, atoms: AtomConfig, config: DiffusionConfig, memory: MemoryConfig) -> None:
         super().__init__()
         dim = 2 * token_s
-        self.checkpoint_blocks = checkpoint_blocks
+        self.memory = memory
         self.single_conditioner = SingleConditioning(token_s, config.dim_fourier, config.conditioning_transition_layers)
-        self.atom_attention_encoder = AtomAttentionEncoder(atoms, token_s, True, checkpoint_blocks)
+        self.atom_attention_encoder = AtomAttentionEncoder(atoms, token_s, True, memory)
         self.s_to_a_linear = nn.Sequential(nn.LayerNorm(dim), linear(dim, dim, "zero"))
         self.token_transformer = DiffusionTransformer(
             config.token_transformer_depth, config.token_transformer_heads, dim, dim
         )
         self.a_norm = nn.LayerNorm(dim)
-        self.atom_attention_decoder = AtomAttentionDecoder(atoms, token_s, checkpoint_blocks)
+        self.atom_attention_decoder = AtomAttentionDecoder(atoms, token_s, memory)
 
     def forward(
         self,
@@ -97,7 +97,7 @@ class DiffusionModule(nn.Module):
             own = slice(*split(s_trunk.shape[1], cp.all.size)[cp.all.index])
             args = times.to(dtype), s_trunk[:, own].to(dtype), s_inputs[:, own].to(dtype)
             condition = self.single_conditioner
-            s = recompute(condition, *args) if self.checkpoint_blocks else condition(*args)
+            s = recompute(condition, *args) if self.memory.recompute else condition(*args)
 
             q, c, enc_bias, dec_bias = (x.to(dtype) for x in conditioning[:4])
             r_noisy = r_noisy.to(dtype)
@@ -107,5 +107,5 @@ class DiffusionModule(nn.Module):
                 return token_attention(q, k, v, bias, cp)
 
             a = a + self.s_to_a_linear(s)
-            a = self.token_transformer(a, s, conditioning.token_trans_bias, attend, self.checkpoint_blocks)
+            a = self.token_transformer(a, s, conditioning.token_trans_bias, attend, self.memory.recompute)
             return self.atom_attention_decoder(self.a_norm(a), q, c, dec_bias, feats, cp)

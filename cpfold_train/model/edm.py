@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from cpfold_train.model.config import AtomConfig, DiffusionConfig
+from cpfold_train.model.config import AtomConfig, DiffusionConfig, MemoryConfig
 from cpfold_train.model.diffusion import DiffusionModule
 from cpfold_train.model.diffusion_conditioning import Conditioning
 from cpfold_train.ops.rigid_align import weighted_rigid_align
@@ -33,13 +33,13 @@ class AtomDiffusion(nn.Module):
         token_s: width of the single representation.
         atoms: sizes.
         config: sizes, and the process.
-        checkpoint_blocks: recompute each layer in the backward pass.
+        memory: what is kept for the backward pass.
     """
 
-    def __init__(self, token_s: int, atoms: AtomConfig, config: DiffusionConfig, checkpoint_blocks: bool) -> None:
+    def __init__(self, token_s: int, atoms: AtomConfig, config: DiffusionConfig, memory: MemoryConfig) -> None:
         super().__init__()
         self.config = config
-        self.score_model = DiffusionModule(token_s, atoms, config, checkpoint_blocks)
+        self.score_model = DiffusionModule(token_s, atoms, config, memory)
 
     def forward(
         self,

@@ -15,7 +15,7 @@ from torch.nn.functional import linear as linear_of
 
 from cpfold_train.model.atom_attention import AtomAttentionEncoder
 from cpfold_train.model.atom_encoder import AtomEncoder
-from cpfold_train.model.config import AtomConfig
+from cpfold_train.model.config import AtomConfig, MemoryConfig
 from cpfold_train.model.constants import NUM_METHODS, NUM_MOLECULE_TYPES, NUM_TOKENS
 from cpfold_train.model.layers import linear, normed_linear
 from cpfold_train.ops.by_rows import by_rows, rows_per_block
@@ -29,12 +29,12 @@ class InputEmbedder(nn.Module):
     The atoms are shared out; what concerns tokens every rank computes for all of them.
     """
 
-    def __init__(self, atoms: AtomConfig, token_s: int, token_z: int, checkpoint_blocks: bool) -> None:
+    def __init__(self, atoms: AtomConfig, token_s: int, token_z: int, memory: MemoryConfig) -> None:
         super().__init__()
         self.atom_encoder = AtomEncoder(atoms, token_s, token_z, structure_prediction=False)
         heads = atoms.atom_encoder_depth * atoms.atom_encoder_heads
         self.atom_enc_proj_z = nn.Sequential(nn.LayerNorm(atoms.atom_z), linear(atoms.atom_z, heads, "default"))
-        self.atom_attention_encoder = AtomAttentionEncoder(atoms, token_s, False, checkpoint_blocks)
+        self.atom_attention_encoder = AtomAttentionEncoder(atoms, token_s, False, memory)
         self.res_type_encoding = linear(NUM_TOKENS, token_s, "default")
         self.msa_profile_encoding = linear(NUM_TOKENS + 1, token_s, "default")
         self.method_conditioning_init = nn.Embedding(NUM_METHODS, token_s)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cpfold_train.model.config import MSAConfig
+from cpfold_train.model.config import MemoryConfig, MSAConfig
 from cpfold_train.model.constants import NUM_TOKENS
 from cpfold_train.model.layers import Transition, linear
 from cpfold_train.model.pair_stack import PairStack
@@ -104,9 +104,9 @@ class MSALayer(nn.Module):
 class MSAModule(nn.Module):
     """Embedding of the MSA and all blocks."""
 
-    def __init__(self, token_s: int, token_z: int, config: MSAConfig, checkpoint_blocks: bool) -> None:
+    def __init__(self, token_s: int, token_z: int, config: MSAConfig, memory: MemoryConfig) -> None:
         super().__init__()
-        self.checkpoint_blocks = checkpoint_blocks
+        self.memory = memory
         self.s_proj = linear(token_s, config.msa_s, "default")
         self.msa_proj = linear(NUM_TOKENS + 3, config.msa_s, "default")
         self.layers = nn.ModuleList(MSALayer(config, token_z) for _ in range(config.msa_blocks))
@@ -135,5 +135,5 @@ class MSAModule(nn.Module):
         for i, layer in enumerate(self.layers):
             at = None if draws is None else draws.at("msa_module", i)
             args = z, m, feats["token_pad_mask"], feats["msa_mask"], count, cp, at
-            z, m = recompute(layer, *args) if self.checkpoint_blocks else layer(*args)
+            z, m = recompute(layer, *args) if self.memory.recompute else layer(*args)
         return z

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cpfold_train.model.config import PairformerConfig
+from cpfold_train.model.config import MemoryConfig, PairformerConfig
 from cpfold_train.model.layers import Transition, linear, normed_linear, without_autocast
 from cpfold_train.model.pair_stack import PairStack
 from cpfold_train.ops.attention_pair_bias import all_tokens, attention_pair_bias
@@ -92,10 +92,9 @@ class PairformerLayer(PairStack):
 class PairformerModule(nn.Module):
     """All blocks."""
 
-    def __init__(self, token_s: int, token_z: int, config: PairformerConfig, checkpoint_blocks: bool) -> None:
+    def __init__(self, token_s: int, token_z: int, config: PairformerConfig, memory: MemoryConfig) -> None:
         super().__init__()
-        self.checkpoint_blocks = checkpoint_blocks
-        self.blocks_at_once = config.blocks_at_once
+        self.memory = memory
         self.layers = nn.ModuleList(
             PairformerLayer(
                 token_s,
@@ -116,10 +115,10 @@ class PairformerModule(nn.Module):
         Of n blocks that are recomputed, g at once, n / g + g pairs of s and z are kept at most, instead of n, for one
         more forward pass.
         """
-        if not self.checkpoint_blocks or self.blocks_at_once == 1:
+        if not self.memory.recompute or self.memory.blocks_at_once == 1:
             return self._blocks(range(len(self.layers)), s, z, token_mask, cp, draws)
-        for first in range(0, len(self.layers), self.blocks_at_once):
-            group = range(first, min(first + self.blocks_at_once, len(self.layers)))
+        for first in range(0, len(self.layers), self.memory.blocks_at_once):
+            group = range(first, min(first + self.memory.blocks_at_once, len(self.layers)))
             s, z = recompute(self._blocks, group, s, z, token_mask, cp, draws)
         return s, z
 
@@ -128,5 +127,5 @@ class PairformerModule(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         for i in which:
             args = s, z, token_mask, cp, None if draws is None else draws.at("pairformer", i)
-            s, z = recompute(self.layers[i], *args) if self.checkpoint_blocks else self.layers[i](*args)
+            s, z = recompute(self.layers[i], *args) if self.memory.recompute else self.layers[i](*args)
         return s, z

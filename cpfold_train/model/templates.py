@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cpfold_train.model.config import TemplateConfig
+from cpfold_train.model.config import MemoryConfig, TemplateConfig
 from cpfold_train.model.constants import NUM_TOKENS
 from cpfold_train.model.layers import linear, without_autocast
 from cpfold_train.model.pair_stack import PairStack
@@ -40,10 +40,10 @@ class TemplateV2Module(nn.Module):
     MIN_DIST, MAX_DIST, NUM_BINS = 3.25, 50.75, 38
     ROW_FEATURES = ("template_restype", "template_cb", "template_mask_cb", "template_mask_frame", "visibility_ids")
 
-    def __init__(self, token_z: int, config: TemplateConfig, checkpoint_blocks: bool) -> None:
+    def __init__(self, token_z: int, config: TemplateConfig, memory: MemoryConfig) -> None:
         super().__init__()
         dim = config.template_dim
-        self.checkpoint_blocks = checkpoint_blocks
+        self.memory = memory
         self.z_norm = nn.LayerNorm(token_z)
         self.v_norm = nn.LayerNorm(dim)
         self.z_proj = linear(token_z, dim, "default")
@@ -72,7 +72,7 @@ class TemplateV2Module(nn.Module):
             template = {name: feats[name][:, t] for name in names}
             at = None if draws is None else draws.at("template_module", t)
             args = z, template, feats["token_pad_mask"], cp, at
-            v = recompute(self._look_at, *args) if self.checkpoint_blocks else self._look_at(*args)
+            v = recompute(self._look_at, *args) if self.memory.recompute else self._look_at(*args)
             total = total + v * given[:, t, None, None, None]
         return self.u_proj(F.relu(total))
 
@@ -84,7 +84,7 @@ class TemplateV2Module(nn.Module):
         update = v
         for i, block in enumerate(self.pairformer.layers):
             args = update, token_mask, cp, None if draws is None else draws.at("block", i)
-            update = recompute(block.update_pairs, *args) if self.checkpoint_blocks else block.update_pairs(*args)
+            update = recompute(block.update_pairs, *args) if self.memory.recompute else block.update_pairs(*args)
         return self.v_norm(v + update)
 
     def _embed(self, z: Tensor, template: dict[str, Tensor], cp: ContextParallel) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from cpfold_train.model.config import ModelConfig
+from cpfold_train.model.config import MemoryConfig, ModelConfig
 from cpfold_train.model.constants import NUM_BOND_TYPES
 from cpfold_train.model.embedding import ContactConditioning, InputEmbedder, RelativePositionEncoder
 from cpfold_train.model.layers import linear
@@ -39,12 +39,13 @@ class Trunk(nn.Module):
 
     Args:
         config: sizes.
+        memory: what is kept for the backward pass.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, memory: MemoryConfig) -> None:
         super().__init__()
         token_s, token_z = config.token_s, config.token_z
-        self.input_embedder = InputEmbedder(config.atoms, token_s, token_z, config.checkpoint_blocks)
+        self.input_embedder = InputEmbedder(config.atoms, token_s, token_z, memory)
         self.s_init = linear(token_s, token_s, "default")
         self.z_init_1 = linear(token_s, token_z, "default")
         self.z_init_2 = linear(token_s, token_z, "default")
@@ -56,9 +57,9 @@ class Trunk(nn.Module):
         self.z_norm = nn.LayerNorm(token_z)
         self.s_recycle = linear(token_s, token_s, "zero")
         self.z_recycle = linear(token_z, token_z, "zero")
-        self.template_module = TemplateV2Module(token_z, config.template, config.checkpoint_blocks)
-        self.msa_module = MSAModule(token_s, token_z, config.msa, config.checkpoint_blocks)
-        self.pairformer_module = PairformerModule(token_s, token_z, config.pairformer, config.checkpoint_blocks)
+        self.template_module = TemplateV2Module(token_z, config.template, memory)
+        self.msa_module = MSAModule(token_s, token_z, config.msa, memory)
+        self.pairformer_module = PairformerModule(token_s, token_z, config.pairformer, memory)
         self.distogram_module = DistogramModule(token_z, config.num_bins)
 
     def forward(

@@ -17,13 +17,21 @@ BLOCK_BYTES = 1 << 22
 matmul."""
 GPU_BLOCK_BYTES = 1 << 28
 """The same on a GPU, where a block must be worth its kernel launches."""
+_chosen_bytes: int | None = None
 
 AutocastState = tuple[str, torch.dtype, bool]
 
 
+def set_block_bytes(block_bytes: int | None) -> None:
+    """Choose the size of a block for this process, like the number of its threads; None is the device's own."""
+    global _chosen_bytes
+    _chosen_bytes = block_bytes
+
+
 def rows_per_block(bytes_per_row: int, device: torch.device, cpu_bytes: int = BLOCK_BYTES) -> int:
     """How many rows to take at a time, so that intermediates of ``bytes_per_row`` fill one block."""
-    return max(1, (cpu_bytes if device.type == "cpu" else GPU_BLOCK_BYTES) // max(1, bytes_per_row))
+    block_bytes = _chosen_bytes or (cpu_bytes if device.type == "cpu" else GPU_BLOCK_BYTES)
+    return max(1, block_bytes // max(1, bytes_per_row))
 
 
 def by_rows(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cpfold_train.model.cofolding import CoFolding
-from cpfold_train.model.config import ModelConfig
+from cpfold_train.model.config import MemoryConfig, ModelConfig
 from cpfold_train.training.boltz_checkpoint import initialise, read_checkpoint
 from cpfold_train.training.boltz_export import model_config
 
@@ -18,6 +18,6 @@ def load_model(path: Path) -> CoFolding:
     """
     checkpoint = read_checkpoint(path)
     ours = "model" in (checkpoint.get("hyper_parameters") or {})
-    model = CoFolding(model_config(checkpoint, path) if ours else ModelConfig())
+    model = CoFolding(model_config(checkpoint, path) if ours else ModelConfig(), MemoryConfig())
     initialise(model, path, "ema" if "current_model_state" in checkpoint else "raw")
     return model.eval()

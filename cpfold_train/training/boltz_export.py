@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.atom_encoder import FEATURES
 from cpfold_train.model.cofolding import CoFolding
-from cpfold_train.model.config import ModelConfig, MSAConfig, PairformerConfig
+from cpfold_train.model.config import MemoryConfig, ModelConfig, MSAConfig, PairformerConfig
 from cpfold_train.model.embedding import ContactConditioning
 from cpfold_train.training.boltz_checkpoint import WEIGHTS, boltz_name, read_checkpoint, weights_of
 
@@ -74,7 +74,7 @@ def boltz_checkpoint(config: ModelConfig, checkpoint: dict[str, Any], weights: s
         ConfigError: it has not just the weights of the model.
     """
     with torch.device("meta"):
-        names = {boltz_name(name) for name in CoFolding(config).state_dict()}
+        names = {boltz_name(name) for name in CoFolding(config, MemoryConfig()).state_dict()}
     given = weights_of(checkpoint, weights, path)
     if misfits := sorted(names ^ given.keys()):
         raise ConfigError(f"{path} does not hold just the weights of the model: see {', '.join(misfits[:3])}")

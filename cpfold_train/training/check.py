@@ -34,8 +34,9 @@ def check(config: TrainConfig) -> None:
         ("data.max_atoms", config.data.max_atoms, 1),
         ("data.samples_per_epoch", config.data.samples_per_epoch, 1),
         ("data.num_workers", config.data.num_workers, 0),
-        ("model.pairformer.blocks_at_once", config.model.pairformer.blocks_at_once, 1),
-        ("model.confidence.pairformer.blocks_at_once", config.model.confidence.pairformer.blocks_at_once, 1),
+        ("memory.blocks_at_once", config.memory.blocks_at_once, 1),
+        ("memory.samples_at_once", config.memory.samples_at_once, 1),
+        ("memory.chunk_mib", config.memory.chunk_mib, 0.001),
         ("trainer.log_every_n_steps", config.trainer.log_every_n_steps, 1),
         ("checkpoint.every_n_steps", config.checkpoint.every_n_steps, 1),
     ):

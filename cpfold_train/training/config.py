@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from cpfold_train.model.config import ModelConfig
+from cpfold_train.model.config import MemoryConfig, ModelConfig
 
 
 @dataclass
@@ -154,6 +154,7 @@ class TrainConfig:
     kernels: str = MISSING
     cp: ContextParallelConfig = field(default_factory=ContextParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     diffusion: DiffusionRunConfig = field(default_factory=DiffusionRunConfig)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from cpfold_train.losses.total import confidence_losses, structure_losses
 from cpfold_train.model.cofolding import CoFolding
-from cpfold_train.model.config import ModelConfig
+from cpfold_train.model.config import MemoryConfig, ModelConfig
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.gather import gather_figures
 from cpfold_train.parallel.random import Draws
@@ -32,6 +32,7 @@ class CoFoldingModule(LightningModule):
 
     Args:
         model: sizes.
+        memory: what is kept for the backward pass.
         optim: optimizer and schedule.
         loss: weights of the losses.
         diffusion: noised copies and sampled structures.
@@ -43,11 +44,17 @@ class CoFoldingModule(LightningModule):
     """
 
     def __init__(
-        self, model: ModelConfig, optim: OptimConfig, loss: LossConfig, diffusion: DiffusionRunConfig, seed: int
+        self,
+        model: ModelConfig,
+        memory: MemoryConfig,
+        optim: OptimConfig,
+        loss: LossConfig,
+        diffusion: DiffusionRunConfig,
+        seed: int,
     ) -> None:
         super().__init__()
         self.save_hyperparameters({"model": asdict(model)}, logger=False)
-        self.model = CoFolding(model)
+        self.model = CoFolding(model, memory)
         self.validation: dict[str, float] = {}
         self._recycling, self._optim, self._diffusion, self._seed = model.recycling_steps, optim, diffusion, seed
         self._weights: dict[str, float] = asdict(loss)

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressB
 from lightning.pytorch.loggers import Logger
 
 from cpfold_train.memory import return_large_tensors
+from cpfold_train.ops.by_rows import set_block_bytes
 from cpfold_train.training.boltz_checkpoint import initialise
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.datamodule import TileData
@@ -38,9 +39,11 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
     """
     quiet_lightning()
     return_large_tensors()
+    chunk_mib = config.memory.chunk_mib
+    set_block_bytes(None if chunk_mib is None else int(chunk_mib * 2**20))
     pl.seed_everything(config.seed, verbose=False)
     timeout = timedelta(seconds=config.cp.timeout_s)
-    module = CoFoldingModule(config.model, config.optim, config.loss, config.diffusion, config.seed)
+    module = CoFoldingModule(config.model, config.memory, config.optim, config.loss, config.diffusion, config.seed)
     grid = world.grid
     strategy = GridStrategy(
         grid.rows,
