@@ -15,6 +15,7 @@ SUBCOMMANDS = {
     "export-boltz": ("cpfold_train.training.boltz_export", "write a run's weights as a checkpoint of boltz"),
     "predict": ("cpfold_train.predict.command", "sample structures with a checkpoint, on a grid of ranks"),
     "evaluate": ("cpfold_train.evaluate.command", "score predicted structures against the truth"),
+    "plan": ("cpfold_train.plan.command", "memory, communication and time of a run on any grid, before it is started"),
     "bench": ("cpfold_train.bench.command", "time an op on a grid of ranks, and count what it sends and holds"),
     "bench-data": ("cpfold_train.bench.data", "time a data worker, and measure the memory that its samples take"),
 }

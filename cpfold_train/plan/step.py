@@ -6,7 +6,8 @@ shapes but no contents, and with torch's fake process group, so messages are cou
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cpfold_train.memory import LARGE_BYTES
+from cpfold_train.ops.by_rows import GPU_BLOCK_BYTES, set_block_bytes
 from cpfold_train.parallel.context import fake_world
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.plan.shortcuts import two_blocks_for_all
@@ -55,14 +57,22 @@ def trace_step(config: TrainConfig, grid: Grid, batch: dict[str, Tensor], second
         seconds: what a kernel takes.
         on_host: whether it runs on CPU, where memory of small tensors is kept when they are freed.
     """
+    chunk_mib = config.memory.chunk_mib
+    block_bytes = int(chunk_mib * 2**20) if chunk_mib else None if on_host else GPU_BLOCK_BYTES
     recycling = min(1, config.model.recycling_steps)
     sampling = min(SAMPLING_STEPS, config.diffusion.sampling_steps)
     diffusion = replace(config.diffusion, sampling_steps=sampling)
     with torch.device("meta"):
-        module = CoFoldingModule(config.model, config.optim, config.loss, diffusion, config.seed)
+        module = CoFoldingModule(config.model, config.memory, config.optim, config.loss, diffusion, config.seed)
     tracer = Tracer(seconds, LARGE_BYTES if on_host else 0)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake_world(grid, config.cp.algorithm) as cp, fake, tracer, two_blocks_for_all(tracer):
+    with (
+        fake_world(grid, config.cp.algorithm) as cp,
+        _blocks_of(block_bytes),
+        fake,
+        tracer,
+        two_blocks_for_all(tracer),
+    ):
         with tracer.category("parameters"):
             module = module.to_empty(device="cpu")
         trained = [x for x in module.parameters() if x.requires_grad]
@@ -108,6 +118,16 @@ def trace_step(config: TrainConfig, grid: Grid, batch: dict[str, Tensor], second
         difference(samplings[2], samplings[1]) if len(samplings) > 2 else {},
         sampling,
     )
+
+
+@contextmanager
+def _blocks_of(block_bytes: int | None) -> Iterator[None]:
+    """Tensors are on the CPU in name only: what a GPU takes at a time has to be said."""
+    set_block_bytes(block_bytes)
+    try:
+        yield
+    finally:
+        set_block_bytes(None)
 
 
 def difference(after: Tallies, before: Tallies) -> Tallies:

@@ -67,9 +67,7 @@ def start(config: DictConfig, run_dir: Path) -> None:
     Raises:
         ConfigError, DataError: before any other process is started, where it cannot work.
     """
-    if added := next(_added(config, OmegaConf.structured(TrainConfig)), None):
-        raise ConfigError(f"there is no key {added}: conf/train.yaml lists them all")
-    typed: TrainConfig = OmegaConf.to_object(config)
+    typed = typed_config(config)
     check(typed)
     world = plan_world(typed.cp.grid, typed.dp, typed.trainer.num_nodes, typed.trainer.accelerator)
     if is_first_rank():
@@ -79,6 +77,17 @@ def start(config: DictConfig, run_dir: Path) -> None:
     from cpfold_train.training.run import run
 
     run(typed, world, run_dir, OmegaConf.to_container(config, resolve=True))
+
+
+def typed_config(config: DictConfig) -> TrainConfig:
+    """A composed configuration with the schema's types.
+
+    Raises:
+        ConfigError: it has keys that the schema does not have.
+    """
+    if added := next(_added(config, OmegaConf.structured(TrainConfig)), None):
+        raise ConfigError(f"there is no key {added}: conf/train.yaml lists them all")
+    return OmegaConf.to_object(config)
 
 
 def run_stamp() -> str:
