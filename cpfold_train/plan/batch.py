@@ -1,15 +1,24 @@
-"""The features of a sample without their values: what the planner's step is given."""
+"""The features that the planner's step is given: those of the largest sample, or those of the data."""
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+from itertools import islice
 from math import ceil
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
+from cpfold_train.data.batch import PLACEMENTS
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.training.config import TrainConfig
+from cpfold_train.training.datamodule import TileData
 
+ON_HOST = "token_atom_start"
+"""The feature that says what travels: the only one whose values matter."""
 ATOMS_PER_TOKEN = 8.2
 """Of a protein with its ligands, hydrogens aside."""
 CHAINS, COPIES, NAMINGS = 4, 4, 2
@@ -23,7 +32,7 @@ def assumed_batch(config: TrainConfig, grid: Grid) -> dict[str, Tensor]:
     as may be. Shapes and dtypes are those of :func:`cpfold_train.data.batch.collate`.
 
     Returns:
-        ``token_atom_start``, which decides what travels, with its values; the others on the meta device.
+        Tensors on the meta device, but for ``ON_HOST``.
     """
     b, data = config.batch_size, config.data
     n = grid.pad_tokens(config.crop_size)
@@ -78,4 +87,20 @@ def assumed_batch(config: TrainConfig, grid: Grid) -> dict[str, Tensor]:
     }
     start = torch.arange(config.crop_size + 1) * count // config.crop_size
     start = torch.cat([start, start[-1:].expand(n - config.crop_size)]).int()
-    return features | {"token_atom_start": start.expand(b, -1)}
+    return features | {ON_HOST: start.expand(b, -1)}
+
+
+def batches_of_data(config: TrainConfig, grid: Grid, count: int) -> list[dict[str, Tensor]]:
+    """The first batches that a run is trained on, on this rank of the grid.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    without_workers = replace(config.data, num_workers=0)
+    accumulate = config.trainer.accumulate_grad_batches
+    nowhere = Path(os.devnull)
+    data = TileData(without_workers, config.crop_size, config.batch_size, accumulate, config.seed, nowhere)
+    rank = SimpleNamespace(cp=SimpleNamespace(grid=grid), root_device=torch.device("cpu"))
+    data.trainer = SimpleNamespace(strategy=rank)
+    batches = islice(iter(data.train_dataloader()), count)
+    return [{name: batch[name] for name in PLACEMENTS} for batch in batches]

@@ -19,6 +19,7 @@ from cpfold_train.memory import LARGE_BYTES
 from cpfold_train.ops.by_rows import GPU_BLOCK_BYTES, set_block_bytes
 from cpfold_train.parallel.context import fake_world
 from cpfold_train.parallel.grid import Grid
+from cpfold_train.plan.batch import ON_HOST
 from cpfold_train.plan.shortcuts import two_blocks_for_all
 from cpfold_train.plan.trace import Moment, Phase, Seconds, Tallies, Tracer, TracedLedger
 from cpfold_train.training.config import TrainConfig
@@ -101,7 +102,8 @@ def trace_step(config: TrainConfig, grid: Grid, batch: dict[str, Tensor], second
         )
         tracer.reset()
         with tracer.category("features"):
-            fed = {name: x if x.device.type == "cpu" else torch.empty_like(x, device="cpu") for name, x in batch.items()}
+            fed = {name: torch.empty_like(x, device="cpu") for name, x in batch.items() if name != ON_HOST}
+        fed[ON_HOST] = batch[ON_HOST]
         mixed = torch.autocast("cpu", torch.bfloat16) if config.trainer.precision == "bf16-mixed" else nullcontext()
         with mixed:
             loss = module.micro_batch(fed, recycling)["loss"]
