@@ -6,7 +6,7 @@ one direction, half of what the data sheets call the total.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 
@@ -72,11 +72,13 @@ DEVICES = {
 
 
 def find_device(name: str, local_ranks: int) -> Device:
-    """A device by name; ``cpu`` is this machine's share of a rank.
+    """A device by name; ``cpu`` is a rank's share of this machine, and ``gpu`` its first GPU.
 
     Raises:
         ConfigError: there is none of this name.
     """
+    if name == "gpu":
+        return _own_gpu()
     if name == "cpu":
         # A core's order of magnitude: times on CPU are no more than that.
         memory = psutil.virtual_memory().total / local_ranks
@@ -85,3 +87,14 @@ def find_device(name: str, local_ranks: int) -> Device:
         known = " or ".join(f"device={known}" for known in (*DEVICES, "cpu"))
         raise ConfigError(f"device={name} is not known: type {known}")
     return DEVICES[name]
+
+
+def _own_gpu() -> Device:
+    """This machine's GPU: its memory, and the speed of the one in the table that is called alike, or else an H100's."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("device=gpu finds no GPU here: type device=cpu, or the name of a GPU as device=h100-80gb")
+    own = torch.cuda.get_device_properties(0)
+    like = next((name for name in DEVICES if name.partition("-")[0] in own.name.lower()), "h100-80gb")
+    return replace(DEVICES[like], memory=own.total_memory, source=f"memory as the driver says, speed of {like}")

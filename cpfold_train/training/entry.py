@@ -24,7 +24,7 @@ from cpfold_train.errors import ConfigError, DataError
 from cpfold_train.training import sweep
 from cpfold_train.training.check import check
 from cpfold_train.training.config import TrainConfig
-from cpfold_train.training.launch import is_first_rank, plan_world
+from cpfold_train.training.launch import device_here, is_first_rank, plan_world
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,6 +70,12 @@ def start(config: DictConfig, run_dir: Path) -> None:
     typed = typed_config(config)
     check(typed)
     world = plan_world(typed.cp.grid, typed.dp, typed.trainer.num_nodes, typed.trainer.accelerator)
+    if typed.memory.auto:
+        from cpfold_train.plan.propose import choose_memory
+
+        # Every rank comes to the same.
+        typed.memory = choose_memory(typed, world.grid, device_here(typed.trainer.accelerator))
+        config.memory = OmegaConf.structured(typed.memory)
     if is_first_rank():
         run_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, run_dir / "resolved.yaml", resolve=True)

@@ -70,6 +70,11 @@ def _started_ranks(env: Mapping[str, str]) -> tuple[int | None, int | None]:
     return None, None
 
 
+def device_here(accelerator: str) -> str:
+    """``gpu`` or ``cpu``, as the planner calls what an accelerator of Lightning's is on this machine."""
+    return "gpu" if accelerator != "cpu" and _gpus() else "cpu"
+
+
 def _gpus() -> int:
     import torch
 
