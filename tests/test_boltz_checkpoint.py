@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import gemmi
+import numpy as np
 import pytest
 import torch
 
 from cpfold_train.__main__ import main
 from cpfold_train.bench.command import boltz_python
+from cpfold_train.data.components import component
+from cpfold_train.data.residues import AMINO_ACIDS
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.config import (
@@ -34,15 +39,15 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 """Small, but for what boltz predict fixes."""
 SMALL = replace(CONFIG, msa=MSAConfig(8, 1, 0.1, 0.1, 4, 2), pairformer=PairformerConfig(2, 4, 0.1, 4, 2))
-ORACLE = Path(__file__).parent / "oracle" / "boltz_checkpoint.py"
+ORACLE = Path(__file__).parent / "oracle"
 
 
-def package(action: str, folder: Path) -> None:
-    """Let the package work on the files in a folder."""
+def stock_package(script: str, *arguments: str) -> None:
+    """Run a script with the package."""
     python = boltz_python()
     if not python:
         pytest.skip("the boltz package is absent: type pip install -e '.[boltz]'")
-    subprocess.run([python, str(ORACLE), action, str(folder)], check=True)
+    subprocess.run([python, str(ORACLE / script), *arguments], check=True)
 
 
 def write_settings(config: ModelConfig, path: Path) -> None:
@@ -74,7 +79,7 @@ def stock(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stock")
     write_settings(CONFIG, folder / "settings.pt")
     write_settings(ModelConfig(), folder / "released.pt")
-    package("make", folder)
+    stock_package("boltz_checkpoint.py", "make", str(folder))
     return folder
 
 
@@ -121,12 +126,38 @@ def test_round_trip(stock, tmp_path, capsys):
     assert main(["export-boltz", str(run), str(tmp_path / "out.ckpt"), "--weights", "raw"]) == 0
     out = capsys.readouterr().out
     assert "step 7" in out and "boltz predict INPUT --checkpoint" in out
-    package("load", tmp_path)
+    stock_package("boltz_checkpoint.py", "load", str(tmp_path))
     loaded = torch.load(tmp_path / "state.pt")
     expected = torch.load(stock / "stock.ckpt", weights_only=False)["state_dict"]
     assert loaded["state"].keys() == expected.keys()
     assert all(torch.equal(x, expected[name]) for name, x in loaded["state"].items())
     assert loaded["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_boltz_predict(tmp_path):
+    """The command itself takes an exported checkpoint, and writes a structure of what it was asked for."""
+    torch.manual_seed(1)
+    # The package computes scores from 64 bins.
+    config = replace(CONFIG, confidence=replace(CONFIG.confidence, num_pae_bins=64, num_pde_bins=64))
+    model = CoFolding(config, MemoryConfig())
+    randomise(model)
+    written = {f"model.{name}": x for name, x in model.state_dict().items()}
+    torch.save({"state_dict": written, "hyper_parameters": {"model": asdict(config)}}, tmp_path / "last.ckpt")
+    export = ["export-boltz", str(tmp_path / "last.ckpt"), str(tmp_path / "tuned.ckpt"), "--weights", "raw"]
+    assert main(export) == 0
+    (tmp_path / "input.yaml").write_text("sequences:\n  - protein: {id: A, sequence: GASKW, msa: empty}\n")
+    (tmp_path / "components.json").write_text(json.dumps({name: heavy_atoms(name) for name in (*AMINO_ACIDS, "UNK")}))
+    stock_package("boltz_predict.py", str(tmp_path))
+    (path,) = (tmp_path / "out").rglob("*.cif")
+    atoms = gemmi.read_structure(str(path))[0]["A"]
+    assert [residue.name for residue in atoms] == ["GLY", "ALA", "SER", "LYS", "TRP"]
+    assert all(np.isfinite(atom.pos.tolist()).all() for residue in atoms for atom in residue)
+
+
+def heavy_atoms(name: str) -> list[list]:
+    found = component(name)
+    names = [atom.decode() for atom in found.names]
+    return [list(row) for row in zip(names, *(x.tolist() for x in (found.elements, found.charges, *found.pos.T)))]
 
 
 def test_what_the_package_predicts_with():

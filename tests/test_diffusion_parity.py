@@ -21,6 +21,7 @@ ATOMS = AtomConfig(8, 4, 1, 2, 1, 2)
 CONFIG = DiffusionConfig(
     token_transformer_depth=2, token_transformer_heads=2, conditioning_transition_layers=2, dim_fourier=8
 )
+RECOMPUTED = MemoryConfig()
 B, N, A = len(LENGTHS), max(LENGTHS), max(TOTALS)
 
 
@@ -40,14 +41,14 @@ INPUTS = {
 class Diffusion(nn.Module):
     """Conditioning and structure module, under the names that they have in a checkpoint."""
 
-    def __init__(self, recompute: bool) -> None:
+    def __init__(self, memory: MemoryConfig) -> None:
         super().__init__()
         self.diffusion_conditioning = DiffusionConditioning(TOKEN_S, TOKEN_Z, ATOMS, CONFIG)
-        self.structure_module = AtomDiffusion(TOKEN_S, ATOMS, CONFIG, MemoryConfig(recompute=recompute))
+        self.structure_module = AtomDiffusion(TOKEN_S, ATOMS, CONFIG, memory)
 
 
-def diffusion(recompute: bool = True) -> Diffusion:
-    return Diffusion(recompute).double()
+def diffusion(memory: MemoryConfig = RECOMPUTED) -> Diffusion:
+    return Diffusion(memory).double()
 
 
 def features(grid: Grid, coords: Tensor) -> dict[str, Tensor]:
@@ -79,7 +80,7 @@ def conditioned(module, x, cp):
 CASES = {
     "pair conditioning": (pairwise, conditioned, ("z", "rel_pos"), "pair"),
     "recomputed": (diffusion, trained, tuple(INPUTS), "atom"),
-    "kept": (partial(diffusion, False), trained, tuple(INPUTS), "atom"),
+    "kept": (partial(diffusion, MemoryConfig(recompute=False)), trained, tuple(INPUTS), "atom"),
 }
 GRIDS = {
     "pair conditioning": [(2, 3)],
@@ -98,6 +99,24 @@ def test_grid_parity(ranks, case, grid):
     inputs = {name: INPUTS[name][0] for name in names}
     placements = {name: INPUTS[name][1] for name in names}
     check(ranks, *grid, build, call, inputs, placements, out_placement)
+
+
+def gradients(cp, memory: MemoryConfig) -> list[Tensor]:
+    """Denoised coordinates, and gradients of inputs and weights."""
+    x = {name: cut(pad(x, placement, cp.grid), placement, cp.grid) for name, (x, placement) in INPUTS.items()}
+    x = {name: value.clone().requires_grad_() for name, value in x.items()}
+    module = diffusion(memory)
+    randomise(module)
+    denoised = trained(module, x, cp)
+    denoised.square().sum().backward()
+    return [denoised.detach(), *(value.grad for value in (*x.values(), *module.parameters()))]
+
+
+def test_samples_in_groups(ranks):
+    for found, expected in zip(
+        ranks.run(gradients, 1, 2, MemoryConfig(samples_at_once=2)), ranks.run(gradients, 1, 2, RECOMPUTED)
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def sampled(cp) -> Tensor:

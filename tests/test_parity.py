@@ -229,11 +229,9 @@ def test_training_step_of_the_trunk(ranks, grid):
         assert placements == TILED and shape[1:3] == (n, n)
 
 
-def grouped(cp: ContextParallel, blocks_at_once: int) -> tuple[list[torch.Tensor], int]:
-    """Gradients of five recomputed blocks, and how many tensors as large as the tile were kept for them."""
-    module = PairformerModule(
-        C_S, C_Z, PairformerConfig(5, 4, 0.25, 6, 2), MemoryConfig(blocks_at_once=blocks_at_once)
-    ).double()
+def blocks_with(cp: ContextParallel, memory: MemoryConfig) -> tuple[list[torch.Tensor], int]:
+    """Result and gradients of five blocks, and how many tensors as large as the tile were kept for them."""
+    module = PairformerModule(C_S, C_Z, PairformerConfig(5, 4, 0.25, 6, 2), memory).double()
     randomise(module)
     grid = cp.grid
     given = [INPUTS[name] for name in ("s", "z", "token_mask")]
@@ -242,15 +240,34 @@ def grouped(cp: ContextParallel, blocks_at_once: int) -> tuple[list[torch.Tensor
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
         s, z = module(s, z.clone().requires_grad_(), mask, cp, draws())
     (s.sum() / grid.cp_size + z.square().sum()).backward()
-    return [p.grad for p in module.parameters()], sum(shape == z.shape for shape in kept)
+    return [s.detach(), z.detach(), *(p.grad for p in module.parameters())], sum(shape == z.shape for shape in kept)
 
 
-def test_blocks_recomputed_at_once(ranks):
-    expected = ranks.run(grouped, 1, 2, 1)
-    found = ranks.run(grouped, 1, 2, 2)
-    for (grads, kept), (same, all_kept) in zip(found, expected):
-        torch.testing.assert_close(grads, same, rtol=1e-12, atol=1e-12)
-        assert (kept, all_kept) == (3, 5)
+@pytest.mark.parametrize(
+    ("memory", "tiles"),
+    [
+        (MemoryConfig(), 5),
+        (MemoryConfig(blocks_at_once=2), 3),
+        (MemoryConfig(offload=True), 0),
+        (MemoryConfig(blocks_at_once=2, offload=True), 0),
+    ],
+    ids=["recomputed", "two at once", "on the host", "two at once on the host"],
+)
+def test_what_is_kept_between_blocks_changes_no_gradient(ranks, memory, tiles):
+    kept_all = ranks.run(blocks_with, 1, 2, MemoryConfig(recompute=False))
+    for (found, kept), (expected, _) in zip(ranks.run(blocks_with, 1, 2, memory), kept_all):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        assert kept == tiles
+
+
+def test_residual_stream_in_bf16(ranks):
+    """z is rounded between blocks, and what is kept of the rounded z gives its exact gradients."""
+    ((exact, _),) = ranks.run(blocks_with, 1, 1, MemoryConfig())
+    ((rounded, _),) = ranks.run(blocks_with, 1, 1, MemoryConfig(recompute=False, residual="bf16"))
+    ((found, _),) = ranks.run(blocks_with, 1, 1, MemoryConfig(blocks_at_once=2, residual="bf16", offload=True))
+    torch.testing.assert_close(found, rounded, rtol=1e-12, atol=1e-12)
+    change = (rounded[1] - exact[1]).norm() / exact[1].norm()
+    assert 1e-4 < change < 1e-2 and torch.equal(rounded[1], rounded[1].bfloat16().double())
 
 
 def test_dropout_is_positioned():

@@ -14,8 +14,8 @@ class MemoryConfig:
     Attributes:
         auto: let the planner choose everything else.
         recompute: compute each block again in the backward pass, so that only z, s and m between blocks are kept.
-        blocks_at_once: so many blocks of a Pairformer are also recomputed as one: of n blocks, n / g + g pairs of z and
-            s are kept instead of n, for one more forward pass.
+        blocks_at_once: so many blocks of the MSA module or of a Pairformer are also recomputed as one: of n blocks,
+            n / g + g pairs of z and s are kept instead of n, for one more forward pass.
         residual: ``fp32``, or ``bf16`` for z between blocks.
         offload: keep z between blocks in the memory of the host.
         chunk_mib: size of the widest intermediate of what is computed a few rows at a time; None is 4 on CPU and 256
@@ -30,6 +30,10 @@ class MemoryConfig:
     offload: bool = False
     chunk_mib: float | None = None
     samples_at_once: int | None = None
+
+
+RESIDUALS = ("fp32", "bf16")
+"""Precision of z between blocks; fp32 is that of the weights."""
 
 
 @dataclass

@@ -9,6 +9,7 @@ stream of its own.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from cpfold_train.model.config import AtomConfig, DiffusionConfig, MemoryConfig
 from cpfold_train.model.diffusion import DiffusionModule
 from cpfold_train.model.diffusion_conditioning import Conditioning
+from cpfold_train.ops.recompute import recompute
 from cpfold_train.ops.rigid_align import weighted_rigid_align
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import split
@@ -38,7 +40,7 @@ class AtomDiffusion(nn.Module):
 
     def __init__(self, token_s: int, atoms: AtomConfig, config: DiffusionConfig, memory: MemoryConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.memory = config, memory
         self.score_model = DiffusionModule(token_s, atoms, config, memory)
 
     def forward(
@@ -86,12 +88,36 @@ class AtomDiffusion(nn.Module):
         conditioning: Conditioning,
         cp: ContextParallel,
     ) -> Tensor:
-        """Coordinates (B*M, A/P, 3) at noise levels (B*M,) to the prediction of the true ones."""
+        """Coordinates (B*M, A/P, 3) at noise levels (B*M,) to the prediction of the true ones.
+
+        Where not all samples go through the module together, each group of them is computed again in the backward pass,
+        so that only what one group needs is kept at a time.
+        """
+        noisy, sigmas = (x.unflatten(0, (len(s_trunk), -1)) for x in (noisy, sigmas))
+        at_once = self.memory.samples_at_once or noisy.shape[1]
+        run = self._denoise_group if at_once >= noisy.shape[1] else partial(recompute, self._denoise_group)
+        groups = zip(noisy.split(at_once, 1), sigmas.split(at_once, 1))
+        parts = [run(x, sigma, s_inputs, s_trunk, feats, conditioning, cp) for x, sigma in groups]
+        return torch.cat(parts, 1).flatten(0, 1)
+
+    def _denoise_group(
+        self,
+        noisy: Tensor,
+        sigmas: Tensor,
+        s_inputs: Tensor,
+        s_trunk: Tensor,
+        feats: dict[str, Tensor],
+        conditioning: Conditioning,
+        cp: ContextParallel,
+    ) -> Tensor:
+        """:meth:`denoise` of (B, M, A/P, 3) and (B, M) all at once."""
+        noisy, sigmas, samples = noisy.flatten(0, 1), sigmas.flatten(), noisy.shape[:2]
         sigma, data = sigmas[:, None, None], self.config.sigma_data
         total = (sigma**2 + data**2).sqrt()
         times = (sigmas / data).log() / 4
         update = self.score_model(s_inputs, s_trunk, noisy / total, times, feats, conditioning, cp)
-        return (data / total) ** 2 * noisy + sigma * data / total * update
+        denoised = (data / total) ** 2 * noisy + sigma * data / total * update
+        return denoised.unflatten(0, samples)
 
     @torch.no_grad()
     def sample(

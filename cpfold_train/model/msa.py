@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cpfold_train.model.blocks import run_blocks
 from cpfold_train.model.config import MemoryConfig, MSAConfig
 from cpfold_train.model.constants import NUM_TOKENS
 from cpfold_train.model.layers import Transition, linear
@@ -12,7 +13,6 @@ from cpfold_train.model.pair_stack import PairStack
 from cpfold_train.ops import outer_product_mean as opm
 from cpfold_train.ops.dropout import drop_rows
 from cpfold_train.ops.pair_weighted_averaging import pair_weighted_averaging
-from cpfold_train.ops.recompute import recompute
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.random import Draws
 
@@ -132,8 +132,9 @@ class MSAModule(nn.Module):
         m = m + self.s_proj(s_inputs[:, None, tokens])
 
         count = opm.pair_counts(feats["msa_mask"], cp)
-        for i, layer in enumerate(self.layers):
+
+        def block(i: int, z: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
             at = None if draws is None else draws.at("msa_module", i)
-            args = z, m, feats["token_pad_mask"], feats["msa_mask"], count, cp, at
-            z, m = recompute(layer, *args) if self.memory.recompute else layer(*args)
-        return z
+            return self.layers[i](z, m, feats["token_pad_mask"], feats["msa_mask"], count, cp, at)
+
+        return run_blocks(block, len(self.layers), z, m, self.memory)[0]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from cpfold_train.model.blocks import run_blocks
 from cpfold_train.model.config import MemoryConfig, PairformerConfig
 from cpfold_train.model.layers import Transition, linear, normed_linear, without_autocast
 from cpfold_train.model.pair_stack import PairStack
 from cpfold_train.ops.attention_pair_bias import all_tokens, attention_pair_bias
-from cpfold_train.ops.recompute import recompute
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.random import Draws
 
@@ -110,22 +110,11 @@ class PairformerModule(nn.Module):
     def forward(
         self, s: Tensor, z: Tensor, token_mask: Tensor, cp: ContextParallel, draws: Draws | None
     ) -> tuple[Tensor, Tensor]:
-        """New s and z; shapes as :meth:`PairformerLayer.forward`.
+        """New s and z; shapes as :meth:`PairformerLayer.forward`."""
 
-        Of n blocks that are recomputed, g at once, n / g + g pairs of s and z are kept at most, instead of n, for one
-        more forward pass.
-        """
-        if not self.memory.recompute or self.memory.blocks_at_once == 1:
-            return self._blocks(range(len(self.layers)), s, z, token_mask, cp, draws)
-        for first in range(0, len(self.layers), self.memory.blocks_at_once):
-            group = range(first, min(first + self.memory.blocks_at_once, len(self.layers)))
-            s, z = recompute(self._blocks, group, s, z, token_mask, cp, draws)
-        return s, z
+        def block(i: int, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+            at = None if draws is None else draws.at("pairformer", i)
+            return self.layers[i](s, z, token_mask, cp, at)[::-1]
 
-    def _blocks(
-        self, which: range, s: Tensor, z: Tensor, token_mask: Tensor, cp: ContextParallel, draws: Draws | None
-    ) -> tuple[Tensor, Tensor]:
-        for i in which:
-            args = s, z, token_mask, cp, None if draws is None else draws.at("pairformer", i)
-            s, z = recompute(self.layers[i], *args) if self.memory.recompute else self.layers[i](*args)
+        z, s = run_blocks(block, len(self.layers), z, s, self.memory)
         return s, z

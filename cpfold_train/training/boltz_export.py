@@ -127,6 +127,8 @@ def hyper_parameters(config: ModelConfig) -> dict[str, Any]:
         },
         "confidence_prediction": True,
         "token_level_confidence": True,
+        # Without it the package computes no PAE and boltz predict ends with an error.
+        "alpha_pae": 1.0,
         "confidence_model_args": {
             "num_dist_bins": own["num_dist_bins"],
             "max_dist": own["max_dist"],

@@ -8,6 +8,7 @@ from pathlib import Path
 from cpfold_train.data.features import NUM_BINS
 from cpfold_train.data.sampling import open_source
 from cpfold_train.errors import ConfigError
+from cpfold_train.model.config import RESIDUALS
 from cpfold_train.ops.biased_attention import KERNELS
 from cpfold_train.parallel.cost import ALGORITHMS
 from cpfold_train.training.boltz_checkpoint import WEIGHTS
@@ -45,6 +46,9 @@ def check(config: TrainConfig) -> None:
     _one_of("cp.algorithm", config.cp.algorithm, ALGORITHMS)
     _one_of("model.init_weights", config.model.init_weights, WEIGHTS)
     _one_of("kernels", config.kernels, KERNELS)
+    _one_of("memory.residual", config.memory.residual, RESIDUALS)
+    if config.memory.offload and not config.memory.recompute:
+        raise ConfigError("memory.offload=true is for what lies between recomputed blocks: type memory.recompute=true")
     if config.kernels == "cuequivariance":
         _require_cuequivariance(config)
     _one_of("trainer.precision", str(config.trainer.precision), PRECISIONS)

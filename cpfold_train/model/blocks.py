@@ -1,0 +1,61 @@
+"""A stack of blocks, and what is kept between them for the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from cpfold_train.model.config import MemoryConfig
+from cpfold_train.ops.offload import kept_on_host
+from cpfold_train.ops.recompute import recompute
+
+
+def run_blocks(
+    block: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]],
+    count: int,
+    z: Tensor,
+    other: Tensor,
+    memory: MemoryConfig,
+) -> tuple[Tensor, Tensor]:
+    """``z, other = block(i, z, other)`` for i = 0 ... ``count`` - 1.
+
+    Of n blocks that are recomputed, g at once, n / g + g pairs of z and the other are kept at most, instead of n.
+
+    Args:
+        block: one block; the other representation is s or m.
+        count: how many there are.
+        z: pair tile (B, N/R, N/C, token_z).
+        other: of any shape.
+        memory: what is kept, where, and in which precision.
+    """
+    wide = z.dtype
+    between = torch.bfloat16 if memory.residual == "bf16" else wide
+
+    def rounded(i: int, z: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        # Rounded once a block, not with each of its updates.
+        z, other = block(i, z.to(wide), other)
+        return z.to(between), other
+
+    def in_turn(run: Callable, blocks: range, z: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        for i in blocks:
+            z, other = run(rounded, i, z, other)
+        return z, other
+
+    z, every = z.to(between), range(count)
+    with kept_on_host() if memory.offload else nullcontext():
+        if not memory.recompute:
+            z, other = in_turn(_call, every, z, other)
+        elif memory.blocks_at_once == 1:
+            z, other = in_turn(recompute, every, z, other)
+        else:
+            for first in range(0, count, memory.blocks_at_once):
+                group = every[first : first + memory.blocks_at_once]
+                z, other = recompute(in_turn, recompute, group, z, other)
+    return z.to(wide), other
+
+
+def _call(function: Callable, *args) -> tuple[Tensor, Tensor]:
+    return function(*args)
