@@ -1,7 +1,8 @@
-"""Loops over blocks that are all alike, cut short.
+"""What is done otherwise where tensors have no contents.
 
 A tile is computed some rows at a time, which on 3,072 tokens is thousands of blocks. Without contents they are all the
-same, so two of them show what memory is held, and stand for the work of all.
+same, so two of them show what memory is held, and stand for the work of all. And what goes to the host does so in name
+only.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Any
 from unittest import mock
 
 from cpfold_train.losses import smooth_lddt
-from cpfold_train.ops import biased_attention, by_rows, partial_attention, ring_attention, window_attention
-from cpfold_train.plan.trace import Tracer
+from cpfold_train.ops import biased_attention, by_rows, offload, partial_attention, ring_attention, window_attention
+from cpfold_train.plan.trace import ELSEWHERE, Tracer
 
 
 @contextmanager
@@ -49,4 +50,17 @@ def two_blocks_for_all(tracer: Tracer) -> Iterator[None]:
             *((module, "score_blocks", scores) for module in (biased_attention, partial_attention, ring_attention)),
         ):
             stack.enter_context(mock.patch.object(module, name, function))
+        yield
+
+
+@contextmanager
+def host_is_elsewhere(tracer: Tracer) -> Iterator[None]:
+    """Inside, what is kept on the host is not counted: it is for plans of GPUs."""
+
+    class Kept(offload._Kept):
+        def __init__(self, *args: Any) -> None:
+            with tracer.category(ELSEWHERE):
+                super().__init__(*args)
+
+    with mock.patch.object(offload, "_Kept", Kept):
         yield

@@ -20,7 +20,7 @@ from cpfold_train.ops.by_rows import GPU_BLOCK_BYTES, set_block_bytes
 from cpfold_train.parallel.context import fake_world
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.plan.batch import ON_HOST
-from cpfold_train.plan.shortcuts import two_blocks_for_all
+from cpfold_train.plan.shortcuts import host_is_elsewhere, two_blocks_for_all
 from cpfold_train.plan.trace import Moment, Phase, Seconds, Tallies, Tracer, TracedLedger
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.module import CoFoldingModule
@@ -73,6 +73,7 @@ def trace_step(config: TrainConfig, grid: Grid, batch: dict[str, Tensor], second
         fake,
         tracer,
         two_blocks_for_all(tracer),
+        nullcontext() if on_host else host_is_elsewhere(tracer),
     ):
         with tracer.category("parameters"):
             module = module.to_empty(device="cpu")
@@ -112,12 +113,14 @@ def trace_step(config: TrainConfig, grid: Grid, batch: dict[str, Tensor], second
         with tracer.category("optimizer"):
             optimizer.step()
         moments, tallies = tracer.moments(), tracer.so_far()
+    # Samples may go through the module in several groups.
+    calls = len(samplings) // sampling if sampling else 0
     return Trace(
         moments,
         tallies,
         difference(cycles[1], cycles[0]) if recycling else {},
         recycling,
-        difference(samplings[2], samplings[1]) if len(samplings) > 2 else {},
+        difference(samplings[2 * calls], samplings[calls]) if sampling > 2 and calls else {},
         sampling,
     )
 

@@ -25,6 +25,8 @@ sent and received."""
 STEP = "losses and optimizer"
 """What is done outside of the model's modules."""
 HEAP = "freed, kept by malloc"
+ELSEWHERE = "host"
+"""What is kept in the memory of the host counts as nothing."""
 
 _NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach", "alias"}
 _PICKING = {"index", "index_select", "gather", "embedding"}
@@ -214,7 +216,7 @@ class Tracer(TorchDispatchMode):
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key in self._entries:
+        if key in self._entries or self._category == ELSEWHERE:
             return
         size = storage.nbytes()
         place = _Place(self._category, self._modules[-1], self._epoch)
