@@ -8,6 +8,7 @@ from functools import lru_cache
 from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 
 from cpfold_train.__main__ import main
 from cpfold_train.errors import ConfigError
@@ -54,9 +55,7 @@ def traced(grid: Grid) -> Trace:
 def real_step(cp, config: TrainConfig) -> dict[str, int]:
     """Bytes that a rank sends in a step, by operation."""
     (batch,) = batches_of_data(config, cp.grid, 1)
-    module = CoFoldingModule(
-        config.model, config.memory, config.optim, config.loss, config.diffusion, config.seed
-    )
+    module = CoFoldingModule(config.model, config.memory, config.optim, config.loss, config.diffusion, config.seed)
     module.trainer = SimpleNamespace(strategy=SimpleNamespace(cp=cp), global_step=0)
     module.micro_batch(batch, 1)["loss"].backward()
     return {op: entry.sent_bytes for op, entry in cp.ledger.by_op().items() if entry.sent_bytes}
@@ -75,9 +74,7 @@ def test_categories_are_all_of_the_peak():
     held = by_category(fullest)
     assert sum(held.values()) == max(sum(moment.values()) for moment in trace.moments.values())
     config = compose(TINY)
-    module = CoFoldingModule(
-        config.model, config.memory, config.optim, config.loss, config.diffusion, config.seed
-    )
+    module = CoFoldingModule(config.model, config.memory, config.optim, config.loss, config.diffusion, config.seed)
     expected = weight_bytes(module, config)
     assert {name: held[name] for name in expected} == expected
     assert held["features"] and held["activations"] and held["boundaries"]
@@ -94,7 +91,8 @@ def test_a_deep_model_from_two_shallow_ones():
             pairformer=replace(model.pairformer, num_blocks=groups["trunk"]),
             diffusion=replace(model.diffusion, token_transformer_depth=groups["structure_module"]),
             confidence=replace(
-                model.confidence, pairformer=replace(model.confidence.pairformer, num_blocks=groups["confidence_module"])
+                model.confidence,
+                pairformer=replace(model.confidence.pairformer, num_blocks=groups["confidence_module"]),
             ),
         ),
     )
@@ -173,3 +171,11 @@ def test_json_has_the_figures(capsys):
     assert set(wanted.split()) <= figures.keys()
     assert figures["peak_memory_gib"] == pytest.approx(sum(figures["by_category"].values()))
     assert figures["sent_mib_per_step"] == 0 and figures["fits"]
+
+
+def test_a_run_takes_the_levers_that_the_planner_chooses(forked_runs, tmp_path):
+    run = [*TINY, "memory=auto", "cp.grid=1x1", "trainer.max_steps=1", "trainer.enable_progress_bar=false"]
+    done = forked_runs.run(1, [*run, f"hydra.run.dir={tmp_path}"])
+    assert done.returncode == 0, done.stderr
+    # There is room for everything.
+    assert OmegaConf.load(tmp_path / "resolved.yaml").memory.recompute is False

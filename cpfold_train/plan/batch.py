@@ -43,7 +43,7 @@ def assumed_batch(config: TrainConfig, grid: Grid) -> dict[str, Tensor]:
     f4, i8, i4, u1 = torch.float32, torch.int64, torch.int32, torch.uint8
     shapes: dict[torch.dtype, dict[str, tuple[int, ...]]] = {
         i8: {
-            **dict.fromkeys("token_index residue_index asym_id entity_id sym_id mol_type".split(), (n,)),
+            **dict.fromkeys(("token_index", "residue_index", "asym_id", "entity_id", "sym_id", "mol_type"), (n,)),
             **dict.fromkeys(("method_feature", "modified"), (n,)),
             **dict.fromkeys(("sample_key", "num_tokens"), ()),
             "msa": (s, cols),
@@ -66,17 +66,17 @@ def assumed_batch(config: TrainConfig, grid: Grid) -> dict[str, Tensor]:
             "copy_resolved": (a, COPIES),
         },
         f4: {
-            **dict.fromkeys("token_pad_mask token_resolved_mask token_disto_mask".split(), (n,)),
-            **dict.fromkeys("cyclic_period deletion_mean frame_resolved_mask".split(), (n,)),
+            **dict.fromkeys(("token_pad_mask", "token_resolved_mask", "token_disto_mask"), (n,)),
+            **dict.fromkeys(("cyclic_period", "deletion_mean", "frame_resolved_mask"), (n,)),
             **dict.fromkeys(("res_type", "profile"), (n, 33)),
             "disto_center": (n, 3),
             "template_frame_rot": (max(1, t), n, 3, 3),
-            **dict.fromkeys("template_frame_t template_cb template_ca".split(), (max(1, t), n, 3)),
-            **dict.fromkeys("template_mask_cb template_mask_frame template_mask".split(), (max(1, t), n)),
+            **dict.fromkeys(("template_frame_t", "template_cb", "template_ca"), (max(1, t), n, 3)),
+            **dict.fromkeys(("template_mask_cb", "template_mask_frame", "template_mask"), (max(1, t), n)),
             "contact_threshold": (rows, cols),
-            **dict.fromkeys("msa_mask has_deletion deletion_value msa_paired".split(), (s, cols)),
+            **dict.fromkeys(("msa_mask", "has_deletion", "deletion_value", "msa_paired"), (s, cols)),
             **dict.fromkeys(("ref_pos", "coords"), (a, 3)),
-            **dict.fromkeys("ref_charge atom_pad_mask atom_resolved_mask bfactor".split(), (a,)),
+            **dict.fromkeys(("ref_charge", "atom_pad_mask", "atom_resolved_mask", "bfactor"), (a,)),
             "copy_coords": (a, COPIES, 3),
         },
     }

@@ -19,10 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "settings",
         nargs="*",
         metavar="KEY=VALUE",
-        help="as for train.py; and device=NAME (default: h100-80gb), gpus=N, the most that a proposal takes (default: 256)",
+        help="as for train.py; and device=NAME (default: h100-80gb), gpus=N, the most of a proposal (default: 256)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--check", action="store_true", help="run small configurations and compare them with their plans")
+    parser.add_argument(
+        "--check", action="store_true", help="run small configurations and compare them with their plans"
+    )
     parser.add_argument("--table", metavar="FILE", help="plan many sizes and numbers of GPUs, into this Markdown file")
 
 

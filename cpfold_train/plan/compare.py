@@ -18,8 +18,8 @@ from cpfold_train.parallel.grid import Grid, parse_grid
 from cpfold_train.plan.batch import batches_of_data
 from cpfold_train.plan.compose import compose
 from cpfold_train.plan.depth import by_category, totals
-from cpfold_train.plan.estimate import kernel_seconds
 from cpfold_train.plan.devices import find_device
+from cpfold_train.plan.estimate import kernel_seconds
 from cpfold_train.plan.plan import MIB, fullest_moment
 from cpfold_train.plan.step import trace_step
 from cpfold_train.training.config import TrainConfig

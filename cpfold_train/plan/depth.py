@@ -1,8 +1,8 @@
 """A deep model from two shallow ones.
 
-The blocks of a stack are alike. So of everything counted in a step, bytes held at the fullest moment of each phase as well
-as work, each block adds the same to what its part of the model has: two steps, with two and with three blocks in each
-stack, give the step with any number of them. That this is the step that runs in full is a test.
+The blocks of a stack are alike. So of everything counted in a step, bytes held at the fullest moment of each phase as
+well as work, each block adds the same to what its part of the model has: two steps, with two and with three blocks in
+each stack, give the step with any number of them. That this is the step that runs in full is a test.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cpfold_train.training.config import TrainConfig
 FEWEST = 2
 """Groups of blocks in the shallower of the two models."""
 STACKS = ("trunk", "structure_module", "confidence_module")
-"""The parts of the model that a stack is in; the template and MSA modules, which are in the trunk too, stay complete."""
+"""The parts of the model that a stack is in; the trunk's template and MSA modules stay complete."""
 
 
 def shallow(config: TrainConfig, groups: int) -> TrainConfig:

@@ -18,13 +18,13 @@ KERNEL_S, MESSAGE_S = 5e-6, 1e-5
 EXPOSED_SHARE = 0.5
 MEMORY_MARGIN = 0.1
 ASSUMPTIONS = (
-    f"a kernel takes as long as its matrix products at {MATMUL_SHARE:.0%} of the peak of their dtype, or as its reads and "
-    f"writes at {MEMORY_SHARE:.0%} of the memory's bandwidth, whichever is longer, and {KERNEL_S * 1e6:.0f} microseconds "
-    "at least",
-    f"messages travel at {LINK_SHARE:.0%} of a link's bandwidth and take {MESSAGE_S * 1e6:.0f} microseconds each; those "
-    "to other machines, evenly spread over all ranks of the grid, go over the network",
-    f"{EXPOSED_SHARE:.0%} of that time is not hidden behind arithmetic; the all-reduce of gradients is hidden behind half "
-    "of the step",
+    f"a kernel takes as long as its matrix products at {MATMUL_SHARE:.0%} of the peak of their dtype, or as its reads "
+    f"and writes at {MEMORY_SHARE:.0%} of the memory's bandwidth, whichever is longer, and {KERNEL_S * 1e6:.0f} "
+    "microseconds at least",
+    f"messages travel at {LINK_SHARE:.0%} of a link's bandwidth and take {MESSAGE_S * 1e6:.0f} microseconds each; "
+    "those to other machines, evenly spread over all ranks of the grid, go over the network",
+    f"{EXPOSED_SHARE:.0%} of that time is not hidden behind arithmetic; the all-reduce of gradients is hidden behind "
+    "half of the step",
     "as many recycling passes as are drawn on average, and no waiting for data",
     f"{MEMORY_MARGIN:.0%} of the memory is left for the driver, NCCL and fragmentation",
 )

@@ -107,9 +107,7 @@ def plan(config: TrainConfig, grid: Grid, device: str, batch: dict[str, Tensor] 
     phase, fullest = fullest_moment(trace)
     gradient_bytes = sum(x.nbytes for x in module.parameters() if x.requires_grad)
     costs = estimate(trace, config, grid, found, gradient_bytes)
-    return Plan(
-        config, grid, device, sum(x.numel() for x in module.parameters()), fullest, phase, costs, found.memory
-    )
+    return Plan(config, grid, device, sum(x.numel() for x in module.parameters()), fullest, phase, costs, found.memory)
 
 
 def weight_bytes(module: nn.Module, config: TrainConfig) -> dict[str, float]:

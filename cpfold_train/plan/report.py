@@ -52,10 +52,19 @@ def show_proposals(found: list[Plan], device: str, crop_size: int, gpus: int) ->
     """Plans beside each other, fastest first."""
     console = Console()
     if not found:
-        console.print(f"nothing fits crop_size={crop_size} on up to {gpus} of {device}: type more gpus=N or another device")
+        console.print(
+            f"nothing fits crop_size={crop_size} on up to {gpus} of {device}: type more gpus=N or another device"
+        )
         return
     table = Table(
-        "grid", "GPUs", "memory levers", "peak, GiB", "sent, MiB", "step, s", "GPU seconds", title=f"crop_size={crop_size}"
+        "grid",
+        "GPUs",
+        "memory levers",
+        "peak, GiB",
+        "sent, MiB",
+        "step, s",
+        "GPU seconds",
+        title=f"crop_size={crop_size}",
     )
     for p in found:
         table.add_row(

@@ -21,7 +21,7 @@ from cpfold_train.parallel.context import fake_world
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.plan.batch import ON_HOST
 from cpfold_train.plan.shortcuts import host_is_elsewhere, two_blocks_for_all
-from cpfold_train.plan.trace import Moment, Phase, Seconds, Tallies, Tracer, TracedLedger
+from cpfold_train.plan.trace import Moment, Phase, Seconds, Tallies, TracedLedger, Tracer
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.module import CoFoldingModule
 
@@ -84,7 +84,7 @@ def trace_step(config: TrainConfig, grid: Grid, batch: dict[str, Tensor], second
                 weight.grad = torch.empty_like(weight)
         if config.optim.ema_decay:
             with tracer.category("average"):
-                average = [torch.empty_like(x) for x in module.parameters()]
+                module.averaged = [torch.empty_like(x) for x in module.parameters()]
         optimizer = module.configure_optimizers()["optimizer"]
         for group in optimizer.param_groups:
             # One kernel instead of thousands: what is kept is the same.
@@ -137,6 +137,4 @@ def _blocks_of(block_bytes: int | None) -> Iterator[None]:
 
 def difference(after: Tallies, before: Tallies) -> Tallies:
     """The work between two moments."""
-    return {
-        module: tally.plus(before[module], -1) if module in before else tally for module, tally in after.items()
-    }
+    return {module: tally.plus(before[module], -1) if module in before else tally for module, tally in after.items()}

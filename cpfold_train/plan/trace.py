@@ -18,17 +18,35 @@ from torch.utils.flop_counter import flop_registry
 
 from cpfold_train.parallel.ledger import Ledger
 
-CATEGORIES = ("parameters", "gradients", "optimizer", "average", "features", "boundaries", "activations", "communication")
+CATEGORIES = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "average",
+    "features",
+    "boundaries",
+    "activations",
+    "communication",
+)
 """What memory is for. ``average`` is the moving average of the weights; ``boundaries`` are activations made before the
-block of the network that runs at the moment, and kept; ``activations`` those of this block; ``communication`` is what is
-sent and received."""
+block of the network that runs at the moment, and kept; ``activations`` those of this block; ``communication`` is what
+is sent and received."""
 STEP = "losses and optimizer"
 """What is done outside of the model's modules."""
 HEAP = "freed, kept by malloc"
 ELSEWHERE = "host"
 """What is kept in the memory of the host counts as nothing."""
 
-_NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach", "alias"}
+_NO_KERNEL = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "_unsafe_view",
+    "detach",
+    "alias",
+}
 _PICKING = {"index", "index_select", "gather", "embedding"}
 """Operations that read of their first argument only as much as they return."""
 
