@@ -26,19 +26,17 @@ from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.entry import ROOT
 
 CONFIGURATIONS = (
-    "cp.grid=1x1 crop_size=192",
-    "cp.grid=1x1 crop_size=256 memory.recompute=false",
-    "cp.grid=1x2 crop_size=256 memory.recompute=false",
-    "cp.grid=2x2 crop_size=384 memory.recompute=false",
-    "cp.grid=2x2 crop_size=512",
-    "cp.grid=1x2 crop_size=256 loss.plddt=1 loss.resolved=1 loss.pde=1 loss.pae=1 diffusion.sampling_steps=4",
+    "cp.grid=1x1 crop_size=512",
+    "cp.grid=1x1 crop_size=384 memory.recompute=false model.pairformer.num_blocks=2",
+    "cp.grid=1x2 crop_size=768",
+    "cp.grid=2x2 crop_size=1024",
+    "cp.grid=2x2 crop_size=768 memory.recompute=false model.pairformer.num_blocks=2",
+    "cp.grid=1x3 crop_size=512 model.msa.msa_blocks=2 memory.blocks_at_once=2 model.pairformer.num_blocks=4",
 )
 """What is compared where nothing is typed."""
 _ONE_STEP = (
-    "data.train=[data/large/*.tar]",
-    "data.val=[]",
+    "recipe=large_crop",
     "trainer.max_steps=1",
-    "trainer.num_sanity_val_steps=0",
     "trainer.enable_progress_bar=false",
     "optim.ema_decay=0",
 )

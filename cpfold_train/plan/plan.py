@@ -13,7 +13,7 @@ from cpfold_train.plan.depth import FEWEST, by_category, by_module, extrapolated
 from cpfold_train.plan.devices import find_device
 from cpfold_train.plan.estimate import MEMORY_MARGIN, Costs, estimate, kernel_seconds
 from cpfold_train.plan.step import Trace, trace_step
-from cpfold_train.plan.trace import CATEGORIES, Moment
+from cpfold_train.plan.trace import CATEGORIES, STEP, Moment
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.module import CoFoldingModule
 
@@ -127,7 +127,7 @@ def weight_bytes(module: nn.Module, config: TrainConfig) -> dict[str, float]:
 def fullest_moment(trace: Trace) -> tuple[str, Moment]:
     """When a step holds most, and what."""
     (turning, running), moment = max(trace.moments.items(), key=lambda entry: sum(entry[1].values()))
-    return running if turning in (running, "step") else f"{running}, in the backward pass of {turning}", moment
+    return f"{running}, {'forward' if turning == STEP else 'backward'} pass", moment
 
 
 def _module(config: TrainConfig) -> nn.Module:
