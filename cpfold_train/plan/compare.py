@@ -92,8 +92,8 @@ def _planned(config: TrainConfig) -> dict[str, float]:
     work = totals(trace.tallies).plus(totals(trace.cycle), recycling - trace.recycling)
     work = work.plus(totals(trace.sampling_step), config.diffusion.sampling_steps - trace.sampling)
     held = by_category(fullest_moment(trace)[1])
-    # Weights are there before; the optimizer's moments come after the first backward pass.
-    grown = sum(size for name, size in held.items() if name not in ("parameters", "optimizer"))
+    # Weights and their average are there before; the optimizer's moments come after the first backward pass.
+    grown = sum(size for name, size in held.items() if name not in ("parameters", "average", "optimizer"))
     return {"sent_mib": sum(work.sent_bytes.values()) / MIB, "memory_mib": grown / MIB}
 
 

@@ -86,5 +86,7 @@ def estimate(trace: Trace, config: TrainConfig, grid: Grid, device: Device, weig
     # One link of each machine carries the ring to the next.
     line = device.link if world <= device.per_node else device.network * device.per_node
     gradients = gradient_bytes / (LINK_SHARE * line)
-    exposed = EXPOSED_SHARE * exchange + max(0.0, gradients - work.seconds / 2)
-    return Costs(work, gradient_bytes, work.seconds, exchange, gradients, work.seconds + exposed)
+    # AdamW reads weights, gradients and two moments, and writes all but the gradients.
+    compute = work.seconds + 7 * weight_bytes / (MEMORY_SHARE * device.bandwidth)
+    exposed = EXPOSED_SHARE * exchange + max(0.0, gradients - compute / 2)
+    return Costs(work, gradient_bytes, compute, exchange, gradients, compute + exposed)

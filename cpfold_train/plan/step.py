@@ -21,7 +21,7 @@ from cpfold_train.parallel.context import fake_world
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.plan.batch import ON_HOST
 from cpfold_train.plan.shortcuts import host_is_elsewhere, two_blocks_for_all
-from cpfold_train.plan.trace import Moment, Phase, Seconds, Tallies, TracedLedger, Tracer
+from cpfold_train.plan.trace import STEP, Moment, Phase, Seconds, Tallies, TracedLedger, Tracer
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.module import CoFoldingModule
 
@@ -110,7 +110,9 @@ def trace_step(config: TrainConfig, grid: Grid, batch: dict[str, Tensor], second
             loss = module.micro_batch(fed, recycling)["loss"]
         loss.backward()
         del loss
-        with tracer.category("optimizer"):
+        tracer.come_to(STEP)
+        # Its work is no block's, and follows from the number of weights.
+        with tracer.category("optimizer"), tracer.times(0):
             optimizer.step()
         moments, tallies = tracer.moments(), tracer.so_far()
     # Samples may go through the module in several groups.

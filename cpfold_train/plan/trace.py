@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -189,10 +189,10 @@ class Tracer(TorchDispatchMode):
         self._enter_phase()
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(lambda _: self._turn_back(label))
+                tensor.register_hook(lambda _: self.come_to(label))
 
-    def _turn_back(self, label: str) -> None:
-        """The backward pass comes to a module."""
+    def come_to(self, label: str) -> None:
+        """The backward pass comes to a module, or with ``STEP`` out of the model."""
         self._modules[0] = label
         self._enter_phase()
 
@@ -210,7 +210,7 @@ class Tracer(TorchDispatchMode):
                 if isinstance(tensor, Tensor):
                     self._travels(tensor.untyped_storage())
             return out
-        results = [out] if isinstance(out, Tensor) else [x for x in tree_iter(out) if isinstance(x, Tensor)]
+        results = list(_tensors((out,)))
         for tensor in results:
             self._count(tensor.untyped_storage())
         if not func.is_view and (name := func._schema.name.removeprefix("aten::")) not in _NO_KERNEL:
@@ -218,7 +218,7 @@ class Tracer(TorchDispatchMode):
         return out
 
     def _work(self, func, name: str, args: tuple, kwargs: dict, out: Any, results: list[Tensor]) -> None:
-        tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = list(_tensors(args))
         if not tensors or not results:
             return
         count, dtype = flop_registry.get(func._overloadpacket), tensors[0].dtype
@@ -278,6 +278,15 @@ class Tracer(TorchDispatchMode):
         """Remember who holds what at a peak: before anything is freed, not at each tensor on the way up."""
         if self._rising:
             self._phase.live, self._phase.epoch, self._rising = dict(self._live), self._epoch, False
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    """Tensors among the arguments or results of an operation, and in lists among them."""
+    for x in values:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, (list, tuple)):
+            yield from (part for part in x if isinstance(part, Tensor))
 
 
 class TracedLedger(Ledger):
