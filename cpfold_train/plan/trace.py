@@ -141,9 +141,9 @@ class Tracer(TorchDispatchMode):
     @contextmanager
     def times(self, factor: float) -> Iterator[None]:
         """The work inside stands for so many times as much."""
-        self._times *= factor
+        before, self._times = self._times, self._times * factor
         yield
-        self._times /= factor
+        self._times = before
 
     def reset(self) -> None:
         """Forget the work done and the peaks so far."""
