@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import hydra
@@ -13,10 +13,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from cpfold_train.errors import ConfigError
+from cpfold_train.parallel.grid import Grid, squarest
 from cpfold_train.training import entry
 from cpfold_train.training.check import check
 from cpfold_train.training.config import TrainerConfig
-from cpfold_train.training.launch import plan_world
+from cpfold_train.training.launch import is_first_rank, plan_world
 
 NOT_FOR_USERS = {
     "strategy": "follows from cp.grid and dp",
@@ -89,7 +90,8 @@ def test_recipe_beats_the_defaults_and_the_command_line_beats_the_recipe():
         ("data.crop_schedule=768", ["data.crop_schedule={1000: 768"]),
         ("data.crop=round", ["data.crop=spatial", "data.crop=contiguous"]),
         ("data.max_msa_rows=0", ["data.max_msa_rows=1"]),
-        ("trainer.precision=bf16-true", ["trainer.precision=bf16-mixed"]),
+        ("trainer.precision=16-mixed", ["trainer.precision=bf16-mixed"]),
+        ("trainer.precision=transformer-engine", ["trainer.accelerator=gpu", "trainer.precision=bf16-mixed"]),
         ("trainer.log_every_n_steps=0", ["trainer.log_every_n_steps=1"]),
         ("model.num_bins=32", ["model.num_bins=64"]),
         ("model.pairformer.num_heads=5", ["model.token_s=35"]),
@@ -150,13 +152,48 @@ def test_world_follows_the_grid_or_the_launcher(monkeypatch):
     assert plan_world("auto", 1, 1, "gpu", {}).devices == 2
 
 
+def test_one_rank_speaks():
+    assert is_first_rank({}) and not is_first_rank({"LOCAL_RANK": "1"})
+    assert not is_first_rank({"RANK": "2", "LOCAL_RANK": "0"})
+    slurm = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "train"}
+    assert is_first_rank(slurm) and not is_first_rank(slurm | {"SLURM_PROCID": "2"})
+    # A run that is started in a shell within an allocation starts its ranks itself.
+    assert not is_first_rank(slurm | {"SLURM_JOB_NAME": "bash", "LOCAL_RANK": "1"})
+
+
 def test_torchrun_ranks_share_a_run_directory(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert entry.run_stamp() == entry.run_stamp()
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     monkeypatch.setenv("SLURM_JOB_ID", "12")
-    monkeypatch.setenv("SLURM_PROCID", "3")
-    assert entry.run_stamp() == "slurm-12.0"
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_STEP_ID", "1")
+    assert entry.run_stamp() == "slurm-12.1"
+    # Runs that a user starts in a shell within one allocation are not one run.
+    monkeypatch.setenv("SLURM_JOB_NAME", "bash")
+    assert "slurm" not in entry.run_stamp()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "per_node", "grid"),
+    [(16, 8, "4x4"), (12, 6, "4x3"), (12, None, "3x4"), (2, 1, "2x1"), (8, 2, "4x2"), (32, 8, "4x8"), (9, 3, "3x3")],
+)
+def test_rows_of_the_grid_stay_on_one_machine(ranks, per_node, grid):
+    found = Grid(*squarest(ranks, per_node))
+    assert str(found) == grid
+    on_nodes = [{rank // per_node for rank in range(ranks) if replace(found, rank=rank).row == row} if per_node else {0}
+                for row in range(found.rows)]  # fmt: skip
+    assert all(len(nodes) == 1 for nodes in on_nodes)
+
+
+def test_rows_that_span_machines_are_told():
+    elastic = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "12", "LOCAL_WORLD_SIZE": "6"}
+    assert plan_world("auto", 1, 1, "cpu", elastic).grid.cols == 3
+    assert plan_world("auto", 1, 1, "cpu", elastic).note() is None
+    assert "cp.grid=4x3 keeps each row on one" in plan_world("3x4", 1, 1, "cpu", elastic).note()
+    assert plan_world("3x4", 1, 1, "cpu", {}).note() is None
+    # Three replicas of 2x2 on two machines of six: one of them is on both, but none of its rows.
+    assert plan_world("2x2", 3, 1, "cpu", elastic).note() is None
 
 
 def test_paths_of_the_quickstart_exist():

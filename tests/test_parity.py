@@ -69,9 +69,12 @@ def single_attention(module, x, cp):
 
 
 def averaging(module, x, cp):
-    # Three heads at a time, which do not divide the eight.
-    pwa.rows_per_block = lambda *_: 3
-    return module(x["m"], x["z"], x["token_mask"], cp)
+    # Three heads at a time, which do not divide the eight. Ranks that differ in this would not understand each other.
+    original, pwa.rows_per_block = pwa.rows_per_block, lambda *_: 3
+    try:
+        return module(x["m"], x["z"], x["token_mask"], cp)
+    finally:
+        pwa.rows_per_block = original
 
 
 def outer_product(module, x, cp):

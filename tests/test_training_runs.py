@@ -169,6 +169,18 @@ def test_sweep_survives_a_failing_job(tmp_path):
     assert json.loads((tmp_path / "1" / "result.json").read_text())["status"] == "completed"
 
 
+def test_sweep_as_submitted_jobs(tmp_path):
+    """Each job goes through the launcher that also submits to SLURM. Both are refused, and the table says so."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    overrides = ["batch_size=0,-1", "hydra/launcher=submitit_local", f"hydra.sweep.dir={tmp_path}", "-m"]
+    process = train(*overrides)
+    assert process.returncode == 1, process.stderr[-2000:]
+    assert "2 of 2 jobs failed" in process.stderr
+    assert process.stdout.count("failed (2)") == 2
+    logs = "".join(path.read_text() for path in (tmp_path / ".submitit").glob("*/*.err"))
+    assert "error: batch_size=-1 is too small" in logs
+
+
 CRASH = """
 import os
 from cpfold_train.training import entry, module

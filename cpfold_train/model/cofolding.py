@@ -139,4 +139,5 @@ class CoFolding(nn.Module):
         return {"coords": coords, **scores, "confidence_score": 0.8 * scores["complex_plddt"] + 0.2 * tm}
 
     def _condition(self, trunk: Feats, feats: Feats, cp: ContextParallel) -> Conditioning:
-        return self.diffusion_conditioning(trunk["s"], trunk["z"], self.trunk.rel_pos(feats, cp), feats, cp)
+        rel_pos = self.trunk.rel_pos(feats, cp).to(trunk["z"].dtype)
+        return self.diffusion_conditioning(trunk["s"], trunk["z"], rel_pos, feats, cp)

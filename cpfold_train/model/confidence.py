@@ -125,7 +125,7 @@ class ConfidenceModule(nn.Module):
         """
         s_inputs = self.s_inputs_norm(s_inputs)
         s = self.s_norm(s) + self.s_input_to_s(s_inputs)
-        z = self._embed_pairs(s_inputs, z, feats, cp)
+        z = self._embed_pairs(s_inputs, z, feats, cp).to(z.dtype)
         per_sample = {
             name: feats[name].repeat_interleave(multiplicity, 0)
             for name in ("token_to_rep_atom", "token_pad_mask", "asym_id")
@@ -156,7 +156,7 @@ class ConfidenceModule(nn.Module):
         """z with the embedded distances between ``center`` (B M, N, 3)."""
 
         def add(z: Tensor, x_i: Tensor, x_j: Tensor, boundaries: Tensor, weight: Tensor) -> Tensor:
-            return z + F.embedding(torch.bucketize(distances(x_i, x_j), boundaries), weight)
+            return z + F.embedding(torch.bucketize(distances(x_i, x_j), boundaries), weight).to(z.dtype)
 
         n = center.shape[1]
         x_i, x_j = center[:, slice(*cp.grid.row_tokens(n))], center[:, slice(*cp.grid.col_tokens(n))]

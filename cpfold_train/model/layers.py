@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.nn.functional import layer_norm
 
 from cpfold_train.ops.by_rows import by_rows, rows_per_block
+from cpfold_train.ops.linear import linear as linear_of
 
 
 def linear(c_in: int, c_out: int, init: str = "lecun", bias: bool = False) -> nn.Linear:
@@ -56,19 +57,19 @@ class Transition(nn.Module):
 def transition(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, fc1: Tensor, fc2: Tensor, fc3: Tensor) -> Tensor:
     """:class:`Transition` of (..., dim) all at once."""
     x = layer_norm(x, norm_weight.shape, norm_weight, norm_bias)
-    return F.linear(F.silu(F.linear(x, fc1)) * F.linear(x, fc2), fc3)
+    return linear_of(F.silu(linear_of(x, fc1)) * linear_of(x, fc2), fc3)
 
 
 def normed_linear(x: Tensor, norm: nn.LayerNorm, project: nn.Linear) -> Tensor:
     """``project(norm(x))`` of (B, rows, ..., c), a few rows at a time: the norm of a whole tile would have to be kept.
 
-    ``project`` has no bias."""
+    ``project`` has no bias. The norm is in the dtype of its weights, whatever that of x is."""
     rows = rows_per_block(x[:, :1].numel() * x.element_size(), x.device)
     return by_rows(_normed_linear, rows, (x,), (norm.weight, norm.bias, project.weight))
 
 
 def _normed_linear(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias), weight)
+    return F.linear(F.layer_norm(x.to(norm_weight.dtype), norm_weight.shape, norm_weight, norm_bias), weight)
 
 
 def without_autocast(x: Tensor) -> torch.autocast:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from cpfold_train.model.blocks import run_blocks
 from cpfold_train.model.config import MemoryConfig, MSAConfig
 from cpfold_train.model.constants import NUM_TOKENS
-from cpfold_train.model.layers import Transition, linear
+from cpfold_train.model.layers import Transition, linear, normed_linear
 from cpfold_train.model.pair_stack import PairStack
 from cpfold_train.ops import outer_product_mean as opm
 from cpfold_train.ops.dropout import drop_rows
@@ -36,7 +36,7 @@ class PairWeightedAveraging(nn.Module):
         """Update for an MSA block (B, S/R, N/C, c_m), from a pair tile (B, N/R, N/C, c_z) and a mask (B, N)."""
         m = self.norm_m(m)
         v = self.proj_m(m).unflatten(-1, (PWA_HEADS, PWA_WIDTH))
-        o = pair_weighted_averaging(v, self.proj_z(self.norm_z(z)), token_mask, cp)
+        o = pair_weighted_averaging(v, normed_linear(z, self.norm_z, self.proj_z), token_mask, cp)
         return self.proj_o(self.proj_g(m).sigmoid() * o.flatten(-2))
 
 
@@ -97,7 +97,7 @@ class MSALayer(nn.Module):
         update = self.pair_weighted_averaging(m, z, token_mask, cp)
         m = m + drop_rows(update, self.msa_dropout, sequences, None if draws is None else draws.at("msa"))
         m = m + self.msa_transition(m)
-        z = z + self.outer_product_mean(m, msa_mask, count, cp)
+        z = z + self.outer_product_mean(m, msa_mask, count, cp).to(z.dtype)
         return self.pairformer_layer.update_pairs(z, token_mask, cp, draws), m
 
 
@@ -129,7 +129,7 @@ class MSAModule(nn.Module):
         # A one-hot times a matrix is a look-up of its columns.
         weight = self.msa_proj.weight.T
         m = weight[:NUM_TOKENS][feats["msa"]] + extra.to(z.dtype) @ weight[NUM_TOKENS:]
-        m = m + self.s_proj(s_inputs[:, None, tokens])
+        m = (m + self.s_proj(s_inputs[:, None, tokens])).to(z.dtype)
 
         count = opm.pair_counts(feats["msa_mask"], cp)
 

@@ -82,9 +82,9 @@ class PairformerLayer(PairStack):
         # The single track is an fp32 island whatever the precision of z: its values grow over the blocks.
         with without_autocast(s):
             dtype = self.pre_norm_s.weight.dtype
-            s, z_wide = s.to(dtype), z.to(dtype)
+            s = s.to(dtype)
             rows = s[:, slice(*cp.grid.row_tokens(s.shape[1]))]
-            rows = rows + self.attention(self.pre_norm_s(s), z_wide, token_mask, cp)
+            rows = rows + self.attention(self.pre_norm_s(s), z, token_mask, cp)
             rows = rows + self.transition_s(rows)
             return all_tokens(rows, cp), z
 

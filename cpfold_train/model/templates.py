@@ -85,7 +85,7 @@ class TemplateV2Module(nn.Module):
         for i, block in enumerate(self.pairformer.layers):
             args = update, token_mask, cp, None if draws is None else draws.at("block", i)
             update = recompute(block.update_pairs, *args) if self.memory.recompute else block.update_pairs(*args)
-        return self.v_norm(v + update)
+        return self.v_norm(v + update).to(z.dtype)
 
     def _embed(self, z: Tensor, template: dict[str, Tensor], cp: ContextParallel) -> Tensor:
         """What the stack starts from; the geometry is in fp32 whatever the precision of z."""
@@ -140,4 +140,4 @@ class TemplateV2Module(nn.Module):
             a = a + (frame_known_i[:, :, None] * frame_known_j[:, None])[..., None].to(dtype) * by_frame
             a = a * (visible_i[:, :, None] == visible_j[:, None])[..., None].to(dtype)
             a = a + F.embedding(type_i.long(), by_type_i)[:, :, None] + F.embedding(type_j.long(), by_type_j)[:, None]
-            return x + a
+            return (x + a).to(z.dtype)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from cpfold_train.model.config import MemoryConfig, ModelConfig
 from cpfold_train.model.constants import NUM_BOND_TYPES
 from cpfold_train.model.embedding import ContactConditioning, InputEmbedder, RelativePositionEncoder
-from cpfold_train.model.layers import linear
+from cpfold_train.model.layers import linear, normed_linear
 from cpfold_train.model.msa import MSAModule
 from cpfold_train.model.pairformer import PairformerModule
 from cpfold_train.model.templates import TemplateV2Module
@@ -37,10 +37,16 @@ class DistogramModule(nn.Module):
 class Trunk(nn.Module):
     """Input embedding, recycling, templates, MSA module, Pairformer and distogram head.
 
+    Attributes:
+        pair_dtype: in what z is held, and with it m and all that has the size of either; None, which is the default,
+            is the dtype of the weights.
+
     Args:
         config: sizes.
         memory: what is kept for the backward pass.
     """
+
+    pair_dtype: torch.dtype | None = None
 
     def __init__(self, config: ModelConfig, memory: MemoryConfig) -> None:
         super().__init__()
@@ -91,7 +97,7 @@ class Trunk(nn.Module):
                     torch.clear_autocast_cache()
                 at = None if draws is None else draws.at("recycling", cycle)
                 s = s_init + self.s_recycle(self.s_norm(s))
-                z = z_init + self.z_recycle(self.z_norm(z))
+                z = z_init + normed_linear(z, self.z_norm, self.z_recycle)
                 z = z + self.template_module(z, feats, cp, at)
                 # The MSA module returns all of z, so z doubles here: checkpoints are trained so.
                 z = z + self.msa_module(z, s_inputs, feats, cp, at)
@@ -113,4 +119,5 @@ class Trunk(nn.Module):
         z = z + self.rel_pos(feats, cp)
         z = z + self.token_bonds(feats["token_bonds"].to(self.token_bonds.weight.dtype))
         z = z + self.token_bonds_type(feats["type_bonds"].long())
-        return z + self.contact_conditioning(feats)
+        z = z + self.contact_conditioning(feats)
+        return z if self.pair_dtype is None else z.to(self.pair_dtype)

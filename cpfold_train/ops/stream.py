@@ -55,13 +55,16 @@ class _Stream(torch.autograd.Function):
         parts: list[Tensor] = []
         for k, pieces in enumerate(pieces_in_turn(routes, sources)):
             part = in_blocks(partial(step, k), rows, inputs, (*shared, *pieces))
+            dtype = part.dtype
             if dim is None and parts:
                 parts[0] += part
+            elif dim is None and len(routes) > 1:
+                parts.append(part.to(torch.promote_types(dtype, torch.float32)))
             else:
                 parts.append(part)
             del part, pieces
         ctx.sizes = [1 if dim is None else part.shape[dim] for part in parts]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+        return parts[0].to(dtype) if len(parts) == 1 else torch.cat(parts, dim)
 
     @staticmethod
     def backward(ctx, grad: Tensor):

@@ -80,6 +80,10 @@ class Grid:
         """Column J of this rank's tile."""
         return self.cp_index % self.cols
 
+    def rows_within_nodes(self, per_node: int) -> bool:
+        """Whether each row of each replica's grid has its ranks on one machine, of ``per_node`` ranks."""
+        return self.world_size <= per_node or per_node % self.cols == 0
+
     def pad_tokens(self, n: int) -> int:
         """Smallest multiple of R * C that holds ``n`` tokens, so that every split of a dim over ranks is even."""
         return max(1, math.ceil(n / self.cp_size)) * self.cp_size
@@ -133,19 +137,24 @@ def parse_grid(text: str) -> tuple[int, int]:
     return rows, cols
 
 
-def squarest(ranks: int) -> tuple[int, int]:
-    """The grid of ``ranks`` ranks with sides as equal as possible, rows <= columns."""
-    rows = max(r for r in range(1, math.isqrt(ranks) + 1) if ranks % r == 0)
-    return rows, ranks // rows
+def squarest(ranks: int, per_node: int | None = None) -> tuple[int, int]:
+    """The grid of ``ranks`` ranks with sides as equal as possible, rather more columns than rows.
+
+    Where there are ``per_node`` ranks on each of several machines, only grids count whose rows lie within one.
+    """
+    sides = [(rows, ranks // rows) for rows in range(1, ranks + 1) if ranks % rows == 0]
+    fitting = [(rows, cols) for rows, cols in sides if per_node is None or per_node % cols == 0]
+    return min(fitting, key=lambda side: (max(side), side))
 
 
-def resolve_grid(text: str, dp: int | str, ranks: int | None) -> tuple[int, int, int]:
+def resolve_grid(text: str, dp: int | str, ranks: int | None, per_node: int | None = None) -> tuple[int, int, int]:
     """Decide ``(dp, rows, cols)`` from what the user typed and the number of ranks there are.
 
     Args:
-        text: ``"RxC"`` or ``"auto"`` (the squarest grid of the ranks that one replica gets).
+        text: ``"RxC"`` or ``"auto"``: the squarest grid of the ranks that one replica gets (see :func:`squarest`).
         dp: number of replicas, or ``"auto"`` (as many as the ranks allow; 1 where their number is open).
         ranks: world size fixed by a launcher or by the number of GPUs; None where we may start as many as we like.
+        per_node: ranks on each machine, where there are several.
 
     Raises:
         ConfigError: where the ranks cannot be divided so.
@@ -160,7 +169,7 @@ def resolve_grid(text: str, dp: int | str, ranks: int | None) -> tuple[int, int,
                 f"{ranks} ranks do not divide into dp={replicas} replicas: "
                 f"type a dp that divides {ranks}, for example dp=1"
             )
-        return replicas, *squarest(available // replicas)
+        return replicas, *squarest(available // replicas, per_node)
     rows, cols = parse_grid(text)
     fitting = 1 if ranks is None else max(1, ranks // (rows * cols))
     replicas = fitting if dp == "auto" else int(dp)

@@ -149,9 +149,11 @@ class Route:
             for p, piece in received.items():
                 self._view(out, self._has, self._outgoing[p]).copy_(piece)
         else:
-            out = grad.new_zeros(shape)
+            # As many addends as ranks: in bf16 each of them would be rounded once more.
+            total = grad.new_zeros(shape, dtype=torch.promote_types(grad.dtype, torch.float32))
             for p in sorted(received):
-                self._view(out, self._has, self._outgoing[p]).add_(received[p])
+                self._view(total, self._has, self._outgoing[p]).add_(received[p])
+            out = total.to(grad.dtype)
         return out
 
     def _view(self, x: Tensor, origin: Box, box: Box) -> Tensor:

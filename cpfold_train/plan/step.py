@@ -22,6 +22,7 @@ from cpfold_train.parallel.grid import Grid
 from cpfold_train.plan.batch import ON_HOST
 from cpfold_train.plan.shortcuts import host_is_elsewhere, two_blocks_for_all
 from cpfold_train.plan.trace import STEP, Moment, Phase, Seconds, Tallies, TracedLedger, Tracer
+from cpfold_train.training.check_precision import IN_BF16
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.module import CoFoldingModule
 
@@ -65,6 +66,11 @@ def trace_step(config: TrainConfig, grid: Grid, batch: dict[str, Tensor], second
     diffusion = replace(config.diffusion, sampling_steps=sampling)
     with torch.device("meta"):
         module = CoFoldingModule(config.model, config.memory, config.optim, config.loss, diffusion, config.seed)
+    precision = config.trainer.precision
+    if precision == "bf16-true":
+        module.model.trunk.pair_dtype = torch.bfloat16
+    elif precision == "64-true":
+        module.double()
     tracer = Tracer(seconds, LARGE_BYTES if on_host else 0)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with (
@@ -105,8 +111,7 @@ def trace_step(config: TrainConfig, grid: Grid, batch: dict[str, Tensor], second
         with tracer.category("features"):
             fed = {name: torch.empty_like(x, device="cpu") for name, x in batch.items() if name != ON_HOST}
         fed[ON_HOST] = batch[ON_HOST]
-        mixed = torch.autocast("cpu", torch.bfloat16) if config.trainer.precision == "bf16-mixed" else nullcontext()
-        with mixed:
+        with torch.autocast("cpu", torch.bfloat16) if precision in IN_BF16 else nullcontext():
             loss = module.micro_batch(fed, recycling)["loss"]
         loss.backward()
         del loss

@@ -12,11 +12,9 @@ from cpfold_train.model.config import RESIDUALS
 from cpfold_train.ops.biased_attention import KERNELS
 from cpfold_train.parallel.cost import ALGORITHMS
 from cpfold_train.training.boltz_checkpoint import WEIGHTS
+from cpfold_train.training.check_precision import IN_BF16, check_precision
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.sources import training_sources, validation_source
-
-PRECISIONS = ("32-true", "bf16-mixed", "64-true")
-"""Parameters in bf16 would round distances and the single track; fp16 overflows in the pair stack."""
 
 
 def check(config: TrainConfig) -> None:
@@ -51,7 +49,7 @@ def check(config: TrainConfig) -> None:
         raise ConfigError("memory.offload=true is for what lies between recomputed blocks: type memory.recompute=true")
     if config.kernels == "cuequivariance":
         _require_cuequivariance(config)
-    _one_of("trainer.precision", str(config.trainer.precision), PRECISIONS)
+    check_precision(config.trainer)
     _one_of("model.num_bins", config.model.num_bins, (NUM_BINS,))
     atoms = config.model.atoms
     _divides("model.token_s", config.model.token_s, config.model.pairformer.num_heads)
@@ -95,7 +93,7 @@ def _require_cuequivariance(config: TrainConfig) -> None:
         )
     if config.trainer.accelerator == "cpu":
         raise ConfigError("kernels=cuequivariance needs GPUs: type trainer.accelerator=gpu, or kernels=torch")
-    if str(config.trainer.precision) != "bf16-mixed":
+    if config.trainer.precision not in IN_BF16:
         raise ConfigError(
             f"kernels=cuequivariance does not train in trainer.precision={config.trainer.precision}: "
             "type trainer.precision=bf16-mixed, or kernels=torch"

@@ -24,7 +24,7 @@ from cpfold_train.errors import ConfigError, DataError
 from cpfold_train.training import sweep
 from cpfold_train.training.check import check
 from cpfold_train.training.config import TrainConfig
-from cpfold_train.training.launch import device_here, is_first_rank, plan_world
+from cpfold_train.training.launch import device_here, is_first_rank, plan_world, started_by_slurm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,6 +77,8 @@ def start(config: DictConfig, run_dir: Path) -> None:
         typed.memory = choose_memory(typed, world.grid, device_here(typed.trainer.accelerator))
         config.memory = OmegaConf.structured(typed.memory)
     if is_first_rank():
+        if note := world.note():
+            print(f"note: {note}", file=sys.stderr)
         run_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, run_dir / "resolved.yaml", resolve=True)
     # Lightning takes seconds to import; a wrong key is to be told at once.
@@ -97,12 +99,13 @@ def typed_config(config: DictConfig) -> TrainConfig:
 
 
 def run_stamp() -> str:
-    """Name of the run directory, the same on every rank: DATE/TIME, or the job's number under SLURM.
+    """Name of the run directory, the same on every rank: DATE/TIME, or the number of the job's step under srun.
 
-    The ranks that torchrun starts compose their configurations seconds apart; what they share is their parent.
+    The ranks that torchrun starts compose their configurations seconds apart; what they share is their parent. A job
+    that SLURM puts back into the queue keeps its number, and so its run directory.
     """
-    if "SLURM_JOB_ID" in os.environ and "SLURM_PROCID" in os.environ:
-        return f"slurm-{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_STEP_ID', 0)}"
+    if started_by_slurm() and "SLURM_STEP_ID" in os.environ:
+        return f"slurm-{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
     started = psutil.Process(os.getppid()).create_time() if "TORCHELASTIC_RUN_ID" in os.environ else time.time()
     return time.strftime("%Y-%m-%d/%H-%M-%S", time.localtime(started))
 

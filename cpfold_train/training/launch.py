@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cpfold_train.errors import ConfigError
-from cpfold_train.parallel.grid import Grid, resolve_grid
+from cpfold_train.parallel.grid import Grid, resolve_grid, squarest
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,17 @@ class World:
     grid: Grid
     num_nodes: int
     devices: int
+
+    def note(self) -> str | None:
+        """What a user should know of how the grid lies on the machines, if anything."""
+        rows, cols = self.grid.rows, self.grid.cols
+        if self.grid.rows_within_nodes(self.devices):
+            return None
+        fits = Grid(*squarest(rows * cols, self.devices))
+        return (
+            f"rows of cp.grid={rows}x{cols} span machines, which have {self.devices} ranks each; the ranks of a row "
+            f"exchange most, and cp.grid={fits} keeps each row on one"
+        )
 
 
 def plan_world(
@@ -44,7 +55,8 @@ def plan_world(
     nodes = nodes or num_nodes
     open_ended = "auto" in (grid, str(dp))
     ranks = started or (gpus * nodes if gpus and open_ended else None)
-    replicas, rows, cols = resolve_grid(grid, dp, ranks)
+    per_node = ranks // nodes if ranks and nodes > 1 and ranks % nodes == 0 else None
+    replicas, rows, cols = resolve_grid(grid, dp, ranks, per_node)
     world = replicas * rows * cols
     if world % nodes:
         raise ConfigError(
@@ -65,7 +77,7 @@ def _started_ranks(env: Mapping[str, str]) -> tuple[int | None, int | None]:
     if "TORCHELASTIC_RUN_ID" in env:
         world = int(env["WORLD_SIZE"])
         return world, world // int(env["LOCAL_WORLD_SIZE"])
-    if "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+    if started_by_slurm(env):
         return int(env["SLURM_NTASKS"]), int(env.get("SLURM_NNODES", 1))
     return None, None
 
@@ -73,6 +85,11 @@ def _started_ranks(env: Mapping[str, str]) -> tuple[int | None, int | None]:
 def device_here(accelerator: str) -> str:
     """``gpu`` or ``cpu``, as the planner calls what an accelerator of Lightning's is on this machine."""
     return "gpu" if accelerator != "cpu" and _gpus() else "cpu"
+
+
+def started_by_slurm(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether SLURM starts the ranks, as Lightning sees it: not in a shell that it has given to a user."""
+    return "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
 def _gpus() -> int:
@@ -83,5 +100,6 @@ def _gpus() -> int:
 
 def is_first_rank(env: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is the one that speaks to the user, before any process group exists."""
-    rank = next((env[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in env), "0")
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK") if started_by_slurm(env) else ("RANK", "LOCAL_RANK")
+    rank = next((env[name] for name in names if name in env), "0")
     return int(rank) == 0

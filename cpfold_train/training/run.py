@@ -22,6 +22,7 @@ from cpfold_train.training.metrics_csv import MetricsCSV
 from cpfold_train.training.module import CoFoldingModule
 from cpfold_train.training.optim import MovingAverage
 from cpfold_train.training.picture import Pictures
+from cpfold_train.training.precision import precision_arguments
 from cpfold_train.training.quiet import quiet_lightning
 from cpfold_train.training.result import Result
 from cpfold_train.training.signals import EndOnSigterm
@@ -56,7 +57,7 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
         find_unused_parameters=not module.judged,
     )
     trainer = pl.Trainer(
-        **dataclasses.asdict(config.trainer) | {"num_nodes": world.num_nodes},
+        **dataclasses.asdict(config.trainer) | {"num_nodes": world.num_nodes} | precision_arguments(config.trainer),
         strategy=strategy,
         devices=world.devices,
         logger=_loggers(config, run_dir, record),

@@ -28,6 +28,7 @@ _OF_A_WORLD = (
     "PL_GLOBAL_SEED",
     "TORCHELASTIC_RUN_ID",
     "SLURM_NTASKS",
+    "SLURM_PROCID",
 )
 """Variables that would make a job believe that it is a rank of somebody else's world."""
 
