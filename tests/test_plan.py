@@ -107,9 +107,7 @@ def test_a_deep_model_from_two_shallow_ones():
     full = trace(deep)
     assert fullest_moment(found) == fullest_moment(full)
     one, other = totals(found.tallies), totals(full.tallies)
-    assert (one.kernels, one.moved_bytes, one.sent_bytes) == pytest.approx(
-        (other.kernels, other.moved_bytes, other.sent_bytes)
-    )
+    assert (one.kernels, one.moved_bytes) == pytest.approx((other.kernels, other.moved_bytes))
     assert one.flops == other.flops
 
 
