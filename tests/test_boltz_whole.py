@@ -138,7 +138,7 @@ def weights() -> dict[str, Tensor]:
 
 def our_step(cp, state: dict[str, Tensor], dtype: torch.dtype) -> dict:
     """This rank's shares of the losses and gradients, and the truth of each sampled structure."""
-    module = CoFoldingModule(CONFIG, OPTIM, WEIGHTS, DRAWN, SEED)
+    module = CoFoldingModule(CONFIG, MemoryConfig(), OPTIM, WEIGHTS, DRAWN, SEED)
     module.model.load_state_dict(state)
     module = module.to(dtype).train()
     module._trainer = SimpleNamespace(strategy=SimpleNamespace(cp=cp), global_step=0)
@@ -249,7 +249,7 @@ def test_training_step_equals_the_package(ranks, trained, shape):
 
 def our_optimizer_step(cp, stock: Path, run: Path) -> None:
     """Take the package's weights, train one step in fp32 and write a checkpoint as our training does."""
-    module = CoFoldingModule(CONFIG, OPTIM, WEIGHTS, DRAWN, SEED)
+    module = CoFoldingModule(CONFIG, MemoryConfig(), OPTIM, WEIGHTS, DRAWN, SEED)
     initialise(module.model, stock, "raw")
     module._trainer = SimpleNamespace(strategy=SimpleNamespace(cp=cp), global_step=0)
     optimizer = module.configure_optimizers()["optimizer"]

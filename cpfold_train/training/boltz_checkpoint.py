@@ -18,6 +18,7 @@ from omegaconf import DictConfig, ListConfig, base, nodes
 from torch import Tensor, nn
 
 from cpfold_train.errors import ConfigError
+from cpfold_train.training.lora import merged
 
 SAFE_TYPES = [
     *(DictConfig, ListConfig, base.ContainerMetadata, base.Metadata),
@@ -105,7 +106,9 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def weights_of(checkpoint: dict[str, Any], weights: str, path: Path) -> dict[str, Tensor]:
-    """Tensors of a checkpoint under Boltz-2's names; ``weights`` is one of ``WEIGHTS``, ``path`` is for errors.
+    """Tensors of a checkpoint under Boltz-2's names, LoRA merged into the weights.
+
+    ``weights`` is one of ``WEIGHTS``, ``path`` is for errors.
 
     Raises:
         ConfigError: it has no moving average.
@@ -119,6 +122,8 @@ def weights_of(checkpoint: dict[str, Any], weights: str, path: Path) -> dict[str
         state = checkpoint["ema"]["ema_weights"]
     else:
         raise ConfigError(f"{path} has no moving average of the weights: ask for the raw ones")
+    if lora := (checkpoint.get("hyper_parameters") or {}).get("finetune", {}).get("lora"):
+        state = merged(state, lora["alpha"] / lora["rank"])
     return {boltz_name(name.removeprefix(_TASK)): value for name, value in state.items()}
 
 

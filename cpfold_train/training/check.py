@@ -12,6 +12,7 @@ from cpfold_train.model.config import RESIDUALS
 from cpfold_train.ops.biased_attention import KERNELS
 from cpfold_train.parallel.cost import ALGORITHMS
 from cpfold_train.training.boltz_checkpoint import WEIGHTS
+from cpfold_train.training.check_finetune import check_finetune
 from cpfold_train.training.check_precision import IN_BF16, check_precision
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.sources import training_sources, validation_source
@@ -38,6 +39,10 @@ def check(config: TrainConfig) -> None:
         ("memory.chunk_mib", config.memory.chunk_mib, 0.001),
         ("trainer.log_every_n_steps", config.trainer.log_every_n_steps, 1),
         ("checkpoint.every_n_steps", config.checkpoint.every_n_steps, 1),
+        ("finetune.lora.rank", config.finetune.lora.rank, 1),
+        ("early_stop.patience", config.early_stop.patience, 1),
+        ("early_stop.min_delta", config.early_stop.min_delta, 0),
+        ("module_statistics.every_n_steps", config.module_statistics.every_n_steps, 0),
     ):
         if value is not None and value < least:
             raise ConfigError(f"{name}={value} is too small: type {name}={least} or more")
@@ -60,6 +65,7 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(f"cp.timeout_s={config.cp.timeout_s} leaves no time: type a number of seconds above 0")
     if not 0 <= config.data.max_bad_share <= 1:
         raise ConfigError(f"data.max_bad_share={config.data.max_bad_share} is not a share: type a number from 0 to 1")
+    check_finetune(config)
     _crop_schedule(config.data.crop_schedule)
     for source in training_sources(config.data):
         open_source(source)

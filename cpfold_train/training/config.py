@@ -81,7 +81,10 @@ class DiffusionRunConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW, its schedule and the moving average of the weights; see ``conf/optim``."""
+    """AdamW, its schedule and the moving average of the weights; see ``conf/optim``.
+
+    ``start_step`` is a step of the schedule, "checkpoint" or None.
+    """
 
     lr: float = MISSING
     warmup_steps: int = MISSING
@@ -91,6 +94,46 @@ class OptimConfig:
     eps: float = MISSING
     weight_decay: float = MISSING
     ema_decay: float = MISSING
+    start_step: Any = MISSING
+
+
+@dataclass
+class LoRAConfig:
+    """Layers that get a trained product of low rank, by pattern, its rank, and its scale times the rank."""
+
+    patterns: list[str] = field(default_factory=list)
+    rank: int = 8
+    alpha: float = 16.0
+
+
+@dataclass
+class FinetuneConfig:
+    """What is trained, and how fast; see ``conf/train.yaml``. The defaults train everything at one rate.
+
+    Patterns are those of :func:`cpfold_train.training.patterns.matching`. ``lr_groups`` maps them to factors.
+    """
+
+    freeze: list[str] = field(default_factory=list)
+    train: list[str] = field(default_factory=list)
+    lr_groups: Any = None
+    layer_decay: float = 1.0
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+
+
+@dataclass
+class EarlyStopConfig:
+    """A validation metric, or None; how many validations it may stay without improvement; the least improvement."""
+
+    monitor: str | None = MISSING
+    patience: int = MISSING
+    min_delta: float = MISSING
+
+
+@dataclass
+class ModuleStatisticsConfig:
+    """``every_n_steps`` optimizer steps between two rows for each module; 0 writes none."""
+
+    every_n_steps: int = MISSING
 
 
 @dataclass
@@ -162,3 +205,6 @@ class TrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
+    module_statistics: ModuleStatisticsConfig = field(default_factory=ModuleStatisticsConfig)

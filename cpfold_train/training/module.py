@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,9 @@ from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.gather import gather_figures
 from cpfold_train.parallel.random import Draws
 from cpfold_train.parallel.redistribute import all_reduce
-from cpfold_train.training.config import DiffusionRunConfig, LossConfig, OptimConfig
+from cpfold_train.training.config import DiffusionRunConfig, FinetuneConfig, LossConfig, OptimConfig
+from cpfold_train.training.freeze import require_same
+from cpfold_train.training.learning_rates import learning_rate_factors
 from cpfold_train.training.optim import adamw_with_schedule, warmup_then_steps
 from cpfold_train.training.validation import score_distances, score_structures
 
@@ -37,6 +40,7 @@ class CoFoldingModule(LightningModule):
         loss: weights of the losses.
         diffusion: noised copies and sampled structures.
         seed: of the recycling counts.
+        finetune: how fast which part learns; None: all at one rate.
 
     Attributes:
         judged: whether structures are sampled in training, for the confidence module to be trained.
@@ -51,9 +55,11 @@ class CoFoldingModule(LightningModule):
         loss: LossConfig,
         diffusion: DiffusionRunConfig,
         seed: int,
+        finetune: FinetuneConfig | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters({"model": asdict(model)}, logger=False)
+        self._finetune = finetune or FinetuneConfig()
+        self.save_hyperparameters({"model": asdict(model), "finetune": asdict(self._finetune)}, logger=False)
         self.model = CoFolding(model, memory)
         self.validation: dict[str, float] = {}
         self._recycling, self._optim, self._diffusion, self._seed = model.recycling_steps, optim, diffusion, seed
@@ -128,8 +134,15 @@ class CoFoldingModule(LightningModule):
     def configure_optimizers(self) -> dict:
         o = self._optim
         factor = warmup_then_steps(o.warmup_steps, o.decay, o.decay_every)
-        optimizer, schedule = adamw_with_schedule(self.model, o.lr, tuple(o.betas), o.eps, o.weight_decay, factor)
+        rates = learning_rate_factors(self.model, self._finetune.layer_decay, self._finetune.lr_groups or {})
+        optimizer, schedule = adamw_with_schedule(
+            self.model, o.lr, tuple(o.betas), o.eps, o.weight_decay, factor, rates
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raise ConfigError where other weights are trained than in the checkpoint, or in other groups."""
+        require_same(self._finetune, checkpoint)
 
     def _losses(self, batch: Batch, recycling: int, draws: Draws) -> tuple[dict[str, DTensor], dict[str, Tensor]]:
         """What the model returns, and this rank's shares (B,) of the losses of its structures."""

@@ -8,24 +8,35 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 _NO_DECAY = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.Embedding)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups of the trainable parameters: decayed matrices, and norms, biases and embeddings without decay.
+def equal_rates(name: str) -> float:
+    """1: every parameter learns at the same rate."""
+    return 1.0
 
-    A parameter belongs to the module that owns it, so the choice goes by type and not by name.
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, rate_factor: Callable[[str], float] = equal_rates
+) -> list[dict]:
+    """Groups of the trainable parameters, each with its ``factor`` on the learning rate, highest first.
+
+    Of each factor there are the decayed matrices, and the norms, embeddings, biases and other vectors, which have no
+    decay. A parameter belongs to the module that owns it, so the choice goes by type and shape and not by name.
     """
-    decayed, plain = [], []
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
             if parameter.requires_grad:
-                exempt = isinstance(module, _NO_DECAY) or name == "bias"
-                (plain if exempt else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+                decayed = parameter.ndim > 1 and not isinstance(module, _NO_DECAY)
+                groups.setdefault((rate_factor(name), decayed), []).append(parameter)
+    return [
+        {"params": groups[factor, decayed], "weight_decay": weight_decay if decayed else 0.0, "factor": factor}
+        for factor, decayed in sorted(groups, reverse=True)
+    ]
 
 
 def warmup_then_steps(warmup_steps: int, decay: float, decay_every: int) -> Callable[[int], float]:
@@ -48,10 +59,24 @@ def adamw_with_schedule(
     eps: float,
     weight_decay: float,
     factor: Callable[[int], float],
+    rate_factor: Callable[[str], float] = equal_rates,
 ) -> tuple[AdamW, LambdaLR]:
-    """The optimizer and its scheduler, which is to be stepped once an optimizer step."""
-    optimizer = AdamW(parameter_groups(model, weight_decay), lr=lr, betas=betas, eps=eps)
+    """The optimizer and its scheduler, which is to be stepped once an optimizer step.
+
+    ``factor`` is that of a step, ``rate_factor`` that of a parameter by its name in the model.
+    """
+    groups = parameter_groups(model, weight_decay, rate_factor)
+    for group in groups:
+        group["lr"] = lr * group["factor"]
+    optimizer = AdamW(groups, lr=lr, betas=betas, eps=eps)
     return optimizer, LambdaLR(optimizer, factor)
+
+
+def base_rate(optimizer: Optimizer) -> float:
+    """The learning rate at this step of a parameter whose factor is 1."""
+    group = optimizer.param_groups[0]
+    # A checkpoint of an earlier version has no factors: all of them were 1.
+    return group["lr"] / group.get("factor", 1.0)
 
 
 class MovingAverage(WeightAveraging):

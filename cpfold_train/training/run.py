@@ -16,15 +16,19 @@ from cpfold_train.ops.by_rows import set_block_bytes
 from cpfold_train.training.boltz_checkpoint import initialise
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.datamodule import TileData
+from cpfold_train.training.early_stop import EarlyStop
 from cpfold_train.training.figures import StepFigures
+from cpfold_train.training.freeze import choose_trained
 from cpfold_train.training.launch import World
 from cpfold_train.training.metrics_csv import MetricsCSV
 from cpfold_train.training.module import CoFoldingModule
+from cpfold_train.training.module_statistics import ModuleStatistics
 from cpfold_train.training.optim import MovingAverage
 from cpfold_train.training.picture import Pictures
 from cpfold_train.training.precision import precision_arguments
 from cpfold_train.training.quiet import quiet_lightning
 from cpfold_train.training.result import Result
+from cpfold_train.training.schedule_start import StartSchedule, schedule_start
 from cpfold_train.training.signals import EndOnSigterm
 from cpfold_train.training.strategy import GridStrategy
 
@@ -44,7 +48,9 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
     set_block_bytes(None if chunk_mib is None else int(chunk_mib * 2**20))
     pl.seed_everything(config.seed, verbose=False)
     timeout = timedelta(seconds=config.cp.timeout_s)
-    module = CoFoldingModule(config.model, config.memory, config.optim, config.loss, config.diffusion, config.seed)
+    module = CoFoldingModule(
+        config.model, config.memory, config.optim, config.loss, config.diffusion, config.seed, config.finetune
+    )
     grid = world.grid
     strategy = GridStrategy(
         grid.rows,
@@ -66,11 +72,12 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
         # The loader divides the samples itself, over replicas only.
         use_distributed_sampler=False,
     )
-    if config.model.init_from and not config.ckpt_path:
-        initialise(module.model, Path(config.model.init_from), config.model.init_weights, config.model.init_skip)
     if config.trainer.precision == "64-true":
         # Lightning converts the module after it has read the checkpoint, whose weights would be rounded to fp32.
         module.double()
+    if config.model.init_from and not config.ckpt_path:
+        initialise(module.model, Path(config.model.init_from), config.model.init_weights, config.model.init_skip)
+    choose_trained(module.model, config.finetune, module.judged)
     accumulate = config.trainer.accumulate_grad_batches
     quarantine = run_dir / "quarantine.jsonl"
     data = TileData(config.data, config.crop_size, config.batch_size, accumulate, config.seed, quarantine)
@@ -100,6 +107,12 @@ def _callbacks(config: TrainConfig, run_dir: Path) -> list[Callback]:
         callbacks.append(
             ModelCheckpoint(folder, "best-{step}", monitor="val/loss", mode="min", enable_version_counter=False)
         )
+    if config.early_stop.monitor:
+        callbacks.append(EarlyStop(**dataclasses.asdict(config.early_stop)))
+    if every := config.module_statistics.every_n_steps:
+        callbacks.append(ModuleStatistics(run_dir / "modules.csv", every))
+    if (step := schedule_start(config, run_dir)) is not None:
+        callbacks.append(StartSchedule(step))
     if config.trainer.enable_progress_bar:
         callbacks.append(TQDMProgressBar(leave=True))
     return callbacks
