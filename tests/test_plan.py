@@ -20,7 +20,7 @@ from cpfold_train.plan.compose import compose, read_request
 from cpfold_train.plan.depth import FEWEST, by_category, extrapolated, shallow, totals
 from cpfold_train.plan.estimate import MEMORY_MARGIN
 from cpfold_train.plan.plan import Plan, fullest_moment, weight_bytes
-from cpfold_train.plan.step import Trace, trace_step
+from cpfold_train.plan.step import Trace, build, trace_step
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.module import CoFoldingModule
 
@@ -74,7 +74,7 @@ def test_categories_are_all_of_the_peak():
     held = by_category(fullest)
     assert sum(held.values()) == max(sum(moment.values()) for moment in trace.moments.values())
     config = compose(TINY)
-    module = CoFoldingModule(config.model, config.memory, config.optim, config.loss, config.diffusion, config.seed)
+    module = build(config)
     expected = weight_bytes(module, config)
     assert {name: held[name] for name in expected} == expected
     assert held["features"] and held["activations"] and held["boundaries"]
@@ -101,7 +101,7 @@ def test_a_deep_model_from_two_shallow_ones():
     def trace(config: TrainConfig) -> Trace:
         return trace_step(config, Grid(), batch, lambda *_: 1e-6, on_host=False)
 
-    module = CoFoldingModule(deep.model, deep.memory, deep.optim, deep.loss, deep.diffusion, deep.seed)
+    module = build(deep)
     weights = weight_bytes(module, deep)
     found = extrapolated(trace(shallow(deep, FEWEST)), trace(shallow(deep, FEWEST + 1)), groups, weights)
     full = trace(deep)

@@ -30,9 +30,11 @@ def shallow(config: TrainConfig, groups: int) -> TrainConfig:
 
 
 def groups_of(config: TrainConfig) -> dict[str, int] | None:
-    """Groups of blocks of each stack, or None where the model has to run in full: it is shallow, or blocks do not
-    divide into groups."""
-    model, at_once = config.model, config.memory.blocks_at_once
+    """Groups of blocks of each stack, or None where the model has to run in full: it is shallow, blocks do not divide
+    into groups, or not all of them are trained alike."""
+    model, at_once, finetune = config.model, config.memory.blocks_at_once, config.finetune
+    if finetune.freeze or finetune.train or finetune.lora.patterns:
+        return None
     blocks = (model.pairformer.num_blocks, model.confidence.pairformer.num_blocks)
     if any(n % at_once for n in blocks) or blocks[0] // at_once <= 2 * FEWEST + 1:
         return None

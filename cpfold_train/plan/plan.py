@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-import torch
 from torch import Tensor, nn
 
 from cpfold_train.parallel.grid import Grid
@@ -12,10 +11,9 @@ from cpfold_train.plan.batch import assumed_batch
 from cpfold_train.plan.depth import FEWEST, by_category, by_module, extrapolated, groups_of, shallow
 from cpfold_train.plan.devices import find_device
 from cpfold_train.plan.estimate import MEMORY_MARGIN, Costs, estimate, kernel_seconds
-from cpfold_train.plan.step import Trace, trace_step
+from cpfold_train.plan.step import Trace, build, trace_step
 from cpfold_train.plan.trace import CATEGORIES, STEP, Moment
 from cpfold_train.training.config import TrainConfig
-from cpfold_train.training.module import CoFoldingModule
 
 GIB, MIB = 2**30, 2**20
 
@@ -96,7 +94,7 @@ def plan(config: TrainConfig, grid: Grid, device: str, batch: dict[str, Tensor] 
     found = find_device(device, grid.world_size)
     seconds, on_host = kernel_seconds(found), device == "cpu"
     batch = assumed_batch(config, grid) if batch is None else batch
-    module = _module(config)
+    module = build(config)
     # What malloc keeps does not grow block by block: on CPU, where models are small, all blocks run.
     groups = None if on_host else groups_of(config)
     if groups is None:
@@ -128,10 +126,3 @@ def fullest_moment(trace: Trace) -> tuple[str, Moment]:
     """When a step holds most, and what."""
     (turning, running), moment = max(trace.moments.items(), key=lambda entry: sum(entry[1].values()))
     return f"{running}, {'forward' if turning == STEP else 'backward'} pass", moment
-
-
-def _module(config: TrainConfig) -> nn.Module:
-    with torch.device("meta"):
-        return CoFoldingModule(
-            config.model, config.memory, config.optim, config.loss, config.diffusion, config.seed
-        ).model

@@ -24,6 +24,7 @@ from cpfold_train.plan.shortcuts import host_is_elsewhere, two_blocks_for_all
 from cpfold_train.plan.trace import STEP, Moment, Phase, Seconds, Tallies, TracedLedger, Tracer
 from cpfold_train.training.check_precision import IN_BF16
 from cpfold_train.training.config import TrainConfig
+from cpfold_train.training.freeze import choose_trained
 from cpfold_train.training.module import CoFoldingModule
 
 SAMPLING_STEPS = 3
@@ -64,8 +65,7 @@ def trace_step(config: TrainConfig, grid: Grid, batch: dict[str, Tensor], second
     recycling = min(1, config.model.recycling_steps)
     sampling = min(SAMPLING_STEPS, config.diffusion.sampling_steps)
     diffusion = replace(config.diffusion, sampling_steps=sampling)
-    with torch.device("meta"):
-        module = CoFoldingModule(config.model, config.memory, config.optim, config.loss, diffusion, config.seed)
+    module = build(replace(config, diffusion=diffusion))
     precision = config.trainer.precision
     if precision == "bf16-true":
         module.model.trunk.pair_dtype = torch.bfloat16
@@ -130,6 +130,14 @@ def trace_step(config: TrainConfig, grid: Grid, batch: dict[str, Tensor], second
         difference(samplings[2 * calls], samplings[calls]) if sampling > 2 and calls else {},
         sampling,
     )
+
+
+def build(config: TrainConfig) -> CoFoldingModule:
+    """The module that is trained, on the meta device. Learning rates are those of a run that sets none."""
+    with torch.device("meta"):
+        module = CoFoldingModule(config.model, config.memory, config.optim, config.loss, config.diffusion, config.seed)
+        choose_trained(module.model, config.finetune, module.judged)
+    return module
 
 
 @contextmanager
