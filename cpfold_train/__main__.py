@@ -13,6 +13,7 @@ SUBCOMMANDS = {
     "inspect": ("cpfold_train.data.inspect", "list the samples of shards, or describe and draw one of them"),
     "compare": ("cpfold_train.training.compare", "compare the loss curves of runs, such as one on each grid"),
     "export-boltz": ("cpfold_train.training.boltz_export", "write a run's weights as a checkpoint of boltz"),
+    "consolidate": ("cpfold_train.training.consolidate", "turn a checkpoint of a run with FSDP into one file"),
     "predict": ("cpfold_train.predict.command", "sample structures with a checkpoint, on a grid of ranks"),
     "evaluate": ("cpfold_train.evaluate.command", "score predicted structures against the truth"),
     "plan": ("cpfold_train.plan.command", "memory, communication and time of a run on any grid, before it is started"),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
+
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -10,7 +14,8 @@ from torch import nn
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.training import metrics
 from cpfold_train.training.metrics_csv import MetricsCSV, read_metrics
-from cpfold_train.training.optim import MovingAverage, parameter_groups, warmup_then_steps
+from cpfold_train.training.moving_average import MovingAverage, average_decay
+from cpfold_train.training.optim import parameter_groups, warmup_then_steps
 
 N = 60
 
@@ -96,10 +101,47 @@ def test_decay_goes_by_the_type_of_the_module():
 
 
 def test_average_forgets_its_start_fast():
-    average = MovingAverage(0.999)._kwargs["avg_fn"]
-    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.bfloat16)
     for n in (1, 10, 100_000):
-        assert float(average(zero, one, torch.tensor(n))) == pytest.approx(1 - min(0.999, (1 + n) / (10 + n)), rel=1e-4)
+        assert average_decay(n, 0.999) == min(0.999, (1 + n) / (10 + n))
+    assert average_decay(0, 0.999) == 0
+
+
+def test_average_is_wider_than_the_weights_and_returns_them():
+    """Weights in bf16 that move by less than it can tell, a frozen one, and one under two names."""
+    module = pl.LightningModule()
+    module.a, module.b = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16), nn.Linear(1, 1, bias=False)
+    module.also = nn.Sequential(module.a)
+    module.b.requires_grad_(False)
+    average = MovingAverage(0.999)
+    nn.init.ones_(module.a.weight)
+    average.on_fit_start(None, module)
+    expected = 0.0
+    for n, value in enumerate((1.0, 1.0078125, 1.015625)):
+        nn.init.constant_(module.a.weight, value)
+        average.on_train_batch_end(SimpleNamespace(global_step=n + 1), module, None, None, n)
+        decay = average_decay(n, 0.999)
+        expected = decay * expected + (1 - decay) * value
+    checkpoint = {"state_dict": copy.deepcopy(module.state_dict())}
+    average.on_save_checkpoint(None, module, checkpoint)
+    for name in ("a.weight", "also.0.weight"):
+        assert checkpoint["state_dict"][name].item() == pytest.approx(expected, rel=1e-6)
+        assert checkpoint["current_model_state"][name].item() == 1.015625
+    assert checkpoint["state_dict"]["b.weight"].item() == module.b.weight.item()
+
+    average.on_validation_epoch_start(None, module)
+    assert module.a.weight.item() == torch.tensor(expected).bfloat16().item()
+    average.on_validation_epoch_end(None, module)
+    assert module.a.weight.item() == 1.015625
+
+    resumed = MovingAverage(0.999)
+    nn.init.zeros_(module.a.weight)
+    resumed.on_load_checkpoint(None, module, checkpoint)
+    resumed.on_fit_start(None, module)
+    assert module.a.weight.item() == 1.015625
+    again = {"state_dict": module.state_dict()}
+    resumed.on_save_checkpoint(None, module, again)
+    assert again["state_dict"]["a.weight"].item() == checkpoint["state_dict"]["a.weight"].item()
+    assert again["averaging_state"]["n_averaged"] == 3
 
 
 def test_metrics_file(tmp_path):

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, ListConfig, base, nodes
 from torch import Tensor, nn
 
 from cpfold_train.errors import ConfigError
+from cpfold_train.parallel.sharded_checkpoint import is_sharded_checkpoint
 from cpfold_train.training.lora import merged
 
 SAFE_TYPES = [
@@ -29,6 +30,8 @@ SAFE_TYPES = [
 """What the settings in a checkpoint are made of."""
 
 WEIGHTS = ("raw", "ema")
+CONSOLIDATE = "python -m cpfold_train consolidate {} OUT.ckpt"
+"""What makes one file of a checkpoint of a run with FSDP."""
 _TASK, _TRUNK = "model.", "trunk."
 _SHOWN = 3
 
@@ -81,6 +84,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it is no checkpoint, or holds what could run code.
     """
+    if is_sharded_checkpoint(path):
+        raise ConfigError(
+            f"{path} was written with parallel.fsdp=true: type {CONSOLIDATE.format(path)} and give OUT.ckpt instead"
+        )
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: type the path of a .ckpt file")
     try:

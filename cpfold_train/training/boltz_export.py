@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: the run has no checkpoint, or the checkpoint not all weights of the model.
     """
-    source = args.run / "checkpoints" / "last.ckpt" if args.run.is_dir() else args.run
+    source = args.run / "checkpoints" / "last.ckpt" if (args.run / "checkpoints").is_dir() else args.run
     checkpoint = read_checkpoint(source)
     config = model_config(checkpoint, source)
     exported = boltz_checkpoint(config, checkpoint, args.weights, source)

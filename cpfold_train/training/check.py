@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from pathlib import Path
 
 from cpfold_train.data.features import NUM_BINS
 from cpfold_train.data.sampling import open_source
@@ -12,6 +11,7 @@ from cpfold_train.model.config import RESIDUALS
 from cpfold_train.ops.biased_attention import KERNELS
 from cpfold_train.parallel.cost import ALGORITHMS
 from cpfold_train.training.boltz_checkpoint import WEIGHTS
+from cpfold_train.training.check_checkpoint import check_checkpoints
 from cpfold_train.training.check_finetune import check_finetune
 from cpfold_train.training.check_precision import IN_BF16, check_precision
 from cpfold_train.training.config import TrainConfig
@@ -20,13 +20,7 @@ from cpfold_train.training.sources import training_sources, validation_source
 
 def check(config: TrainConfig) -> None:
     """Raise ConfigError or DataError, one sentence that says what to type instead."""
-    if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
-        raise ConfigError(f"ckpt_path={config.ckpt_path} does not exist: type the path of a .ckpt file or leave it out")
-    init_from = config.model.init_from
-    if init_from is not None and not Path(init_from).is_file():
-        raise ConfigError(
-            f"model.init_from={init_from} does not exist: type the path of a .ckpt file, or model.init_from=null"
-        )
+    check_checkpoints(config.ckpt_path, config.model.init_from, config.parallel.fsdp)
     for name, value, least in (
         ("crop_size", config.crop_size, 1),
         ("batch_size", config.batch_size, 1),

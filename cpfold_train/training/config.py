@@ -186,6 +186,13 @@ class TrainerConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """``fsdp``: parameters and optimizer shared out over all ranks."""
+
+    fsdp: bool = MISSING
+
+
+@dataclass
 class TrainConfig:
     """One run; ``kernels`` is what computes triangle attention."""
 
@@ -208,3 +215,4 @@ class TrainConfig:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
     module_statistics: ModuleStatisticsConfig = field(default_factory=ModuleStatisticsConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)

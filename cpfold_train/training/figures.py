@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from cpfold_train.memory import peak_mib
 from cpfold_train.parallel.gather import gather_figures
+from cpfold_train.parallel.sharding import whole
 from cpfold_train.training.optim import base_rate
 
 
@@ -39,7 +40,7 @@ class StepFigures(Callback):
         """Lightning clips after this hook: the norm is that of the gradient as it came."""
         if self._due(trainer, trainer.global_step + 1):
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self._grad_norm = torch.nn.utils.get_total_norm(gradients)
+            self._grad_norm = whole(torch.nn.utils.get_total_norm(gradients))
             self._lr = base_rate(optimizer)
 
     def on_train_batch_end(

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from cpfold_train.parallel.sharding import whole
 from cpfold_train.training.boltz_checkpoint import boltz_name
 from cpfold_train.training.metrics_csv import MetricsCSV, read_metrics
 
@@ -116,6 +116,5 @@ def update_norm(optimizer: Optimizer, parameters: Named) -> float:
 
 def norm(tensors: Iterable[Tensor]) -> Tensor:
     """Euclidean norm of all of them together, in fp32 at least; of sharded ones, on all ranks."""
-    norms = [torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in tensors]
-    norms = [x.full_tensor() if isinstance(x, DTensor) else x for x in norms]
+    norms = [whole(torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))) for x in tensors]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())

@@ -1,13 +1,10 @@
-"""AdamW, AlphaFold 3's learning-rate schedule and the moving average of the weights."""
+"""AdamW and AlphaFold 3's learning-rate schedule."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -77,38 +74,3 @@ def base_rate(optimizer: Optimizer) -> float:
     group = optimizer.param_groups[0]
     # A checkpoint of an earlier version has no factors: all of them were 1.
     return group["lr"] / group.get("factor", 1.0)
-
-
-class MovingAverage(WeightAveraging):
-    """Exponential moving average of the parameters: used in validation and kept in checkpoints.
-
-    In a checkpoint ``state_dict`` holds the average, ready for use, and ``current_model_state`` the weights under
-    training. The decay after n updates is ``min(decay, (1 + n) / (10 + n))``, so that the first, random weights are
-    soon forgotten.
-
-    Args:
-        decay: its limit.
-    """
-
-    def __init__(self, decay: float) -> None:
-        def average(averaged: Tensor, current: Tensor, n: Tensor) -> Tensor:
-            # 1 - (1 + n) / (10 + n), kept on the device: reading n on the host would stall it for every parameter.
-            weight = (9 / (10 + n)).clamp(min=1 - decay)
-            return averaged.lerp(current.to(averaged.dtype), weight.to(averaged.dtype))
-
-        super().__init__(use_buffers=False, avg_fn=average)
-        self._under_training: list[Tensor] = []
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the average in place. The base class exchanges the two, which rounds it to the dtype of the weights."""
-        self._under_training = [parameter.detach().clone() for parameter in pl_module.parameters()]
-        self._copy_average_to_current(pl_module)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        with torch.no_grad():
-            for parameter, value in zip(pl_module.parameters(), self._under_training):
-                parameter.copy_(value)
-        self._under_training = []
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the weights under training in place: the last checkpoint is written after this and must resume."""

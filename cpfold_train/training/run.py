@@ -19,11 +19,12 @@ from cpfold_train.training.datamodule import TileData
 from cpfold_train.training.early_stop import EarlyStop
 from cpfold_train.training.figures import StepFigures
 from cpfold_train.training.freeze import choose_trained
+from cpfold_train.training.fsdp import ShardedGridStrategy
 from cpfold_train.training.launch import World
 from cpfold_train.training.metrics_csv import MetricsCSV
 from cpfold_train.training.module import CoFoldingModule
 from cpfold_train.training.module_statistics import ModuleStatistics
-from cpfold_train.training.optim import MovingAverage
+from cpfold_train.training.moving_average import MovingAverage
 from cpfold_train.training.picture import Pictures
 from cpfold_train.training.precision import precision_arguments
 from cpfold_train.training.quiet import quiet_lightning
@@ -52,7 +53,7 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
         config.model, config.memory, config.optim, config.loss, config.diffusion, config.seed, config.finetune
     )
     grid = world.grid
-    strategy = GridStrategy(
+    strategy = (ShardedGridStrategy if config.parallel.fsdp else GridStrategy)(
         grid.rows,
         grid.cols,
         grid.dp,
@@ -62,8 +63,12 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
         # The confidence module's, where it has no loss.
         find_unused_parameters=not module.judged,
     )
+    # What FSDP gathers in inference mode could not be used in training.
+    inference_mode = config.trainer.inference_mode and not config.parallel.fsdp
     trainer = pl.Trainer(
-        **dataclasses.asdict(config.trainer) | {"num_nodes": world.num_nodes} | precision_arguments(config.trainer),
+        **dataclasses.asdict(config.trainer)
+        | {"num_nodes": world.num_nodes, "inference_mode": inference_mode}
+        | precision_arguments(config.trainer),
         strategy=strategy,
         devices=world.devices,
         logger=_loggers(config, run_dir, record),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import time
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
@@ -58,6 +60,20 @@ class GridStrategy(DDPStrategy):
     def distributed_sampler_kwargs(self) -> dict[str, int]:
         """Every rank of a replica reads the same samples."""
         return {"num_replicas": self.grid.dp, "rank": self.grid.dp_index}
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        path = Path(filepath)
+        if not path.is_dir():
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        # Of a run with FSDP: a file cannot replace a directory in one step.
+        written = path.with_name(f"{path.name}.new")
+        super().save_checkpoint(checkpoint, written, storage_options)
+        if self.is_global_zero:
+            shutil.rmtree(path)
+            written.rename(path)
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
