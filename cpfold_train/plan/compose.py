@@ -57,7 +57,7 @@ def read_request(settings: list[str]) -> Request:
     config = compose(of_run)
     if config.parallel.fsdp:
         raise ConfigError(
-            "a plan has whole weights on every rank: type parallel.fsdp=false; docs/fsdp.md says what sharing them saves"
+            "a plan has whole weights on every rank: type parallel.fsdp=false; docs/fsdp.md says what sharing saves"
         )
     dp = int(config.dp) if str(config.dp).isdigit() else 1
     asked = any(setting.startswith(("cp.grid=", "recipe=")) for setting in of_run) and config.cp.grid != "auto"
