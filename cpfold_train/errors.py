@@ -7,3 +7,11 @@ class ConfigError(ValueError):
 
 class DataError(ValueError):
     """Input data that cannot be used. The message names the file or sample and what is wrong with it."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on. The message is one sentence that says why, and what can be done."""
+
+
+class DiskFullError(RunError):
+    """There is no room for a file that the run has to write."""

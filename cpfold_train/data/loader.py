@@ -12,6 +12,9 @@ and judge the whole sample, so they replace alike without asking each other.
 from __future__ import annotations
 
 import itertools
+import os
+import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -131,6 +134,7 @@ class TileLoader:
         self._workers = {"num_workers": num_workers, "pin_memory": pin_memory}
         if num_workers:
             self._workers |= {"multiprocessing_context": start_method, "prefetch_factor": prefetch_factor}
+            self._workers["worker_init_fn"] = _obey_own_rank_only
         self.epoch = 0
         self.position = 0
         """Batch of the epoch that comes next."""
@@ -211,6 +215,21 @@ class TileLoader:
         )
         pipeline = wds.DataPipeline(slots, partial(_batches, making=self._making))
         return iter(wds.WebLoader(pipeline, batch_size=None, **self._workers))
+
+
+def _obey_own_rank_only(worker: int) -> None:
+    """Let SIGTERM end this worker only where it comes from the rank that started it.
+
+    A scheduler sends it to all processes of a job; the rank needs its workers for the step after which it saves.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def obey() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=obey, daemon=True, name="sigterm").start()
 
 
 def next_batch(epoch: int, batch: int, batches: int) -> tuple[int, int]:

@@ -39,11 +39,23 @@ def gather_figures(cp: ContextParallel, figures: Sequence[float]) -> Tensor:
         return row[None]
     row = row.to(cp.mesh.device_type)
     pieces = [torch.empty_like(row) for _ in range(cp.grid.world_size)]
-    dist.all_gather(pieces, row)
+    with cp.ledger.standing("gathering of figures"):
+        dist.all_gather(pieces, row)
     return torch.stack(pieces).cpu()
+
+
+def on_any_rank(cp: ContextParallel, flag: bool) -> bool:
+    """Whether it is so on at least one rank of the world; the same answer on all."""
+    if cp.grid.world_size == 1:
+        return flag
+    flags = torch.tensor(flag, dtype=torch.int32, device=cp.mesh.device_type)
+    with cp.ledger.standing("agreement"):
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
 
 
 def barrier(cp: ContextParallel) -> None:
     """Wait until every rank of the world is here."""
     if cp.grid.world_size > 1:
-        dist.barrier()
+        with cp.ledger.standing("barrier"):
+            dist.barrier()

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -20,14 +21,27 @@ class Entry:
     waited_s: float = 0.0
 
 
+class Place(NamedTuple):
+    """Where this rank is: waiting for others in an operation, or at work after it, and since when."""
+
+    op: str
+    waiting: bool
+    since: float
+    """Of ``time.monotonic()``."""
+
+
 class Ledger:
     """Counts what this rank sends and how long it stands waiting for what it receives.
 
     On CUDA the wait is measured between two events on the compute stream, so that counting never stalls the host;
     the events are read when somebody asks for the figures.
+
+    Attributes:
+        place: where this rank is now, for whoever wants to know why it does not answer.
     """
 
     def __init__(self) -> None:
+        self.place = Place("the start", False, time.monotonic())
         self._entries: defaultdict[str, Entry] = defaultdict(Entry)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -43,13 +57,22 @@ class Ledger:
         if device.type == "cuda":
             before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             before.record()
-            yield
+            with self.standing(op):
+                yield
             after.record()
             self._events.append((op, before, after))
         else:
             start = time.perf_counter()
-            yield
+            with self.standing(op):
+                yield
             self._entries[op].waited_s += time.perf_counter() - start
+
+    @contextmanager
+    def standing(self, op: str) -> Iterator[None]:
+        """Say where this rank waits, without booking it. An error leaves :attr:`place` as it is: it happened there."""
+        self.place = Place(op, True, time.monotonic())
+        yield
+        self.place = Place(op, False, time.monotonic())
 
     def by_op(self) -> dict[str, Entry]:
         """Totals since the start, per operation."""

@@ -20,7 +20,9 @@ from cpfold_train.training.sources import training_sources, validation_source
 
 def check(config: TrainConfig) -> None:
     """Raise ConfigError or DataError, one sentence that says what to type instead."""
-    check_checkpoints(config.ckpt_path, config.model.init_from, config.parallel.fsdp)
+    # What an earlier start of the same command has left, if anything.
+    ckpt_path = None if config.ckpt_path == "last" else config.ckpt_path
+    check_checkpoints(ckpt_path, config.model.init_from, config.parallel.fsdp)
     for name, value, least in (
         ("crop_size", config.crop_size, 1),
         ("batch_size", config.batch_size, 1),
@@ -33,6 +35,7 @@ def check(config: TrainConfig) -> None:
         ("memory.chunk_mib", config.memory.chunk_mib, 0.001),
         ("trainer.log_every_n_steps", config.trainer.log_every_n_steps, 1),
         ("checkpoint.every_n_steps", config.checkpoint.every_n_steps, 1),
+        ("faults.max_skipped", config.faults.max_skipped, 0),
         ("finetune.lora.rank", config.finetune.lora.rank, 1),
         ("early_stop.patience", config.early_stop.patience, 1),
         ("early_stop.min_delta", config.early_stop.min_delta, 0),

@@ -144,6 +144,13 @@ class CheckpointConfig:
 
 
 @dataclass
+class FaultsConfig:
+    """``max_skipped`` of 100 steps in a row may be without a finite loss and gradient."""
+
+    max_skipped: int = MISSING
+
+
+@dataclass
 class WandbConfig:
     """Weights & Biases; see ``conf/train.yaml``."""
 
@@ -212,6 +219,7 @@ class TrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
     module_statistics: ModuleStatisticsConfig = field(default_factory=ModuleStatisticsConfig)

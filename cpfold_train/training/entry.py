@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cpfold_train.errors import ConfigError, DataError
+from cpfold_train.errors import ConfigError, DataError, RunError
 from cpfold_train.training import sweep
 from cpfold_train.training.check import check
 from cpfold_train.training.config import TrainConfig
@@ -58,6 +58,8 @@ def _composed(config: DictConfig) -> float | None:
         start(config, Path(hydra_config.runtime.output_dir))
     except (ConfigError, DataError) as error:
         _refuse(str(error))
+    except RunError as error:
+        _refuse(str(error), code=1)
     return None
 
 
@@ -140,7 +142,7 @@ def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
             yield from _keys(node[key], f"{prefix}{key}.")
 
 
-def _refuse(sentence: str) -> NoReturn:
+def _refuse(sentence: str, code: int = 2) -> NoReturn:
     if is_first_rank():
         print(f"error: {sentence}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

@@ -14,6 +14,7 @@ from cpfold_train.memory import peak_mib
 from cpfold_train.parallel.gather import gather_figures
 from cpfold_train.parallel.sharding import whole
 from cpfold_train.training.optim import base_rate
+from cpfold_train.training.skip import SkipBadSteps
 
 
 class StepFigures(Callback):
@@ -23,9 +24,13 @@ class StepFigures(Callback):
     those of all replicas. ``data_wait_s`` is what the rank that waited longest for data waited within the step,
     ``quarantined`` how many samples could not be used since the start. Memory is that of the fullest rank since the
     start; bytes sent and exposed communication are means over ranks within the step.
+
+    Args:
+        skip: knows how many steps were skipped since the start.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, skip: SkipBadSteps) -> None:
+        self._skip = skip
         self._in_validation = torch.zeros(2, dtype=torch.float64)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -101,6 +106,7 @@ class StepFigures(Callback):
             "step_s": mean[1],
             "data_wait_s": highest[2],
             "quarantined": round(total[3]),
+            "skipped": self._skip.skipped,
             "peak_memory_mib": highest[4],
             "sent_mib": mean[5],
             "exposed_comm_s": mean[6],

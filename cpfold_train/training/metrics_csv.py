@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from cpfold_train.whole_file import whole_file
+
 COLUMNS = (
     "step",
     "train/loss",
@@ -28,6 +30,7 @@ COLUMNS = (
     "step_s",
     "data_wait_s",
     "quarantined",
+    "skipped",
     "peak_memory_mib",
     "sent_mib",
     "exposed_comm_s",
@@ -82,17 +85,20 @@ class MetricsCSV(Logger):
 
     def _begin(self, step: int) -> None:
         earlier = read_metrics(self._path) if self._path.exists() else []
-        kept = [[row[column] for column in COLUMNS] for row in earlier if int(row["step"]) < step]
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text("".join(map(_line, [COLUMNS, *kept])), newline="")
+        kept = [[row.get(column, "") for column in COLUMNS] for row in earlier if int(row["step"]) < step]
+        with whole_file(self._path) as file:
+            file.write("".join(map(_line, [COLUMNS, *kept])))
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a ``metrics.csv`` as text by column; empty where a step has no figure, no rows without a file."""
+    """The rows of a ``metrics.csv`` as text by column; empty where a step has no figure, no rows without a file.
+
+    A line that a full disk cut short is none.
+    """
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [row for row in csv.DictReader(file) if None not in row.values()]
 
 
 def _line(values: list[Any] | tuple[str, ...]) -> str:

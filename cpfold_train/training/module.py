@@ -44,6 +44,8 @@ class CoFoldingModule(LightningModule):
 
     Attributes:
         judged: whether structures are sampled in training, for the confidence module to be trained.
+        bad_losses: micro-batches whose share of the loss was not finite on this rank.
+        too_large: whether the step at hand is to be skipped on all ranks, because one has no memory for it.
         validation: means of the last validation by metric name; equal on all ranks.
     """
 
@@ -65,6 +67,8 @@ class CoFoldingModule(LightningModule):
         self._recycling, self._optim, self._diffusion, self._seed = model.recycling_steps, optim, diffusion, seed
         self._weights: dict[str, float] = asdict(loss)
         self.judged = any(self._weights[name] for name in CONFIDENCE)
+        self.bad_losses = torch.zeros((), dtype=torch.int64)
+        self.too_large = False
         self._sums = torch.zeros(len(VALIDATION) + 1, dtype=torch.float64)
 
     @property
@@ -79,6 +83,11 @@ class CoFoldingModule(LightningModule):
             ``loss``, for the backward pass; ``shares``, this rank's part of the batch's mean losses by name, ``loss``
             their weighted sum; ``tokens``.
         """
+        if self.too_large:
+            # A gradient that is not a number, so that the step is skipped as all that have one.
+            trained = [p.to_local() if isinstance(p, DTensor) else p for p in self.parameters() if p.requires_grad]
+            loss = sum(p.sum() for p in trained) * torch.nan
+            return {"loss": loss, "shares": {"loss": loss.detach()}, "tokens": batch["num_tokens"].sum()}
         # Every rank and every grid draws the same count, also after a resume.
         step = [self._seed, self.global_step]
         return self.micro_batch(batch, int(np.random.default_rng(step).integers(0, self._recycling + 1)))
@@ -97,6 +106,9 @@ class CoFoldingModule(LightningModule):
         # DDP takes the mean over dp x cp ranks; the gradient is the mean over dp of the sum over cp.
         loss = shares["loss"] * self.cp.grid.cp_size
         shares = {name: share.detach() for name, share in shares.items()}
+        self.bad_losses = self.bad_losses.to(loss.device) + ~shares["loss"].isfinite()
+        # The factor is 1, or not a number where the loss is not finite: then the gradient of all ranks is not, too.
+        loss = loss * (1 + 0 * shares["loss"])
         return {"loss": loss, "shares": shares, "tokens": batch["num_tokens"].sum()}
 
     def on_validation_epoch_start(self) -> None:

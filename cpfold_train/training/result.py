@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
+from cpfold_train.errors import DiskFullError
 from cpfold_train.memory import now_mib, peak_mib, reset_peak
 from cpfold_train.parallel.gather import gather_figures
 from cpfold_train.training.metrics_csv import read_metrics
 from cpfold_train.training.module import VALIDATION
 from cpfold_train.training.result_file import write_result
+from cpfold_train.training.skip import SkipBadSteps
 
 
 class Result(Callback):
@@ -22,14 +26,17 @@ class Result(Callback):
 
     Lists hold one figure per rank: ``peak_memory_mib``, the same above what the process used before the first step,
     ``sent_mib``, ``exposed_comm_s`` and ``data_wait_s`` of the whole run, and ``data_wait_share``, what part the last
-    one is of the time spent on training steps. ``quarantined`` counts the samples that could not be used.
+    one is of the time spent on training steps. ``quarantined`` counts the samples that could not be used, ``skipped``
+    the steps.
 
     Args:
         run_dir: where ``metrics.csv`` is and the result goes.
         seed: for the record.
+        skip: knows how many steps were skipped.
     """
 
-    def __init__(self, run_dir: Path, seed: int) -> None:
+    def __init__(self, run_dir: Path, seed: int, skip: SkipBadSteps) -> None:
+        self._skip = skip
         self._run_dir = run_dir
         self._seed = seed
         self._started = time.time()
@@ -76,7 +83,10 @@ class Result(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         status = "interrupted" if isinstance(exception, (KeyboardInterrupt, SystemExit)) else "failed"
-        self._write(trainer, {"status": status, "error": f"{type(exception).__name__}: {exception}"})
+        error = trainer.strategy.fault or f"{type(exception).__name__}: {exception}"
+        # There may be no room for it. What is told then is why the run ended.
+        with suppress(DiskFullError):
+            self._write(trainer, {"status": status, "error": error})
 
     def _write(self, trainer: Trainer, outcome: dict[str, str]) -> None:
         if not trainer.is_global_zero:
@@ -91,6 +101,7 @@ class Result(Callback):
             "world_size": grid.world_size,
             "seed": self._seed,
             "quarantined": self._quarantined,
+            "skipped": self._skip.skipped,
             **self._per_rank,
         }
         write_result(self._run_dir, result)
@@ -99,7 +110,8 @@ class Result(Callback):
 def _last_figures(path: Path) -> dict[str, Any]:
     """``last_losses`` of up to ten steps, and the last figure of each validation metric."""
     rows = read_metrics(path)
-    losses = [float(row["train/loss"]) for row in rows if row["train/loss"]]
+    # A step whose loss is not a number was skipped.
+    losses = [loss for row in rows if row["train/loss"] and isfinite(loss := float(row["train/loss"]))]
     validation = {name: float(row[name]) for row in rows for name in row if name.startswith("val/") and row[name]}
     return {"train/loss": losses[-1] if losses else None, "last_losses": losses[-10:], **validation}
 

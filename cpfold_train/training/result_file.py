@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cpfold_train.whole_file import whole_file
+
 RESULT = "result.json"
 
 
 def write_result(run_dir: Path, result: dict[str, Any]) -> None:
     """Write a run's result; parent directories are made."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / RESULT).write_text(json.dumps(result, indent=1) + "\n")
+    with whole_file(run_dir / RESULT) as file:
+        file.write(json.dumps(result, indent=1) + "\n")
 
 
 def read_result(run_dir: Path) -> dict[str, Any]:

@@ -11,12 +11,14 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 
+from cpfold_train.errors import RunError
 from cpfold_train.memory import return_large_tensors
 from cpfold_train.ops.by_rows import set_block_bytes
 from cpfold_train.training.boltz_checkpoint import initialise
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.datamodule import TileData
 from cpfold_train.training.early_stop import EarlyStop
+from cpfold_train.training.fault import TellFaults, sentence_on
 from cpfold_train.training.figures import StepFigures
 from cpfold_train.training.freeze import choose_trained
 from cpfold_train.training.fsdp import ShardedGridStrategy
@@ -30,7 +32,8 @@ from cpfold_train.training.precision import precision_arguments
 from cpfold_train.training.quiet import quiet_lightning
 from cpfold_train.training.result import Result
 from cpfold_train.training.schedule_start import StartSchedule, schedule_start
-from cpfold_train.training.signals import EndOnSigterm
+from cpfold_train.training.signals import SaveOnSigterm
+from cpfold_train.training.skip import SkipBadSteps
 from cpfold_train.training.strategy import GridStrategy
 
 
@@ -43,6 +46,7 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
         run_dir: receives checkpoints, figures and pictures.
         record: the configuration as plain containers, for W&B.
     """
+    config = dataclasses.replace(config, ckpt_path=_checkpoint(config.ckpt_path, run_dir))
     quiet_lightning()
     return_large_tensors()
     chunk_mib = config.memory.chunk_mib
@@ -89,6 +93,11 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
     try:
         # Checkpoints hold optimizer, loops and loader beside tensors: read only those that you trust.
         trainer.fit(module, data, ckpt_path=config.ckpt_path, weights_only=False)
+    except Exception as error:
+        sentence = strategy.fault or sentence_on(error, run_dir)
+        if sentence is None:
+            raise
+        raise RunError(sentence) from error
     finally:
         if config.wandb.enabled:
             import wandb
@@ -96,16 +105,27 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
             wandb.finish()
 
 
+def _checkpoint(ckpt_path: str | None, run_dir: Path) -> str | None:
+    """What to resume from; ``last`` is what an earlier start of the same command has left, if any."""
+    if ckpt_path != "last":
+        return ckpt_path
+    last = run_dir / "checkpoints" / "last.ckpt"
+    return str(last) if last.exists() else None
+
+
 def _callbacks(config: TrainConfig, run_dir: Path) -> list[Callback]:
     folder = run_dir / "checkpoints"
     every = config.checkpoint.every_n_steps
     # First, so that the others see the average in validation. It holds the weights once more.
     callbacks: list[Callback] = [MovingAverage(config.optim.ema_decay)] if config.optim.ema_decay else []
+    skip = SkipBadSteps(config.faults.max_skipped, run_dir / "out_of_memory.txt")
     callbacks += [
-        StepFigures(),
-        EndOnSigterm(),
+        TellFaults(folder),
+        StepFigures(skip),
+        skip,
         Pictures(run_dir),
-        Result(run_dir, config.seed),
+        Result(run_dir, config.seed, skip),
+        SaveOnSigterm(folder / "last.ckpt"),
         ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=every, enable_version_counter=False),
     ]
     if config.data.val and config.trainer.limit_val_batches != 0:

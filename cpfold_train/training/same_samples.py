@@ -23,7 +23,8 @@ def check_same_samples(batch: dict[str, Any], cp: ContextParallel) -> None:
     """
     tokens = [int(index.sum()) for index in batch["residue_index"]]
     key = key_of(*batch["id"], *batch["num_tokens"].tolist(), *tokens)
-    keys = gather_tensor(torch.tensor([key], device=cp.mesh.device_type), cp.all).flatten().tolist()
+    with cp.ledger.standing("comparison of samples"):
+        keys = gather_tensor(torch.tensor([key], device=cp.mesh.device_type), cp.all).flatten().tolist()
     if len(set(keys)) > 1:
         others = [rank for rank, other in zip(cp.all.ranks, keys) if other != key]
         raise DataError(

@@ -1,35 +1,79 @@
-"""What a run does when it is asked to end."""
+"""What a run does when it is asked to end: it saves after the step at hand, and ends."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
-from typing import NoReturn
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from cpfold_train.parallel.gather import barrier, on_any_rank
 
-class EndOnSigterm(Callback):
-    """SIGTERM ends this rank as an exception would, and with it the others.
 
-    Lightning 2.6 answers SIGTERM by a broadcast from inside the signal handler. It meets whatever collective the other
-    ranks are in, and all of them wait forever. Under SLURM its handler, which ignores the signal for the sake of
-    requeueing, stays.
+class SaveOnSigterm(Callback):
+    """SIGTERM to any rank: all save ``last.ckpt`` when the optimizer step at hand is done, and end with exit code 143.
+
+    Under SLURM, SIGUSR1 does the same and puts the job into the queue again (``#SBATCH --signal=USR1@300``).
+
+    Lightning 2.6 answers both from inside the signal handler, by a broadcast or a checkpoint that meet whatever the
+    other ranks are sending. Here a handler only takes a note, and the ranks agree between two steps; this takes the
+    place of the broadcast with which Lightning asks for SIGTERM before every batch.
+
+    Args:
+        checkpoint: file to save to.
     """
 
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _install()
+    def __init__(self, checkpoint: Path) -> None:
+        self._checkpoint = checkpoint
+        self._asked: int | None = None
+        self._worked = False
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _install()
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        # No hook lies between the last thing that belongs to a step, which is validation, and the next batch.
+        loop.advance = partial(self._advance, trainer, loop.advance)
+        loop._broadcast_sigterm_tensor = _nothing
+        trainer._signal_connector.register_signal_handlers = _nothing
+        signals = [signal.SIGTERM] + [signal.SIGUSR1] * ("SLURM_JOB_ID" in os.environ)
+        for number in signals:
+            signal.signal(number, self._note)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """From here on there is nothing left to save."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
+        self._worked = True
+
+    def _note(self, number: int, frame: object) -> None:
+        self._asked = number
+
+    def _advance(self, trainer: Trainer, advance: Callable[[object], None], data_fetcher: object) -> None:
+        ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        # Between two batches of one step there is nothing to save: gradients are in no checkpoint.
+        if ready % trainer.accumulate_grad_batches == 0 and on_any_rank(trainer.strategy.cp, self._asked is not None):
+            self._end(trainer)
+        advance(data_fetcher)
+
+    def _end(self, trainer: Trainer) -> None:
+        step = trainer.global_step
+        # Before the first batch, what is saved is what the run began with.
+        if self._worked:
+            trainer.save_checkpoint(self._checkpoint)
+        if trainer.is_global_zero:
+            saved = f"saved {self._checkpoint} at step {step}" if self._worked else f"nothing to save at step {step}"
+            print(f"asked to end: {saved}; the same command with ckpt_path=last goes on there", file=sys.stderr)
+        if on_any_rank(trainer.strategy.cp, self._asked == signal.SIGUSR1) and trainer.is_global_zero:
+            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
+        # The first rank that ends may have the others killed.
+        barrier(trainer.strategy.cp)
+        sys.exit(128 + signal.SIGTERM)
 
 
-def _install() -> None:
-    """To be called after Lightning has set its own handlers, which is just before the first batch."""
-    if "SLURM_JOB_ID" not in os.environ:
-        signal.signal(signal.SIGTERM, _end)
-
-
-def _end(signum: int, frame: object) -> NoReturn:
-    sys.exit(128 + signum)
+def _nothing() -> None:
+    """Instead of what Lightning does about signals."""

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import Grid
+from cpfold_train.training.checkpoint_io import WholeCheckpointIO
+from cpfold_train.training.watched import Watched
 
 
-class GridStrategy(DDPStrategy):
+class GridStrategy(Watched, DDPStrategy):
     """``DistributedDataParallel`` over dp x cp ranks; samples are divided over dp only.
 
     Every gradient on a rank is a partial sum, and each rank's loss is its share of the sample's loss times the number
@@ -46,6 +45,7 @@ class GridStrategy(DDPStrategy):
         super().__init__(
             timeout=timeout,
             gradient_as_bucket_view=True,
+            checkpoint_io=WholeCheckpointIO(),
             **kwargs,
         )
         self.grid = Grid(rows, cols, dp)
@@ -55,6 +55,7 @@ class GridStrategy(DDPStrategy):
         super().setup_distributed()
         self.grid = replace(self.grid, rank=self.global_rank)
         self.cp = ContextParallel(self.grid, self.root_device.type, self._timeout, self._algorithm, self._kernels)
+        self.start_watch()
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, int]:
@@ -74,21 +75,3 @@ class GridStrategy(DDPStrategy):
         if self.is_global_zero:
             shutil.rmtree(path)
             written.rename(path)
-
-    def on_exception(self, exception: BaseException) -> None:
-        super().on_exception(exception)
-        if isinstance(self.launcher, _SubprocessScriptLauncher):
-            _end(self.launcher.procs)
-
-
-def _end(processes: list[subprocess.Popen]) -> None:
-    """End the ranks started by this one, which would otherwise wait for it until their exchange times out.
-
-    They get a few seconds to end by themselves: where one of them is the cause, its traceback must reach the screen.
-    """
-    deadline = time.monotonic() + 5
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()

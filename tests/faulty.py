@@ -1,0 +1,102 @@
+"""``train.py`` with something wrong in it: mains for :mod:`tests.forked_runs` and for processes of their own.
+
+Each breaks this process at one point and then does what ``train.py`` does. The product has no hooks for it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+from cpfold_train.training import entry
+
+
+def exception() -> None:
+    """Rank 1 raises in its third step."""
+
+    def fail(batch: dict) -> None:
+        raise ArithmeticError("a fault on one rank")
+
+    _on_rank_1_in_step(2, fail)
+    entry.main()
+
+
+def killed() -> None:
+    """Rank 1 is killed in its third step."""
+    _on_rank_1_in_step(2, lambda batch: os.kill(os.getpid(), signal.SIGKILL))
+    entry.main()
+
+
+def stopped() -> None:
+    """Rank 1 stops for longer than anybody waits, as a machine does whose file system hangs."""
+    _on_rank_1_in_step(2, lambda batch: time.sleep(600))
+    entry.main()
+
+
+def out_of_memory() -> None:
+    """An allocation fails on rank 1 between the forward and the backward pass, where the others go on without it."""
+    import torch
+
+    def fail(step: int, losses: dict) -> dict:
+        if step == 2:
+            torch.empty(1 << 50)
+        return losses
+
+    _losses_on_rank_1(fail)
+    entry.main()
+
+
+def not_finite() -> None:
+    """A loss of rank 1 is infinite in the second step, though its gradient is not; it is not a number in the third."""
+
+    def spoil(step: int, losses: dict) -> dict:
+        wrong = {1: losses["distogram"] + float("inf"), 2: losses["distogram"] * float("nan")}
+        return losses | {"distogram": wrong.get(step, losses["distogram"])}
+
+    _losses_on_rank_1(spoil)
+    entry.main()
+
+
+def sigterm_in_step_2() -> None:
+    """SIGTERM comes to rank 0 in the last step of an epoch."""
+    _in_step(0, 1, lambda batch: os.kill(os.getpid(), signal.SIGTERM))
+    entry.main()
+
+
+def sigterm_in_step_3() -> None:
+    """SIGTERM comes to rank 1 in the first step of an epoch, in the first of its two micro-batches."""
+    _on_rank_1_in_step(2, lambda batch: os.kill(os.getpid(), signal.SIGTERM))
+    entry.main()
+
+
+def _losses_on_rank_1(change: Callable[[int, dict], dict]) -> None:
+    """Let ``change`` have the step, counted from 0, and what the losses are on rank 1."""
+    from cpfold_train.training.module import CoFoldingModule
+
+    original = CoFoldingModule._losses
+
+    def _losses(self: CoFoldingModule, *args: object) -> tuple:
+        out, losses = original(self, *args)
+        return out, change(self.global_step, losses) if self.trainer.global_rank == 1 else losses
+
+    CoFoldingModule._losses = _losses
+
+
+def _on_rank_1_in_step(step: int, fault: Callable[[dict], None]) -> None:
+    _in_step(1, step, fault)
+
+
+def _in_step(rank: int, step: int, fault: Callable[[dict], None]) -> None:
+    """Let ``fault`` have the first micro-batch of a step, counted from 0, before the model has it."""
+    from cpfold_train.training.module import CoFoldingModule
+
+    original = CoFoldingModule.training_step
+
+    def training_step(self: CoFoldingModule, batch: dict, batch_idx: int) -> dict:
+        if self.trainer.global_rank == rank and self.global_step == step and batch_idx % 2 == 0:
+            fault(batch)
+        return original(self, batch, batch_idx)
+
+    CoFoldingModule.training_step = training_step

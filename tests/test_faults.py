@@ -1,0 +1,223 @@
+"""What is done to a run and what is left of it, with real processes; docs/faults.md has the table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cpfold_train.errors import DiskFullError
+from cpfold_train.training.checkpoint_io import WholeCheckpointIO
+from cpfold_train.whole_file import PARTIAL, remove_partial_files
+from tests.test_training_runs import TINY
+
+SMALL = [
+    *TINY,
+    "crop_size=16",
+    "data.num_workers=0",
+    "diffusion.multiplicity=1",
+    "loss.plddt=0",
+    "loss.resolved=0",
+    "loss.pde=0",
+    "loss.pae=0",
+    "checkpoint.every_n_steps=1",
+]
+"""Two micro-batches a step, two steps an epoch, validation after each epoch, four steps."""
+ENDS_WITHIN = 30
+"""Seconds from the fault to the end of the last rank."""
+
+
+@pytest.fixture
+def run(forked_runs, tmp_path):
+    """A run on so many ranks with something wrong in it, one of :mod:`tests.faulty`."""
+
+    def start(ranks: int, fault: str | None, *arguments: str, run_dir: Path = tmp_path) -> subprocess.CompletedProcess:
+        main = f"tests.faulty:{fault}" if fault else "cpfold_train.training.entry:main"
+        arguments = [*SMALL, f"cp.grid=1x{ranks}", f"hydra.run.dir={run_dir}", *arguments]
+        return forked_runs.run(ranks, arguments, main)
+
+    return start
+
+
+def rows_of(run_dir: Path) -> list[dict[str, str]]:
+    with (run_dir / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def result_of(run_dir: Path) -> dict:
+    return json.loads((run_dir / "result.json").read_text())
+
+
+def last_checkpoint(run_dir: Path) -> dict:
+    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=False)
+
+
+def moments_of(checkpoint: dict) -> set[float]:
+    """How many steps the optimizer has made for its parameters."""
+    return {float(moment["step"]) for moment in checkpoint["optimizer_states"][0]["state"].values()}
+
+
+def since_last_checkpoint(run_dir: Path) -> float:
+    return time.time() - (run_dir / "checkpoints" / "last.ckpt").stat().st_mtime
+
+
+def test_an_exception_on_one_rank(run, tmp_path):
+    process = run(2, "exception", "data.val=[]")
+    assert since_last_checkpoint(tmp_path) < ENDS_WITHIN
+    assert process.returncode == 1
+    assert process.stderr.count("Traceback (most recent call last)") == 1, "that of the rank that failed"
+    assert "\nArithmeticError: a fault on one rank" in process.stderr
+    assert "error: rank 1 failed: ArithmeticError: a fault on one rank" in process.stderr
+    assert last_checkpoint(tmp_path)["global_step"] == 2
+    assert result_of(tmp_path)["error"] == "rank 1 failed: ArithmeticError: a fault on one rank"
+
+
+def test_a_killed_rank(run, tmp_path):
+    process = run(2, "killed", "data.val=[]")
+    assert since_last_checkpoint(tmp_path) < ENDS_WITHIN
+    assert process.returncode != 0
+    assert re.search(r"error: rank 0 waited \d+ s in .+: there is no sign of rank 1 for \d+ s", process.stderr)
+    assert last_checkpoint(tmp_path)["global_step"] == 2
+
+
+def test_a_rank_that_does_not_answer(run, tmp_path):
+    process = run(2, "stopped", "data.val=[]", "cp.timeout_s=10")
+    assert process.returncode != 0
+    told = re.search(r"rank 0 waited (\d+) s in (.+); rank 1 holds it up: it is after (.+) for (\d+) s", process.stderr)
+    assert told, process.stderr
+    assert told[2] in ("window_attention", "atom_tokens")
+    assert 10 <= int(told[1]) <= int(told[4]) + 1
+    assert last_checkpoint(tmp_path)["global_step"] == 2
+
+
+def test_out_of_memory_on_one_rank(run, tmp_path):
+    """The run ends; started again, it skips the step, and loses nothing else."""
+    process = run(2, "out_of_memory", "data.val=[]")
+    assert since_last_checkpoint(tmp_path) < ENDS_WITHIN
+    assert process.returncode == 1
+    assert "error: rank 1 failed: out of memory: the same command with ckpt_path=last goes on" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert last_checkpoint(tmp_path)["global_step"] == 2
+    process = run(2, "out_of_memory", "data.val=[]", "ckpt_path=last")
+    assert process.returncode == 0, process.stderr
+    assert f"step 3 was skipped: there was no memory for it, says {tmp_path}/out_of_memory.txt" in process.stderr
+    assert [row["skipped"] for row in rows_of(tmp_path)] == ["0", "0", "1", "1"]
+    assert moments_of(last_checkpoint(tmp_path)) == {3.0}, "three of four steps were made"
+
+
+def test_a_loss_that_is_not_finite_on_one_rank(run, tmp_path):
+    process = run(2, "not_finite", "data.val=[]")
+    assert process.returncode == 0, process.stderr
+    assert "step 2 was skipped: the loss on rank 1 is not finite (1 of the last 100 steps)" in process.stderr
+    assert [row["skipped"] for row in rows_of(tmp_path)] == ["0", "1", "2", "2"]
+    result = result_of(tmp_path)
+    assert (result["steps"], result["skipped"], len(result["last_losses"])) == (4, 2, 2)
+    checkpoint = last_checkpoint(tmp_path)
+    assert moments_of(checkpoint) == {2.0}, "two of four steps were made"
+    assert all(weight.isfinite().all() for weight in checkpoint["state_dict"].values())
+
+
+def test_too_many_losses_that_are_not_finite(run, tmp_path):
+    process = run(2, "not_finite", "data.val=[]", "faults.max_skipped=1")
+    assert process.returncode == 1
+    assert process.stderr.count("error: 2 of the last 100 steps were skipped, the last one step 3") == 1
+    assert "type a larger faults.max_skipped than 1" in process.stderr
+    assert last_checkpoint(tmp_path)["global_step"] == 2
+
+
+def test_sigterm_saves_and_the_same_command_goes_on_exactly(run, tmp_path):
+    """To rank 0 at the end of an epoch, then to rank 1 amidst an accumulation; nothing of the curve changes."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    seldom = ("checkpoint.every_n_steps=100", "ckpt_path=last")
+    assert run(1, None, *seldom, run_dir=whole).returncode == 0
+    for fault, steps in (("sigterm_in_step_2", 2), ("sigterm_in_step_3", 3)):
+        process = run(2, fault, *seldom, run_dir=parts)
+        assert process.returncode == 128 + signal.SIGTERM, process.stderr
+        assert f"saved {parts}/checkpoints/last.ckpt at step {steps}" in process.stderr
+        assert (result_of(parts)["status"], result_of(parts)["steps"]) == ("interrupted", steps)
+    assert run(1, None, *seldom, run_dir=parts).returncode == 0
+    rows, expected = rows_of(parts), rows_of(whole)
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    for row, other in zip(rows, expected):
+        for name in ("train/loss", "grad_norm", "lr", "val/loss", "tokens"):
+            assert bool(row[name]) == bool(other[name]), (row["step"], name)
+            if row[name]:
+                assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-8)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a file system of so many bytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(size: int) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("mounting is not permitted here")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", str(folder)], capture_output=True, check=False)
+
+
+def test_a_full_disk(run, tmp_path, small_disk):
+    """There is room for one checkpoint, and not for the next one beside it."""
+    assert run(1, None, "data.val=[]", "trainer.max_steps=1").returncode == 0
+    size = (tmp_path / "checkpoints" / "last.ckpt").stat().st_size
+    run_dir = small_disk(int(1.6 * size)) / "run"
+    process = run(2, None, "data.val=[]", run_dir=run_dir)
+    assert process.returncode == 1
+    assert f"error: the disk is full: {run_dir}/checkpoints/last.ckpt could not be written" in process.stderr
+    assert "make room, or type another hydra.run.dir" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert last_checkpoint(run_dir)["global_step"] == 1
+    assert not list(run_dir.rglob("*" + PARTIAL))
+    assert result_of(run_dir)["status"] == "failed"
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, small_disk):
+    path = small_disk(1_500_000) / "last.ckpt"
+    io = WholeCheckpointIO()
+    io.save_checkpoint({"step": 1, "weights": torch.zeros(200_000)}, path)
+    with pytest.raises(DiskFullError, match=r"the disk is full: .*last\.ckpt could not be written"):
+        io.save_checkpoint({"step": 2, "weights": torch.zeros(200_000)}, path)
+    assert torch.load(path)["step"] == 1
+    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_killed_while_it_writes(tmp_path):
+    """Forty times, after times from nothing to two checkpoints: the latest one can always be read."""
+    path = tmp_path / "last.ckpt"
+    io = WholeCheckpointIO()
+    weights = torch.arange(400_000)
+    io.save_checkpoint({"step": 0, "weights": weights}, path)
+    began = time.perf_counter()
+    io.save_checkpoint({"step": 0, "weights": weights}, path)
+    takes = time.perf_counter() - began
+    step, amidst = 0, 0
+    for kill in range(40):
+        process = os.fork()
+        if process == 0:
+            while True:
+                step += 1
+                io.save_checkpoint({"step": step, "weights": weights + step}, path)
+        time.sleep(takes * kill / 20)
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        amidst += path.with_name(path.name + PARTIAL).exists()
+        checkpoint = torch.load(path)
+        assert checkpoint["step"] >= step
+        step = checkpoint["step"]
+        assert torch.equal(checkpoint["weights"], weights + step)
+        remove_partial_files(tmp_path)
+        assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+    assert amidst > 3, "or the kills came at the wrong times"
