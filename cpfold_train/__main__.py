@@ -16,6 +16,7 @@ SUBCOMMANDS = {
     "consolidate": ("cpfold_train.training.consolidate", "turn a checkpoint of a run with FSDP into one file"),
     "predict": ("cpfold_train.predict.command", "sample structures with a checkpoint, on a grid of ranks"),
     "evaluate": ("cpfold_train.evaluate.command", "score predicted structures against the truth"),
+    "plan": ("cpfold_train.plan.command", "memory, communication and time of a run on any grid, before it is started"),
     "bench": ("cpfold_train.bench.command", "time an op on a grid of ranks, and count what it sends and holds"),
     "bench-data": ("cpfold_train.bench.data", "time a data worker, and measure the memory that its samples take"),
 }

@@ -24,7 +24,7 @@ from cpfold_train.errors import ConfigError, DataError, RunError
 from cpfold_train.training import sweep
 from cpfold_train.training.check import check
 from cpfold_train.training.config import TrainConfig
-from cpfold_train.training.launch import is_first_rank, plan_world, started_by_slurm
+from cpfold_train.training.launch import device_here, is_first_rank, plan_world, started_by_slurm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -69,11 +69,15 @@ def start(config: DictConfig, run_dir: Path) -> None:
     Raises:
         ConfigError, DataError: before any other process is started, where it cannot work.
     """
-    if added := next(_added(config, OmegaConf.structured(TrainConfig)), None):
-        raise ConfigError(f"there is no key {added}: conf/train.yaml lists them all")
-    typed: TrainConfig = OmegaConf.to_object(config)
+    typed = typed_config(config)
     check(typed)
     world = plan_world(typed.cp.grid, typed.dp, typed.trainer.num_nodes, typed.trainer.accelerator)
+    if typed.memory.auto:
+        from cpfold_train.plan.propose import choose_memory
+
+        # Every rank comes to the same.
+        typed.memory = choose_memory(typed, world.grid, device_here(typed.trainer.accelerator))
+        config.memory = OmegaConf.structured(typed.memory)
     if is_first_rank():
         if note := world.note():
             print(f"note: {note}", file=sys.stderr)
@@ -83,6 +87,17 @@ def start(config: DictConfig, run_dir: Path) -> None:
     from cpfold_train.training.run import run
 
     run(typed, world, run_dir, OmegaConf.to_container(config, resolve=True))
+
+
+def typed_config(config: DictConfig) -> TrainConfig:
+    """A composed configuration with the schema's types.
+
+    Raises:
+        ConfigError: it has keys that the schema does not have.
+    """
+    if added := next(_added(config, OmegaConf.structured(TrainConfig)), None):
+        raise ConfigError(f"there is no key {added}: conf/train.yaml lists them all")
+    return OmegaConf.to_object(config)
 
 
 def run_stamp() -> str:

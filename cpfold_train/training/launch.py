@@ -82,6 +82,11 @@ def _started_ranks(env: Mapping[str, str]) -> tuple[int | None, int | None]:
     return None, None
 
 
+def device_here(accelerator: str) -> str:
+    """``gpu`` or ``cpu``, as the planner calls what an accelerator of Lightning's is on this machine."""
+    return "gpu" if accelerator != "cpu" and _gpus() else "cpu"
+
+
 def started_by_slurm(env: Mapping[str, str] = os.environ) -> bool:
     """Whether SLURM starts the ranks, as Lightning sees it: not in a shell that it has given to a user."""
     return "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive")

@@ -90,7 +90,10 @@ class CoFoldingModule(LightningModule):
             return {"loss": loss, "shares": {"loss": loss.detach()}, "tokens": batch["num_tokens"].sum()}
         # Every rank and every grid draws the same count, also after a resume.
         step = [self._seed, self.global_step]
-        recycling = int(np.random.default_rng(step).integers(0, self._recycling + 1))
+        return self.micro_batch(batch, int(np.random.default_rng(step).integers(0, self._recycling + 1)))
+
+    def micro_batch(self, batch: Batch, recycling: int) -> dict[str, Tensor | dict[str, Tensor]]:
+        """What :meth:`training_step` returns, with so many recycling steps."""
         draws = Draws(batch["sample_key"])
         out, losses = self._losses(batch, recycling, draws)
         if self.judged:

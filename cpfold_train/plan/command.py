@@ -1,0 +1,62 @@
+"""``python -m cpfold_train plan KEY=VALUE ...``: whether a run fits, and what it costs, before it is started."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+
+from cpfold_train.plan.compose import read_request
+from cpfold_train.plan.estimate import ASSUMPTIONS
+from cpfold_train.plan.plan import plan
+from cpfold_train.plan.propose import choose_memory, propose
+from cpfold_train.plan.report import show_plan, show_proposals
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the subcommand."""
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="as for train.py; and device=NAME (default: h100-80gb), gpus=N, the most of a proposal (default: 256)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument(
+        "--check", action="store_true", help="run small configurations and compare them with their plans"
+    )
+    parser.add_argument("--table", metavar="FILE", help="plan many sizes and numbers of GPUs, into this Markdown file")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Plan and print.
+
+    Raises:
+        ConfigError: for settings that cannot be planned.
+    """
+    if args.check:
+        from cpfold_train.plan.compare import compare
+
+        compare(args.settings, args.json)
+        return
+    request = read_request(args.settings)
+    if args.table:
+        from cpfold_train.plan.table import write_table
+
+        write_table(request, args.table)
+        return
+    config = request.config
+    if request.grid is None:
+        found = propose(config, request.device, request.gpus, request.choose)
+        if args.json:
+            print(json.dumps({"proposals": [p.figures() for p in found], "assumptions": ASSUMPTIONS}, indent=1))
+        else:
+            show_proposals(found, request.device, config.crop_size, request.gpus)
+        return
+    if request.choose:
+        config = replace(config, memory=choose_memory(config, request.grid, request.device))
+    found = plan(config, request.grid, request.device)
+    if args.json:
+        print(json.dumps({**found.figures(), "assumptions": ASSUMPTIONS}, indent=1))
+    else:
+        show_plan(found)

@@ -1,0 +1,118 @@
+"""Plans beside real runs of the same configurations, on the CPUs of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from cpfold_train.errors import ConfigError
+from cpfold_train.parallel.grid import Grid, parse_grid
+from cpfold_train.plan.batch import batches_of_data
+from cpfold_train.plan.compose import compose
+from cpfold_train.plan.depth import by_category, totals
+from cpfold_train.plan.devices import find_device
+from cpfold_train.plan.estimate import kernel_seconds
+from cpfold_train.plan.plan import MIB, fullest_moment
+from cpfold_train.plan.step import trace_step
+from cpfold_train.training.config import TrainConfig
+from cpfold_train.training.entry import ROOT
+
+CONFIGURATIONS = (
+    "cp.grid=1x1 crop_size=512",
+    "cp.grid=1x1 crop_size=384 memory.recompute=false model.pairformer.num_blocks=2",
+    "cp.grid=1x2 crop_size=768",
+    "cp.grid=2x2 crop_size=1024",
+    "cp.grid=2x2 crop_size=768 memory.recompute=false model.pairformer.num_blocks=2",
+    "cp.grid=1x3 crop_size=512 model.msa.msa_blocks=2 memory.blocks_at_once=2 model.pairformer.num_blocks=4",
+)
+"""What is compared where nothing is typed."""
+SMALL = 32
+"""Tokens of a run that shows what a process takes in its first step whatever the size, which no plan knows: pages of
+libraries, and what threads and sockets hold. It is added to what is planned."""
+_ONE_STEP = (
+    "recipe=large_crop",
+    "trainer.max_steps=1",
+    "trainer.enable_progress_bar=false",
+    "optim.ema_decay=0",
+)
+
+
+def compare(settings: list[str], as_json: bool) -> None:
+    """Run one step of each configuration and print what it took beside what its plan says.
+
+    Args:
+        settings: of one configuration, instead of ``CONFIGURATIONS``.
+
+    Raises:
+        ConfigError: a run fails.
+    """
+    rows = []
+    for typed in [settings] if settings else [text.split() for text in CONFIGURATIONS]:
+        chosen = [*_ONE_STEP, *typed]
+        config = compose(chosen)
+        planned, measured = _planned(config), _measured(chosen)
+        small = [*chosen, f"crop_size={SMALL}"]
+        first_use = max(0.0, _measured(small)["memory_mib"] - _planned(compose(small))["memory_mib"])
+        planned |= {"memory_mib": planned["memory_mib"] + first_use, "first_use_mib": first_use}
+        rows.append({"settings": " ".join(typed), "planned": planned, "measured": measured})
+        if not as_json:
+            print(f"{' '.join(typed)}: {_in_words(planned, measured)}", flush=True)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table(
+        "run", "sent, MiB: planned", "measured", "memory, MiB: planned", "first use in it", "measured", "difference"
+    )
+    for row in rows:
+        planned, measured = row["planned"], row["measured"]
+        off = planned["memory_mib"] / measured["memory_mib"] - 1
+        table.add_row(
+            row["settings"],
+            f"{planned['sent_mib']:.6f}",
+            f"{measured['sent_mib']:.6f}",
+            f"{planned['memory_mib']:.0f}",
+            f"{planned['first_use_mib']:.0f}",
+            f"{measured['memory_mib']:.0f}",
+            f"{off:+.0%}",
+        )
+    Console(width=160).print(table)
+
+
+def _in_words(planned: dict[str, float], measured: dict[str, float]) -> str:
+    same = "the same bytes" if planned["sent_mib"] == measured["sent_mib"] else "OTHER BYTES"
+    return f"{same}, {planned['memory_mib']:.0f} MiB planned and {measured['memory_mib']:.0f} measured"
+
+
+def _planned(config: TrainConfig) -> dict[str, float]:
+    """Of rank 0: bytes that the first step sends, and memory above what a process holds before it."""
+    grid = Grid(*parse_grid(config.cp.grid), int(config.dp))
+    (batch,) = batches_of_data(config, grid, 1)
+    seconds = kernel_seconds(find_device("cpu", grid.world_size))
+    trace = trace_step(config, grid, batch, seconds, on_host=True)
+    recycling = int(np.random.default_rng([config.seed, 0]).integers(0, config.model.recycling_steps + 1))
+    work = totals(trace.tallies).plus(totals(trace.cycle), recycling - trace.recycling)
+    work = work.plus(totals(trace.sampling_step), config.diffusion.sampling_steps - trace.sampling)
+    held = by_category(fullest_moment(trace)[1])
+    # Weights and their average are there before; the optimizer's moments come after the first backward pass.
+    grown = sum(size for name, size in held.items() if name not in ("parameters", "average", "optimizer"))
+    return {"sent_mib": sum(work.sent_bytes.values()) / MIB, "memory_mib": grown / MIB}
+
+
+def _measured(settings: list[str]) -> dict[str, float]:
+    """The same of a real run."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "train.py"), *settings, f"hydra.run.dir={folder}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise ConfigError(f"the run of {' '.join(settings)} failed: {done.stderr.strip().splitlines()[-1]}")
+        result = json.loads((Path(folder) / "result.json").read_text())
+    return {"sent_mib": result["sent_mib"][0], "memory_mib": result["peak_memory_above_baseline_mib"][0]}

@@ -1,0 +1,84 @@
+"""What is typed after ``plan``: the keys of a run, and those of the plan itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from cpfold_train.errors import ConfigError
+from cpfold_train.parallel.grid import Grid, parse_grid
+from cpfold_train.training.check import check
+from cpfold_train.training.config import TrainConfig
+from cpfold_train.training.entry import ROOT, explain, register, typed_config
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be planned.
+
+    Attributes:
+        config: of the run.
+        device: name of the device.
+        gpus: the most ranks that a proposal may take.
+        grid: the grid; None where one is to be proposed.
+        choose: whether ``memory`` is the planner's to choose.
+    """
+
+    config: TrainConfig
+    device: str
+    gpus: int
+    grid: Grid | None
+    choose: bool
+
+
+def read_request(settings: list[str]) -> Request:
+    """The run and the plan that ``KEY=VALUE`` settings describe.
+
+    ``device=NAME`` and ``gpus=N`` are the plan's own; all others are those of ``train.py``. A grid is one that is typed
+    or set by a recipe; ``cp.grid=auto`` asks for proposals. The levers of ``memory`` are chosen where ``memory=auto``
+    is typed, and in proposals where none of them is typed.
+
+    Raises:
+        ConfigError: they cannot be planned.
+    """
+    own = {"device": "h100-80gb", "gpus": "256"}
+    of_run = []
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key in own:
+            own[key] = value
+        else:
+            of_run.append(setting)
+    if not own["gpus"].isdigit() or not int(own["gpus"]):
+        raise ConfigError(f"gpus={own['gpus']} is not a number of GPUs: type gpus=8, for example")
+    config = compose(of_run)
+    if config.parallel.fsdp:
+        raise ConfigError(
+            "a plan has whole weights on every rank: type parallel.fsdp=false; docs/fsdp.md says what sharing saves"
+        )
+    dp = int(config.dp) if str(config.dp).isdigit() else 1
+    asked = any(setting.startswith(("cp.grid=", "recipe=")) for setting in of_run) and config.cp.grid != "auto"
+    grid = Grid(*parse_grid(config.cp.grid), dp) if asked else None
+    untouched = not any(setting.startswith("memory") for setting in of_run)
+    return Request(config, own["device"], int(own["gpus"]), grid, config.memory.auto or (untouched and grid is None))
+
+
+def compose(settings: list[str]) -> TrainConfig:
+    """The configuration of ``python train.py SETTINGS``. Checkpoints to start from need not be there, nor GPUs.
+
+    Raises:
+        ConfigError: in the words of ``train.py``.
+    """
+    register()
+    try:
+        with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            config = typed_config(hydra.compose("train", settings))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from None
+    config = replace(config, model=replace(config.model, init_from=None), ckpt_path=None)
+    config = replace(config, kernels="torch", trainer=replace(config.trainer, accelerator="cpu"))
+    check(config)
+    return config

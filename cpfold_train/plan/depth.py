@@ -1,0 +1,104 @@
+"""A deep model from two shallow ones.
+
+The blocks of a stack are alike. So of everything counted in a step, bytes held at the fullest moment of each phase as
+well as work, each block adds the same to what its part of the model has: two steps, with two and with three blocks in
+each stack, give the step with any number of them. That this is the step that runs in full is a test.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from cpfold_train.plan.step import Trace
+from cpfold_train.plan.trace import Moment, Phase, Tallies, Tally
+from cpfold_train.training.config import TrainConfig
+
+FEWEST = 2
+"""Groups of blocks in the shallower of the two models."""
+STACKS = ("trunk", "structure_module", "confidence_module")
+"""The parts of the model that a stack is in; the trunk's template and MSA modules stay complete."""
+
+
+def shallow(config: TrainConfig, groups: int) -> TrainConfig:
+    """The same run with only so many groups of blocks in the Pairformers, and layers in the transformer of tokens."""
+    blocks, model = groups * config.memory.blocks_at_once, config.model
+    pairformer = replace(model.pairformer, num_blocks=blocks)
+    judging = replace(model.confidence, pairformer=replace(model.confidence.pairformer, num_blocks=blocks))
+    diffusion = replace(model.diffusion, token_transformer_depth=groups)
+    return replace(config, model=replace(model, pairformer=pairformer, confidence=judging, diffusion=diffusion))
+
+
+def groups_of(config: TrainConfig) -> dict[str, int] | None:
+    """Groups of blocks of each stack, or None where the model has to run in full: it is shallow, blocks do not divide
+    into groups, or not all of them are trained alike."""
+    model, at_once, finetune = config.model, config.memory.blocks_at_once, config.finetune
+    if finetune.freeze or finetune.train or finetune.lora.patterns:
+        return None
+    blocks = (model.pairformer.num_blocks, model.confidence.pairformer.num_blocks)
+    if any(n % at_once for n in blocks) or blocks[0] // at_once <= 2 * FEWEST + 1:
+        return None
+    counts = blocks[0] // at_once, model.diffusion.token_transformer_depth, blocks[1] // at_once
+    return dict(zip(STACKS, counts))
+
+
+def extrapolated(shallower: Trace, deeper: Trace, groups: dict[str, int], weights: dict[str, float]) -> Trace:
+    """The step with ``groups`` groups of blocks, from those with ``FEWEST`` and one more.
+
+    Args:
+        weights: bytes that the whole model's weights take, by category; no block makes them.
+    """
+
+    def steps(module: str) -> int:
+        stack = module.partition(".")[0]
+        return groups[stack] - FEWEST if stack in groups else 1
+
+    def moment(a: Moment, b: Moment) -> Moment:
+        held = {key: a.get(key, 0) + steps(key[1]) * (b.get(key, 0) - a.get(key, 0)) for key in a | b}
+        held |= {key: weights[key[0]] for key in held if key[0] in weights}
+        return {key: size for key, size in held.items() if size}
+
+    def tallies(a: Tallies, b: Tallies) -> Tallies:
+        nothing = Tally()
+        return {
+            name: a.get(name, nothing).plus(b.get(name, nothing).plus(a.get(name, nothing), -1), steps(name))
+            for name in a | b
+        }
+
+    moments: dict[Phase, Moment] = {
+        phase: moment(shallower.moments[phase], deeper.moments[phase])
+        for phase in shallower.moments
+        if phase in deeper.moments
+    }
+    return replace(
+        shallower,
+        moments=moments,
+        tallies=tallies(shallower.tallies, deeper.tallies),
+        cycle=tallies(shallower.cycle, deeper.cycle),
+        sampling_step=tallies(shallower.sampling_step, deeper.sampling_step),
+    )
+
+
+def totals(tallies: Tallies) -> Tally:
+    """All modules together."""
+    total = Tally()
+    for tally in tallies.values():
+        total = total.plus(tally)
+    return total
+
+
+def by_category(moment: Moment) -> Counter[str]:
+    """Bytes by what they are for."""
+    return _summed(moment, 0)
+
+
+def by_module(moment: Moment) -> Counter[str]:
+    """Bytes by the module that made them."""
+    return _summed(moment, 1)
+
+
+def _summed(moment: Moment, which: int) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for key, size in moment.items():
+        found[key[which]] += size
+    return found

@@ -1,0 +1,128 @@
+"""The plan of one run on one grid of one kind of device."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from torch import Tensor, nn
+
+from cpfold_train.parallel.grid import Grid
+from cpfold_train.plan.batch import assumed_batch
+from cpfold_train.plan.depth import FEWEST, by_category, by_module, extrapolated, groups_of, shallow
+from cpfold_train.plan.devices import find_device
+from cpfold_train.plan.estimate import MEMORY_MARGIN, Costs, estimate, kernel_seconds
+from cpfold_train.plan.step import Trace, build, trace_step
+from cpfold_train.plan.trace import CATEGORIES, STEP, Moment
+from cpfold_train.training.config import TrainConfig
+
+GIB, MIB = 2**30, 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs of one rank.
+
+    Attributes:
+        config: of the run.
+        grid: with the rank.
+        device: name of the device.
+        parameters: number of weights.
+        fullest: bytes held at the fullest moment, by category and module.
+        phase: what runs at that moment.
+        costs: of an optimizer step.
+        memory: bytes of the device.
+    """
+
+    config: TrainConfig
+    grid: Grid
+    device: str
+    parameters: int
+    fullest: Moment
+    phase: str
+    costs: Costs
+    memory: float
+
+    @property
+    def peak(self) -> float:
+        """Bytes held at the fullest moment."""
+        return sum(self.fullest.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether that leaves a margin."""
+        return self.peak <= (1 - MEMORY_MARGIN) * self.memory
+
+    def figures(self) -> dict:
+        """For ``--json``: GiB, MiB, seconds and operations of one rank."""
+        held, made, work = by_category(self.fullest), by_module(self.fullest), self.costs.work
+        return {
+            "device": self.device,
+            "grid": str(self.grid),
+            "dp": self.grid.dp,
+            "crop_size": self.config.crop_size,
+            "memory": asdict(self.config.memory),
+            "parameters": self.parameters,
+            "peak_memory_gib": self.peak / GIB,
+            "device_memory_gib": self.memory / GIB,
+            "fits": self.fits,
+            "fullest_in": self.phase,
+            "by_category": {name: held[name] / GIB for name in CATEGORIES},
+            "by_module": {name: size / GIB for name, size in made.most_common()},
+            "sent_mib_per_step": sum(work.sent_bytes.values()) / MIB,
+            "sent_mib_by_op": {op: size / MIB for op, size in work.sent_bytes.most_common() if size},
+            "gradients_mib_per_step": self.costs.gradient_bytes / MIB,
+            "flops": sum(work.flops.values()),
+            "kernels": round(work.kernels),
+            "compute_s": self.costs.compute_s,
+            "exchange_s": self.costs.exchange_s,
+            "step_s_estimate": self.costs.step_s,
+        }
+
+
+def plan(config: TrainConfig, grid: Grid, device: str, batch: dict[str, Tensor] | None = None) -> Plan:
+    """Plan a run.
+
+    Args:
+        config: of the run.
+        grid: with the rank to plan for.
+        device: one of :data:`cpfold_train.plan.devices.DEVICES`, or ``cpu``, where times mean little.
+        batch: features of the step; the largest that the configuration allows if None.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    found = find_device(device, grid.world_size)
+    seconds, on_host = kernel_seconds(found), device == "cpu"
+    batch = assumed_batch(config, grid) if batch is None else batch
+    module = build(config)
+    # What malloc keeps does not grow block by block: on CPU, where models are small, all blocks run.
+    groups = None if on_host else groups_of(config)
+    if groups is None:
+        trace = trace_step(config, grid, batch, seconds, on_host)
+    else:
+        runs = (trace_step(shallow(config, n), grid, batch, seconds, on_host) for n in (FEWEST, FEWEST + 1))
+        trace = extrapolated(*runs, groups, weight_bytes(module, config))
+    phase, fullest = fullest_moment(trace)
+    gradient_bytes = sum(x.nbytes for x in module.parameters() if x.requires_grad)
+    costs = estimate(trace, config, grid, found, gradient_bytes)
+    return Plan(config, grid, device, sum(x.numel() for x in module.parameters()), fullest, phase, costs, found.memory)
+
+
+def weight_bytes(module: nn.Module, config: TrainConfig) -> dict[str, float]:
+    """Bytes of the weights, and of what is kept beside them, by category."""
+    weights = list(module.parameters())
+    trained = [x for x in weights if x.requires_grad]
+    size = sum(x.nbytes for x in weights)
+    return {
+        "parameters": size + sum(x.nbytes for x in module.buffers()),
+        "gradients": sum(x.nbytes for x in trained),
+        # Adam's two moments, and a count of steps.
+        "optimizer": sum(2 * x.nbytes + 4 for x in trained),
+        "average": size if config.optim.ema_decay else 0,
+    }
+
+
+def fullest_moment(trace: Trace) -> tuple[str, Moment]:
+    """When a step holds most, and what."""
+    (turning, running), moment = max(trace.moments.items(), key=lambda entry: sum(entry[1].values()))
+    return f"{running}, {'forward' if turning == STEP else 'backward'} pass", moment

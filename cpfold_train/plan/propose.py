@@ -1,0 +1,106 @@
+"""Which grids and memory levers fit, and which of them is fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from cpfold_train.errors import ConfigError
+from cpfold_train.model.config import MemoryConfig
+from cpfold_train.parallel.grid import Grid, squarest
+from cpfold_train.plan.devices import find_device
+from cpfold_train.plan.estimate import MEMORY_MARGIN
+from cpfold_train.plan.plan import Plan, plan
+from cpfold_train.training.config import TrainConfig
+
+LEAST_SIDE = 32
+"""Tokens that a rank should have of a tile's side at least: below, a grid costs more than it helps."""
+HELD_TILES = 6
+"""Tiles of z that a block of the Pairformer holds at least, for its backward pass."""
+
+
+def choose_memory(config: TrainConfig, grid: Grid, device: str) -> MemoryConfig:
+    """The levers that cost least time among those that fit the device with a margin.
+
+    Args:
+        config: of the run; what it says of memory is not regarded.
+        grid: the ranks.
+        device: one of :data:`cpfold_train.plan.devices.DEVICES`, or ``cpu``: this machine's memory, divided by its
+            ranks.
+
+    Raises:
+        ConfigError: nothing fits.
+    """
+    best = first_that_fits(config, grid, device)
+    if best is None:
+        raise ConfigError(
+            f"memory=auto finds nothing that fits crop_size={config.crop_size} on cp.grid={grid} of {device}: "
+            "type a grid of more ranks or a smaller crop_size"
+        )
+    return best.config.memory
+
+
+def propose(config: TrainConfig, device: str, gpus: int, choose: bool) -> list[Plan]:
+    """Plans for grids of 1, 2, 4 ... ranks up to ``gpus``, as square as may be: those that fit, fastest first.
+
+    Args:
+        choose: vary the memory levers; else those of the configuration hold.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    found = []
+    for grid in grids(config.crop_size, gpus):
+        if choose:
+            found.append(first_that_fits(config, grid, device))
+        elif may_fit(config, grid, device):
+            found.append(plan(config, grid, device))
+    return sorted((p for p in found if p and p.fits), key=lambda p: p.costs.step_s)
+
+
+def grids(crop_size: int, gpus: int) -> Iterator[Grid]:
+    """Grids of powers of two."""
+    ranks = 1
+    while ranks <= gpus:
+        grid = Grid(*squarest(ranks))
+        if ranks == 1 or crop_size >= LEAST_SIDE * grid.cols:
+            yield grid
+        ranks *= 2
+
+
+def ladder(blocks: int, multiplicity: int) -> list[MemoryConfig]:
+    """Levers that save ever more memory, each on top of those before, cheap ones first."""
+    at_once = max(g for g in range(1, blocks + 1) if blocks % g == 0 and g * g <= blocks) if blocks else 1
+    rungs = [MemoryConfig(recompute=False), MemoryConfig()]
+    for more in (
+        {"blocks_at_once": at_once},
+        {"samples_at_once": max(1, multiplicity // 4), "chunk_mib": 64.0},
+        {"offload": True},
+        # The only one that rounds.
+        {"residual": "bf16"},
+    ):
+        rungs.append(replace(rungs[-1], **more))
+    return [rung for i, rung in enumerate(rungs) if rung not in rungs[:i]]
+
+
+def first_that_fits(config: TrainConfig, grid: Grid, device: str) -> Plan | None:
+    """The plan with the levers that cost least time among those that fit, or None."""
+    model = config.model
+    for memory in ladder(model.pairformer.num_blocks, config.diffusion.multiplicity):
+        tried = replace(config, memory=memory)
+        if may_fit(tried, grid, device) and (found := plan(tried, grid, device)).fits:
+            return found
+    return None
+
+
+def may_fit(config: TrainConfig, grid: Grid, device: str) -> bool:
+    """False where the tiles alone that are certainly held do not fit: nothing has to be run to see that."""
+    n, blocks, memory = grid.pad_tokens(config.crop_size), config.model.pairformer.num_blocks, config.memory
+    tile = 4 * config.batch_size * (n // grid.rows) * (n // grid.cols) * config.model.token_z
+    if not memory.recompute:
+        kept = HELD_TILES * blocks
+    elif memory.offload:
+        kept = 0
+    else:
+        kept = blocks / memory.blocks_at_once / (2 if memory.residual == "bf16" else 1)
+    return (kept + HELD_TILES) * tile <= (1 - MEMORY_MARGIN) * find_device(device, grid.world_size).memory

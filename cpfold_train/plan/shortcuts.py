@@ -1,0 +1,79 @@
+"""What is done otherwise where tensors have no contents.
+
+A tile is computed some rows at a time, which on 3,072 tokens is thousands of blocks. Without contents they are all the
+same, so two of them show what memory is held, and stand for the work of all. And what goes to the host does so in name
+only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+from torch import Tensor
+
+from cpfold_train.losses import smooth_lddt
+from cpfold_train.ops import biased_attention, by_rows, offload, partial_attention, ring_attention, window_attention
+from cpfold_train.plan.trace import ELSEWHERE, Tracer
+
+Blocks = Callable[..., Iterator[Any]]
+
+
+@contextmanager
+def two_blocks_for_all(tracer: Tracer) -> Iterator[None]:
+    """Inside, loops over blocks run twice, and the tracer counts the second time for all that are left out."""
+
+    def shortened(blocks: Blocks) -> Blocks:
+        def some(*args: Any) -> Iterator[Any]:
+            first, *others = blocks(*args)
+            yield first
+            if others:
+                with tracer.times(sum(map(_size, others)) / _size(others[0])):
+                    yield others[0]
+
+        return some
+
+    def near_pairs(truth: Tensor, first: int, step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        found = _near_pairs(truth, first, step)
+        pairs = next(found)
+        yield pairs
+        # Without coordinates every row has equally many neighbours.
+        rows = len(pairs[0]) // min(smooth_lddt._NEIGHBOURS, len(truth))
+        if (left := len(range(first, len(truth), step)) - rows) > 0:
+            with tracer.times(left / min(left, rows)):
+                yield next(found)
+
+    _near_pairs, scores = smooth_lddt._near_pairs, shortened(biased_attention.score_blocks)
+    with ExitStack() as stack:
+        for module, name, function in (
+            (by_rows, "_blocks", shortened(by_rows._blocks)),
+            (window_attention, "_blocks", shortened(window_attention._blocks)),
+            (smooth_lddt, "_near_pairs", near_pairs),
+            *((module, "score_blocks", scores) for module in (biased_attention, partial_attention, ring_attention)),
+        ):
+            stack.enter_context(mock.patch.object(module, name, function))
+        yield
+
+
+def _size(block: slice | tuple[slice, ...]) -> int:
+    """How much of all a block is. Of windows there are three slices, but their atoms and keys follow from the first."""
+    slices = block if isinstance(block, tuple) else (block,)
+    size = 1
+    for part in slices if len(slices) < 3 else slices[:1]:
+        size *= 1 if part.stop is None else part.stop - part.start
+    return size
+
+
+@contextmanager
+def host_is_elsewhere(tracer: Tracer) -> Iterator[None]:
+    """Inside, what is kept on the host is not counted: it is for plans of GPUs."""
+
+    class Kept(offload._Kept):
+        def __init__(self, *args: Any) -> None:
+            with tracer.category(ELSEWHERE):
+                super().__init__(*args)
+
+    with mock.patch.object(offload, "_Kept", Kept):
+        yield

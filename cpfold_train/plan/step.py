@@ -1,0 +1,155 @@
+"""The training step of one rank of a world that is not there.
+
+Model, losses, backward pass and optimizer are those of training. They run under ``FakeTensorMode``, so tensors have
+shapes but no contents, and with torch's fake process group, so messages are counted and go nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cpfold_train.memory import LARGE_BYTES
+from cpfold_train.ops.by_rows import GPU_BLOCK_BYTES, set_block_bytes
+from cpfold_train.parallel.context import fake_world
+from cpfold_train.parallel.grid import Grid
+from cpfold_train.plan.batch import ON_HOST
+from cpfold_train.plan.shortcuts import host_is_elsewhere, two_blocks_for_all
+from cpfold_train.plan.trace import STEP, Moment, Phase, Seconds, Tallies, TracedLedger, Tracer
+from cpfold_train.training.check_precision import IN_BF16
+from cpfold_train.training.config import TrainConfig
+from cpfold_train.training.freeze import choose_trained
+from cpfold_train.training.module import CoFoldingModule
+
+SAMPLING_STEPS = 3
+"""Steps of sampling that are traced: the second stands for all that are left out."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a step of one rank does.
+
+    Attributes:
+        moments: what it holds at the fullest moment of each phase.
+        tallies: its work, with ``recycling`` recycling passes and ``sampling`` steps of sampling.
+        cycle: work of a recycling pass; empty where there are none.
+        sampling_step: work of a step of sampling; empty where there are none.
+    """
+
+    moments: dict[Phase, Moment]
+    tallies: Tallies
+    cycle: Tallies
+    recycling: int
+    sampling_step: Tallies
+    sampling: int
+
+
+def trace_step(config: TrainConfig, grid: Grid, batch: dict[str, Tensor], seconds: Seconds, on_host: bool) -> Trace:
+    """One micro-batch and one step of the optimizer, as they are from the second step on.
+
+    Args:
+        config: of the run.
+        grid: with the rank whose step it is.
+        batch: its features; see :mod:`cpfold_train.plan.batch`.
+        seconds: what a kernel takes.
+        on_host: whether it runs on CPU, where memory of small tensors is kept when they are freed.
+    """
+    chunk_mib = config.memory.chunk_mib
+    block_bytes = int(chunk_mib * 2**20) if chunk_mib else None if on_host else GPU_BLOCK_BYTES
+    recycling = min(1, config.model.recycling_steps)
+    sampling = min(SAMPLING_STEPS, config.diffusion.sampling_steps)
+    diffusion = replace(config.diffusion, sampling_steps=sampling)
+    module = build(replace(config, diffusion=diffusion))
+    precision = config.trainer.precision
+    if precision == "bf16-true":
+        module.model.trunk.pair_dtype = torch.bfloat16
+    elif precision == "64-true":
+        module.double()
+    tracer = Tracer(seconds, LARGE_BYTES if on_host else 0)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with (
+        fake_world(grid, config.cp.algorithm) as cp,
+        _blocks_of(block_bytes),
+        fake,
+        tracer,
+        two_blocks_for_all(tracer),
+        nullcontext() if on_host else host_is_elsewhere(tracer),
+    ):
+        with tracer.category("parameters"):
+            module = module.to_empty(device="cpu")
+        trained = [x for x in module.parameters() if x.requires_grad]
+        with tracer.category("gradients"):
+            # DistributedDataParallel has room for all of them from the start.
+            for weight in trained:
+                weight.grad = torch.empty_like(weight)
+        if config.optim.ema_decay:
+            with tracer.category("average"):
+                module.averaged = [torch.empty_like(x) for x in module.parameters()]
+        optimizer = module.configure_optimizers()["optimizer"]
+        for group in optimizer.param_groups:
+            # One kernel instead of thousands: what is kept is the same.
+            group["fused"] = True
+        with tracer.category("optimizer"):
+            optimizer.step()
+
+        cp.ledger = TracedLedger(tracer)
+        module.trainer = SimpleNamespace(strategy=SimpleNamespace(cp=cp), global_step=0)
+        tracer.watch(module.model)
+        cycles, samplings = [], []
+        # What a pass through the trunk begins with, and each step of sampling.
+        module.model.trunk.s_norm.register_forward_pre_hook(lambda *_: cycles.append(tracer.so_far()))
+        module.model.structure_module.score_model.register_forward_pre_hook(
+            lambda *_: None if torch.is_grad_enabled() else samplings.append(tracer.so_far())
+        )
+        tracer.reset()
+        with tracer.category("features"):
+            fed = {name: torch.empty_like(x, device="cpu") for name, x in batch.items() if name != ON_HOST}
+        fed[ON_HOST] = batch[ON_HOST]
+        with torch.autocast("cpu", torch.bfloat16) if precision in IN_BF16 else nullcontext():
+            loss = module.micro_batch(fed, recycling)["loss"]
+        loss.backward()
+        del loss
+        tracer.come_to(STEP)
+        # Its work is no block's, and follows from the number of weights.
+        with tracer.category("optimizer"), tracer.times(0):
+            optimizer.step()
+        moments, tallies = tracer.moments(), tracer.so_far()
+    # Samples may go through the module in several groups.
+    calls = len(samplings) // sampling if sampling else 0
+    return Trace(
+        moments,
+        tallies,
+        difference(cycles[1], cycles[0]) if recycling else {},
+        recycling,
+        difference(samplings[2 * calls], samplings[calls]) if sampling > 2 and calls else {},
+        sampling,
+    )
+
+
+def build(config: TrainConfig) -> CoFoldingModule:
+    """The module that is trained, on the meta device. Learning rates are those of a run that sets none."""
+    with torch.device("meta"):
+        module = CoFoldingModule(config.model, config.memory, config.optim, config.loss, config.diffusion, config.seed)
+        choose_trained(module.model, config.finetune, module.judged)
+    return module
+
+
+@contextmanager
+def _blocks_of(block_bytes: int | None) -> Iterator[None]:
+    """Tensors are on the CPU in name only: what a GPU takes at a time has to be said."""
+    set_block_bytes(block_bytes)
+    try:
+        yield
+    finally:
+        set_block_bytes(None)
+
+
+def difference(after: Tallies, before: Tallies) -> Tallies:
+    """The work between two moments."""
+    return {module: tally.plus(before[module], -1) if module in before else tally for module, tally in after.items()}

@@ -1,0 +1,303 @@
+"""What one rank of a step holds, computes and moves, counted while the step runs on tensors without contents."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+from cpfold_train.parallel.ledger import Ledger
+
+CATEGORIES = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "average",
+    "features",
+    "boundaries",
+    "activations",
+    "communication",
+)
+"""What memory is for. ``average`` is the moving average of the weights; ``boundaries`` are activations made before the
+block of the network that runs at the moment, and kept; ``activations`` those of this block; ``communication`` is what
+is sent and received."""
+STEP = "losses and optimizer"
+"""What is done outside of the model's modules."""
+HEAP = "freed, kept by malloc"
+ELSEWHERE = "host"
+"""What is kept in the memory of the host counts as nothing."""
+
+_NO_KERNEL = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "_unsafe_view",
+    "detach",
+    "alias",
+}
+_PICKING = {"index", "index_select", "gather", "embedding"}
+"""Operations that read of their first argument only as much as they return."""
+
+Seconds = Callable[[float, torch.dtype, float], float]
+"""Time of a kernel from its floating-point operations, their dtype, and the bytes that it reads and writes."""
+Phase = tuple[str, str]
+"""The module whose backward pass runs, and the module that is run or recomputed."""
+Moment = dict[tuple[str, str], float]
+"""Bytes held by category and by the module that made them."""
+
+
+@dataclass
+class Tally:
+    """Work of one module: kernels, floating-point operations of matrix products by dtype, bytes read and written, the
+    seconds all this takes, and bytes and number of messages by operation of context parallelism."""
+
+    kernels: float = 0
+    flops: Counter[torch.dtype] = field(default_factory=Counter)
+    moved_bytes: float = 0
+    seconds: float = 0
+    sent_bytes: Counter[str] = field(default_factory=Counter)
+    messages: Counter[str] = field(default_factory=Counter)
+
+    def plus(self, other: Tally, times: float = 1) -> Tally:
+        """This and so many times the other."""
+
+        def combined(mine: Counter, theirs: Counter) -> Counter:
+            return Counter({key: mine[key] + times * theirs[key] for key in mine | theirs})
+
+        return Tally(
+            self.kernels + times * other.kernels,
+            combined(self.flops, other.flops),
+            self.moved_bytes + times * other.moved_bytes,
+            self.seconds + times * other.seconds,
+            combined(self.sent_bytes, other.sent_bytes),
+            combined(self.messages, other.messages),
+        )
+
+
+Tallies = dict[str, Tally]
+"""Work by module."""
+
+
+class _Place(NamedTuple):
+    """What a tensor is for, the module that made it, and how many blocks had begun or ended before."""
+
+    category: str
+    module: str
+    epoch: int
+
+
+@dataclass
+class _Fullest:
+    """The fullest moment of a phase."""
+
+    held: float = 0
+    live: dict[_Place, int] = field(default_factory=dict)
+    epoch: int = 0
+
+
+class Tracer(TorchDispatchMode):
+    """Counts live storages, arithmetic and traffic of everything done under it.
+
+    Args:
+        seconds: time of a kernel.
+        large: tensors of fewer bytes come from a heap that grows and never shrinks, as on the host; 0 for none.
+
+    Attributes:
+        now: live bytes.
+        tallies: work so far, by module.
+    """
+
+    def __init__(self, seconds: Seconds, large: int) -> None:
+        super().__init__()
+        self.now = 0
+        self.tallies: defaultdict[str, Tally] = defaultdict(Tally)
+        self._seconds, self._large = seconds, large
+        self._category, self._modules, self._epoch, self._times = "activations", [STEP], 0, 1.0
+        self._entries: dict[int, tuple[_Place, int]] = {}
+        self._live: defaultdict[_Place, int] = defaultdict(int)
+        self._small = self._heap = 0
+        self._phases: defaultdict[Phase, _Fullest] = defaultdict(_Fullest)
+        self._phase, self._rising = self._phases[STEP, STEP], False
+
+    @contextmanager
+    def category(self, name: str) -> Iterator[None]:
+        """What is made inside belongs to this category."""
+        before, self._category = self._category, name
+        yield
+        self._category = before
+
+    @contextmanager
+    def times(self, factor: float) -> Iterator[None]:
+        """The work inside stands for so many times as much."""
+        before, self._times = self._times, self._times * factor
+        yield
+        self._times = before
+
+    def reset(self) -> None:
+        """Forget the work done and the peaks so far."""
+        self.tallies.clear()
+        self._phases.clear()
+        self._heap = self._small
+        self._enter_phase()
+
+    def moments(self) -> dict[Phase, Moment]:
+        """The fullest moment of each phase since :meth:`reset`."""
+        self._note()
+        moments: dict[Phase, Moment] = {}
+        for phase, fullest in self._phases.items():
+            moment: Counter[tuple[str, str]] = Counter()
+            for place, size in fullest.live.items():
+                kept = place.category == "activations" and place.epoch < fullest.epoch
+                moment["boundaries" if kept else place.category, place.module] += size
+            if unused := fullest.held - sum(moment.values()):
+                moment["activations", HEAP] += unused
+            moments[phase] = dict(moment)
+        return moments
+
+    def so_far(self) -> Tallies:
+        """A copy of the work done."""
+        return copy.deepcopy(dict(self.tallies))
+
+    def watch(self, model: nn.Module) -> None:
+        """Attribute what is done to the modules of ``model``: blocks of stacks, and the modules that hold them."""
+        for name, module in model.named_modules():
+            parts = name.split(".")
+            inside_block = any(part.isdigit() for part in parts[:-1])
+            if parts[-1].isdigit() or (name and len(parts) <= 2 and not inside_block):
+                label = ".".join(part for part in parts if not part.isdigit())
+                module.register_forward_pre_hook(lambda *_, label=label: self._enter(label))
+                module.register_forward_hook(lambda _, __, out, label=label: self._leave(out, label))
+
+    def _enter(self, label: str) -> None:
+        self._modules.append(label)
+        self._enter_phase()
+
+    def _leave(self, out: Any, label: str) -> None:
+        self._modules.pop()
+        self._enter_phase()
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda _: self.come_to(label))
+
+    def come_to(self, label: str) -> None:
+        """The backward pass comes to a module, or with ``STEP`` out of the model."""
+        self._modules[0] = label
+        self._enter_phase()
+
+    def _enter_phase(self) -> None:
+        self._note()
+        self._epoch += 1
+        self._phase = self._phases[self._modules[0], self._modules[-1]]
+        self._grown()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func.namespace == "c10d":
+            for tensor in tree_iter(args):
+                if isinstance(tensor, Tensor):
+                    self._travels(tensor.untyped_storage())
+            return out
+        results = list(_tensors((out,)))
+        for tensor in results:
+            self._count(tensor.untyped_storage())
+        if not func.is_view and (name := func._schema.name.removeprefix("aten::")) not in _NO_KERNEL:
+            self._work(func, name, args, kwargs, out, results)
+        return out
+
+    def _work(self, func, name: str, args: tuple, kwargs: dict, out: Any, results: list[Tensor]) -> None:
+        tensors = list(_tensors(args))
+        if not tensors or not results:
+            return
+        count, dtype = flop_registry.get(func._overloadpacket), tensors[0].dtype
+        flops = count(*args, **kwargs, out_val=out) if count else 0
+        written = sum(x.nbytes for x in results)
+        read = written + sum(x.nbytes for x in tensors[1:]) if name in _PICKING else sum(x.nbytes for x in tensors)
+        tally, times = self.tallies[self._modules[-1]], self._times
+        tally.kernels += times
+        if flops:
+            tally.flops[dtype] += times * flops
+        tally.moved_bytes += times * (read + written)
+        tally.seconds += times * self._seconds(flops, dtype, read + written)
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._entries or self._category == ELSEWHERE:
+            return
+        size = storage.nbytes()
+        place = _Place(self._category, self._modules[-1], self._epoch)
+        self._entries[key] = place, size
+        self._live[place] += size
+        self.now += size
+        if size < self._large:
+            self._small += size
+            self._heap = max(self._heap, self._small)
+        self._grown()
+        weakref.finalize(storage, self._forget, key)
+
+    def _travels(self, storage: torch.UntypedStorage) -> None:
+        """A message is no activation, whoever made it."""
+        if (entry := self._entries.get(storage._cdata)) and entry[0].category == "activations":
+            place, size = entry
+            self._drop(place, size)
+            sent = place._replace(category="communication")
+            self._entries[storage._cdata] = sent, size
+            self._live[sent] += size
+
+    def _forget(self, key: int) -> None:
+        self._note()
+        place, size = self._entries.pop(key)
+        self._drop(place, size)
+        self.now -= size
+        if size < self._large:
+            self._small -= size
+
+    def _drop(self, place: _Place, size: int) -> None:
+        self._live[place] -= size
+        if not self._live[place]:
+            del self._live[place]
+
+    def _grown(self) -> None:
+        held = self.now + self._heap - self._small
+        if held > self._phase.held:
+            self._phase.held, self._rising = held, True
+
+    def _note(self) -> None:
+        """Remember who holds what at a peak: before anything is freed, not at each tensor on the way up."""
+        if self._rising:
+            self._phase.live, self._phase.epoch, self._rising = dict(self._live), self._epoch, False
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    """Tensors among the arguments or results of an operation, and in lists among them."""
+    for x in values:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, (list, tuple)):
+            yield from (part for part in x if isinstance(part, Tensor))
+
+
+class TracedLedger(Ledger):
+    """Books what is sent with the module that sends it."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def sent(self, op: str, n_bytes: int, messages: int = 1) -> None:
+        super().sent(op, n_bytes, messages)
+        tally = self._tracer.tallies[self._tracer._modules[-1]]
+        tally.sent_bytes[op] += n_bytes
+        tally.messages[op] += messages
