@@ -25,7 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check", action="store_true", help="run small configurations and compare them with their plans"
     )
-    parser.add_argument("--table", metavar="FILE", help="plan many sizes and numbers of GPUs, into this Markdown file")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -40,11 +39,6 @@ def run(args: argparse.Namespace) -> None:
         compare(args.settings, args.json)
         return
     request = read_request(args.settings)
-    if args.table:
-        from cpfold_train.plan.table import write_table
-
-        write_table(request, args.table)
-        return
     config = request.config
     if request.grid is None:
         found = propose(config, request.device, request.gpus, request.choose)

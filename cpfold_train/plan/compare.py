@@ -26,14 +26,15 @@ from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.entry import ROOT
 
 CONFIGURATIONS = (
-    "cp.grid=1x1 crop_size=512",
-    "cp.grid=1x1 crop_size=384 memory.recompute=false model.pairformer.num_blocks=2",
-    "cp.grid=1x2 crop_size=768",
-    "cp.grid=2x2 crop_size=1024",
-    "cp.grid=2x2 crop_size=768 memory.recompute=false model.pairformer.num_blocks=2",
-    "cp.grid=1x3 crop_size=512 model.msa.msa_blocks=2 memory.blocks_at_once=2 model.pairformer.num_blocks=4",
+    "cp.grid=1x1 crop_size=1024",
+    "cp.grid=1x1 crop_size=768 memory.recompute=false model.pairformer.num_blocks=2",
+    "cp.grid=1x2 crop_size=1536",
+    "cp.grid=2x2 crop_size=2048",
+    "cp.grid=2x2 crop_size=1536 memory.recompute=false model.pairformer.num_blocks=2",
+    "cp.grid=1x3 crop_size=1536 model.msa.msa_blocks=2 memory.blocks_at_once=2 model.pairformer.num_blocks=4",
 )
-"""What is compared where nothing is typed."""
+"""What is compared where nothing is typed: large enough for tiles, and parts of them that travel, to lie above what
+malloc takes from its heap. Smaller tensors fragment it, and a process holds much more than its tensors."""
 SMALL = 32
 """Tokens of a run that shows what a process takes in its first step whatever the size, which no plan knows: pages of
 libraries, and what threads and sockets hold. It is added to what is planned."""
