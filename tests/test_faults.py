@@ -88,6 +88,7 @@ def test_a_killed_rank(run, tmp_path):
     assert last_checkpoint(tmp_path)["global_step"] == 2
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_answer(run, tmp_path):
     process = run(2, "stopped", "data.val=[]", "cp.timeout_s=10")
     assert process.returncode != 0

@@ -68,6 +68,7 @@ def test_sharing_parameters_out_does_not_change_the_curve(forked, tmp_path):
         read_checkpoint(checkpoint)
 
 
+@pytest.mark.slow
 def test_replicas_and_untrained_parts(forked, tmp_path):
     """Two replicas of one micro-batch each are one of two. Without its losses the confidence module has no gradient.
 

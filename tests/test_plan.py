@@ -80,6 +80,7 @@ def test_categories_are_all_of_the_peak():
     assert held["features"] and held["activations"] and held["boundaries"]
 
 
+@pytest.mark.slow
 def test_a_deep_model_from_two_shallow_ones():
     groups = {"trunk": 4, "structure_module": 3, "confidence_module": 2}
     config = compose([*TINY, "memory.blocks_at_once=1", "model.template.template_blocks=1", "model.msa.msa_blocks=1"])

@@ -181,32 +181,6 @@ def test_sweep_as_submitted_jobs(tmp_path):
     assert "error: batch_size=-1 is too small" in logs
 
 
-CRASH = """
-import os
-from cpfold_train.training import entry, module
-
-step = module.CoFoldingModule.training_step
-
-def crash(self, batch, batch_idx):
-    if os.environ["LOCAL_RANK"] == "1" and batch_idx == 1:
-        raise ArithmeticError("a fault on one rank")
-    return step(self, batch, batch_idx)
-
-module.CoFoldingModule.training_step = crash
-entry.main()
-"""
-
-
-def test_exception_on_one_rank_ends_all(tmp_path):
-    script = tmp_path / "crash.py"
-    script.write_text(CRASH)
-    start = time.monotonic()
-    process = train("cp.grid=1x2", "data.val=[]", f"hydra.run.dir={tmp_path / 'run'}", script=str(script))
-    assert process.returncode != 0
-    assert "ArithmeticError: a fault on one rank" in process.stderr
-    assert time.monotonic() - start < 120, "far less than cp.timeout_s"
-
-
 WORKER = """
 import os, sys
 from torch.utils.data import get_worker_info
