@@ -34,9 +34,7 @@ templates:
 def read(tmp_path):
     write_a3m(tmp_path / "own.a3m", ("query", "MKSAG"), ("other", "MRSA-"))
     shown = [(1, "LYS"), (2, "SER"), (3, "ALA")]
-    write_mmcif(
-        tmp_path / "shown.cif", [("X", 1, shown)], {1: [name for _, name in shown]}, {1: "polypeptide(L)"}
-    )
+    write_mmcif(tmp_path / "shown.cif", [("X", 1, shown)], {1: [name for _, name in shown]}, {1: "polypeptide(L)"})
 
     def of(text, name="job.yaml"):
         (tmp_path / name).write_text(text)

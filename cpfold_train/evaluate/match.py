@@ -109,9 +109,7 @@ def _residues(structure: Structure, asym_id: int) -> tuple:
     return structure.meta["chains"][asym_id]["type"], *structure.comp_name[structure.component[first]].tolist()
 
 
-def _assign(
-    truth: Structure, predicted: Structure, own: dict[int, _Chain], other: dict[int, _Chain]
-) -> dict[int, int]:
+def _assign(truth: Structure, predicted: Structure, own: dict[int, _Chain], other: dict[int, _Chain]) -> dict[int, int]:
     alike = defaultdict(list)
     for asym_id in other:
         alike[_residues(predicted, asym_id)].append(asym_id)
