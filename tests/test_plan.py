@@ -82,8 +82,8 @@ def test_categories_are_all_of_the_peak():
 
 @pytest.mark.slow
 def test_a_deep_model_from_two_shallow_ones():
-    groups = {"trunk": 4, "structure_module": 3, "confidence_module": 2}
-    config = compose([*TINY, "memory.blocks_at_once=1", "model.template.template_blocks=1", "model.msa.msa_blocks=1"])
+    groups = {"trunk": 6, "structure_module": 5, "confidence_module": 4}
+    config = compose([*TINY, "memory.offload=true", "model.template.template_blocks=1", "model.msa.msa_blocks=1"])
     model = config.model
     deep = replace(
         config,
@@ -107,6 +107,8 @@ def test_a_deep_model_from_two_shallow_ones():
     found = extrapolated(trace(shallow(deep, FEWEST)), trace(shallow(deep, FEWEST + 1)), groups, weights)
     full = trace(deep)
     assert fullest_moment(found) == fullest_moment(full)
+    held, expected = ({phase: sum(moment.values()) for phase, moment in x.moments.items()} for x in (found, full))
+    assert held == pytest.approx(expected)
     one, other = totals(found.tallies), totals(full.tallies)
     assert (one.kernels, one.moved_bytes) == pytest.approx((other.kernels, other.moved_bytes))
     assert one.flops == other.flops

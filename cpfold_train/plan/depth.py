@@ -1,7 +1,7 @@
 """A deep model from two shallow ones.
 
 The blocks of a stack are alike. So of everything counted in a step, bytes held at the fullest moment of each phase as
-well as work, each block adds the same to what its part of the model has: two steps, with two and with three blocks in
+well as work, each block adds the same to what its part of the model has: two steps, with three and with four blocks in
 each stack, give the step with any number of them. That this is the step that runs in full is a test.
 """
 
@@ -14,8 +14,9 @@ from cpfold_train.plan.step import Trace
 from cpfold_train.plan.trace import Moment, Phase, Tallies, Tally
 from cpfold_train.training.config import TrainConfig
 
-FEWEST = 2
-"""Groups of blocks in the shallower of the two models."""
+FEWEST = 3
+"""Groups of blocks in the shallower of the two models: with two, none comes back from the host ahead of the block at
+work (``memory.offload``), so the third would add a tile that the others do not."""
 STACKS = ("trunk", "structure_module", "confidence_module")
 """The parts of the model that a stack is in; the trunk's template and MSA modules stay complete."""
 
