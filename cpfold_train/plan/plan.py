@@ -118,7 +118,7 @@ def weight_bytes(module: nn.Module, config: TrainConfig) -> dict[str, float]:
         "gradients": sum(x.nbytes for x in trained),
         # Adam's two moments, and a count of steps.
         "optimizer": sum(2 * x.nbytes + 4 for x in trained),
-        "average": size if config.optim.ema_decay else 0,
+        "average": sum(x.nbytes for x in trained) if config.optim.ema_decay else 0,
     }
 
 

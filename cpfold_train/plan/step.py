@@ -90,7 +90,7 @@ def trace_step(config: TrainConfig, grid: Grid, batch: dict[str, Tensor], second
                 weight.grad = torch.empty_like(weight)
         if config.optim.ema_decay:
             with tracer.category("average"):
-                module.averaged = [torch.empty_like(x) for x in module.parameters()]
+                module.averaged = [torch.empty_like(x) for x in trained]
         optimizer = module.configure_optimizers()["optimizer"]
         for group in optimizer.param_groups:
             # One kernel instead of thousands: what is kept is the same.
