@@ -53,6 +53,15 @@ def refusal(monkeypatch, capsys, *arguments: str) -> str:
     return capsys.readouterr().err
 
 
+def assert_refused(monkeypatch, capsys, argument: str, words: list[str]) -> None:
+    """One sentence that has all the words."""
+    told = refusal(monkeypatch, capsys, argument)
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
+    for word in words:
+        assert word in told
+
+
 def test_every_trainer_argument_has_a_key():
     arguments = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self"}
     assert {field.name for field in fields(TrainerConfig)} == arguments - set(NOT_FOR_USERS)
@@ -102,11 +111,7 @@ def test_recipe_beats_the_defaults_and_the_command_line_beats_the_recipe():
     ],
 )
 def test_wrong_input_gets_one_sentence(monkeypatch, capsys, argument, words):
-    told = refusal(monkeypatch, capsys, argument)
-    assert told.startswith("error: ")
-    assert told.count("\n") == 1
-    for word in words:
-        assert word in told
+    assert_refused(monkeypatch, capsys, argument, words)
 
 
 def test_wandb_absent(monkeypatch, capsys):

@@ -25,7 +25,7 @@ from cpfold_train.training.optim import adamw_with_schedule, base_rate, paramete
 from cpfold_train.training.patterns import matching
 from cpfold_train.training.schedule_start import schedule_start
 from tests.test_boltz_whole import CONFIG, DRAWN, OPTIM, SEED, WEIGHTS, crops, features, weights
-from tests.test_config import compose, refusal
+from tests.test_config import assert_refused, compose
 
 NAMES = ["msa_module.norm.weight", *(f"pairformer_module.layers.{k}.fc{i}.weight" for k in range(12) for i in (1, 2))]
 
@@ -292,11 +292,7 @@ def test_another_selection_cannot_resume():
     ],
 )
 def test_wrong_input_gets_one_sentence(monkeypatch, capsys, argument, words):
-    told = refusal(monkeypatch, capsys, argument)
-    assert told.startswith("error: ")
-    assert told.count("\n") == 1
-    for word in words:
-        assert word in told
+    assert_refused(monkeypatch, capsys, argument, words)
 
 
 def test_early_stop_needs_its_metric():

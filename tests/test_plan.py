@@ -23,26 +23,9 @@ from cpfold_train.plan.plan import Plan, fullest_moment, weight_bytes
 from cpfold_train.plan.step import Trace, build, trace_step
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.module import CoFoldingModule
+from tests.test_training_runs import SMALL
 
-TINY = [
-    "data.train=[tests/data/*.tar]",
-    "data.val=[]",
-    "crop_size=24",
-    "data.max_msa_rows=4",
-    "model.token_s=16",
-    "model.token_z=8",
-    "model.recycling_steps=1",
-    "model.msa.msa_s=8",
-    "model.msa.pairwise_head_width=4",
-    "model.pairformer.num_blocks=1",
-    "model.pairformer.pairwise_head_width=4",
-    "model.template.template_dim=8",
-    "model.template.pairwise_head_width=4",
-    "model.atoms.atom_s=16",
-    "model.diffusion.token_transformer_depth=1",
-    "diffusion.multiplicity=2",
-    "optim.ema_decay=0",
-]
+TINY = [*SMALL, "data.val=[]", "optim.ema_decay=0"]
 
 
 @lru_cache

@@ -20,12 +20,10 @@ from cpfold_train.training.metrics_csv import COLUMNS
 from cpfold_train.training.module import VALIDATION
 
 ROOT = Path(__file__).parents[1]
-TINY = [
+SMALL = [
     "data.train=[tests/data/*.tar]",
     "crop_size=24",
     "data.max_msa_rows=4",
-    "data.samples_per_epoch=4",
-    "optim.warmup_steps=2",
     "model.token_s=16",
     "model.token_z=8",
     "model.recycling_steps=1",
@@ -37,8 +35,14 @@ TINY = [
     "model.template.pairwise_head_width=4",
     "model.atoms.atom_s=16",
     "model.diffusion.token_transformer_depth=1",
-    "model.confidence.pairformer.pairwise_head_width=4",
     "diffusion.multiplicity=2",
+]
+"""Data and sizes."""
+TINY = [
+    *SMALL,
+    "data.samples_per_epoch=4",
+    "optim.warmup_steps=2",
+    "model.confidence.pairformer.pairwise_head_width=4",
     "diffusion.sampling_steps=2",
     "diffusion.validation_steps=2",
     "loss.distogram=1",

@@ -11,6 +11,8 @@ from cpfold_train.model.config import ModelConfig
 from cpfold_train.parallel.context import ContextParallel
 
 Inputs = dict[str, Tensor]
+ATOMS_PER_TOKEN = 8.2
+"""Of a protein with its ligands, hydrogens aside."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 
-from cpfold_train.bench.case import Sizes
+from cpfold_train.bench.case import ATOMS_PER_TOKEN, Sizes
 from cpfold_train.bench.cases import CASES
 from cpfold_train.bench.inputs import allocate_gradients, make_features, make_inputs, randomise
 from cpfold_train.bench.measure import machine, measure
@@ -36,8 +36,6 @@ from cpfold_train.parallel.gather import barrier
 from cpfold_train.parallel.grid import Grid, parse_grid, squarest
 
 MIB = 2**20
-ATOMS_PER_TOKEN = 8.2
-"""Of a protein with its ligands, hydrogens aside."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 

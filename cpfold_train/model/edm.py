@@ -95,29 +95,19 @@ class AtomDiffusion(nn.Module):
         """
         noisy, sigmas = (x.unflatten(0, (len(s_trunk), -1)) for x in (noisy, sigmas))
         at_once = self.memory.samples_at_once or noisy.shape[1]
-        run = self._denoise_group if at_once >= noisy.shape[1] else partial(recompute, self._denoise_group)
-        groups = zip(noisy.split(at_once, 1), sigmas.split(at_once, 1))
-        parts = [run(x, sigma, s_inputs, s_trunk, feats, conditioning, cp) for x, sigma in groups]
-        return torch.cat(parts, 1).flatten(0, 1)
 
-    def _denoise_group(
-        self,
-        noisy: Tensor,
-        sigmas: Tensor,
-        s_inputs: Tensor,
-        s_trunk: Tensor,
-        feats: dict[str, Tensor],
-        conditioning: Conditioning,
-        cp: ContextParallel,
-    ) -> Tensor:
-        """:meth:`denoise` of (B, M, A/P, 3) and (B, M) all at once."""
-        noisy, sigmas, samples = noisy.flatten(0, 1), sigmas.flatten(), noisy.shape[:2]
-        sigma, data = sigmas[:, None, None], self.config.sigma_data
-        total = (sigma**2 + data**2).sqrt()
-        times = (sigmas / data).log() / 4
-        update = self.score_model(s_inputs, s_trunk, noisy / total, times, feats, conditioning, cp)
-        denoised = (data / total) ** 2 * noisy + sigma * data / total * update
-        return denoised.unflatten(0, samples)
+        def group(noisy: Tensor, sigmas: Tensor) -> Tensor:
+            noisy, sigmas, samples = noisy.flatten(0, 1), sigmas.flatten(), noisy.shape[:2]
+            sigma, data = sigmas[:, None, None], self.config.sigma_data
+            total = (sigma**2 + data**2).sqrt()
+            times = (sigmas / data).log() / 4
+            update = self.score_model(s_inputs, s_trunk, noisy / total, times, feats, conditioning, cp)
+            denoised = (data / total) ** 2 * noisy + sigma * data / total * update
+            return denoised.unflatten(0, samples)
+
+        run = group if at_once >= noisy.shape[1] else partial(recompute, group)
+        parts = [run(*some) for some in zip(noisy.split(at_once, 1), sigmas.split(at_once, 1))]
+        return torch.cat(parts, 1).flatten(0, 1)
 
     @torch.no_grad()
     def sample(

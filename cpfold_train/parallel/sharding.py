@@ -46,6 +46,11 @@ def world_mesh(cp: ContextParallel) -> DeviceMesh:
     return DeviceMesh.from_group(dist.group.WORLD, cp.mesh.device_type, mesh_dim_names=("world",))
 
 
+def mesh_of(module: nn.Module) -> DeviceMesh:
+    """That over which the parameters of a module are shared out."""
+    return next(module.parameters()).device_mesh
+
+
 def shard(whole: Tensor, mesh: DeviceMesh) -> DTensor:
     """A tensor that every rank holds, as a parameter of its shape is shared out. Nothing is sent."""
     return distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=None)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from cpfold_train.bench.case import ATOMS_PER_TOKEN
 from cpfold_train.data.batch import PLACEMENTS
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.training.config import TrainConfig
@@ -19,8 +20,6 @@ from cpfold_train.training.datamodule import TileData
 
 ON_HOST = "token_atom_start"
 """The feature that says what travels: the only one whose values matter."""
-ATOMS_PER_TOKEN = 8.2
-"""Of a protein with its ligands, hydrogens aside."""
 CHAINS, COPIES, NAMINGS = 4, 4, 2
 """Of a homotetramer: its chains, the copies of each, and other namings of a residue's atoms."""
 

@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from cpfold_train.memory import peak_mib
 from cpfold_train.parallel.gather import gather_figures
-from cpfold_train.parallel.sharding import whole
 from cpfold_train.training.optim import base_rate
 from cpfold_train.training.skip import SkipBadSteps
 
@@ -42,10 +41,7 @@ class StepFigures(Callback):
         self._started = time.perf_counter()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Lightning clips after this hook: the norm is that of the gradient as it came."""
         if self._due(trainer, trainer.global_step + 1):
-            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self._grad_norm = whole(torch.nn.utils.get_total_norm(gradients))
             self._lr = base_rate(optimizer)
 
     def on_train_batch_end(
@@ -100,7 +96,7 @@ class StepFigures(Callback):
         row = {
             **{name: value / cp.grid.dp for name, value in zip(losses, total[7:])},
             "lr": self._lr,
-            "grad_norm": self._grad_norm.item(),
+            "grad_norm": self._skip.grad_norm.item(),
             "tokens": round(total[0]),
             "crop_size": crop_size,
             "step_s": mean[1],

@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.device_mesh import DeviceMesh
-
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.msa import MSALayer
 from cpfold_train.model.pairformer import PairformerLayer
 from cpfold_train.model.transformer import DiffusionTransformerLayer
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.sharded_checkpoint import is_sharded_checkpoint, load_sharded, save_sharded
-from cpfold_train.parallel.sharding import shard, shard_parameters
+from cpfold_train.parallel.sharding import mesh_of, shard, shard_parameters
 from cpfold_train.training.strategy import GridStrategy
 
 _BLOCKS = PairformerLayer, MSALayer, DiffusionTransformerLayer
@@ -51,17 +49,13 @@ class ShardedGridStrategy(GridStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(checkpoint_path)
         if is_sharded_checkpoint(path):
-            return load_sharded(path, self._mesh())
+            return load_sharded(path, mesh_of(self.lightning_module))
         # Checkpoints hold loops and loader beside tensors: read only those that you trust.
         return self._shared_out(super().load_checkpoint(path, weights_only=False))
 
-    def _mesh(self) -> DeviceMesh:
-        """Over which the parameters are shared out."""
-        return next(self.lightning_module.parameters()).device_mesh
-
     def _shared_out(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """A checkpoint of a run without FSDP, its parameters and the optimizer's state of them shared out, in place."""
-        mesh = self._mesh()
+        mesh = mesh_of(self.lightning_module)
         parameters = {name for name, _ in self.lightning_module.named_parameters(remove_duplicate=False)}
         for state in (checkpoint[key] for key in _STATES if key in checkpoint):
             state.update({name: shard(x, mesh) for name, x in state.items() if name in parameters})

@@ -121,8 +121,8 @@ def _callbacks(config: TrainConfig, run_dir: Path) -> list[Callback]:
     skip = SkipBadSteps(config.faults.max_skipped, run_dir / "out_of_memory.txt")
     callbacks += [
         TellFaults(folder),
-        StepFigures(skip),
         skip,
+        StepFigures(skip),
         Pictures(run_dir),
         Result(run_dir, config.seed, skip),
         SaveOnSigterm(folder / "last.ckpt"),

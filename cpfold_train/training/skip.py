@@ -37,6 +37,7 @@ class SkipBadSteps(Callback):
 
     Attributes:
         skipped: steps skipped since the start of the run, those before a resume included.
+        grad_norm: norm of the gradient of the step at hand, as it came.
     """
 
     def __init__(self, limit: int, noted: Path) -> None:
@@ -68,7 +69,8 @@ class SkipBadSteps(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        if whole(torch.nn.utils.get_total_norm(gradients)).isfinite():
+        self.grad_norm = whole(torch.nn.utils.get_total_norm(gradients))
+        if self.grad_norm.isfinite():
             return
         for parameter in pl_module.parameters():
             # What has no gradient, the optimizer leaves alone.
