@@ -89,6 +89,11 @@ def assumed_batch(config: TrainConfig, grid: Grid) -> dict[str, Tensor]:
     return features | {ON_HOST: start.expand(b, -1)}
 
 
+def feature_bytes(batch: dict[str, Tensor]) -> int:
+    """What the features of a batch take on the device."""
+    return sum(x.nbytes for name, x in batch.items() if name != ON_HOST)
+
+
 def batches_of_data(config: TrainConfig, grid: Grid, count: int) -> list[dict[str, Tensor]]:
     """The first batches that a run is trained on, on this rank of the grid.
 

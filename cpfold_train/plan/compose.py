@@ -55,10 +55,6 @@ def read_request(settings: list[str]) -> Request:
     if not own["gpus"].isdigit() or not int(own["gpus"]):
         raise ConfigError(f"gpus={own['gpus']} is not a number of GPUs: type gpus=8, for example")
     config = compose(of_run)
-    if config.parallel.fsdp:
-        raise ConfigError(
-            "a plan has whole weights on every rank: type parallel.fsdp=false; docs/fsdp.md says what sharing saves"
-        )
     dp = int(config.dp) if str(config.dp).isdigit() else 1
     asked = any(setting.startswith(("cp.grid=", "recipe=")) for setting in of_run) and config.cp.grid != "auto"
     grid = Grid(*parse_grid(config.cp.grid), dp) if asked else None

@@ -11,23 +11,30 @@ from collections import Counter
 from dataclasses import replace
 
 from cpfold_train.plan.step import Trace
-from cpfold_train.plan.trace import Moment, Phase, Tallies, Tally
+from cpfold_train.plan.trace import STEP, Moment, Phase, Tallies, Tally
 from cpfold_train.training.config import TrainConfig
 
 FEWEST = 3
 """Groups of blocks in the shallower of the two models: with two, none comes back from the host ahead of the block at
 work (``memory.offload``), so the third would add a tile that the others do not."""
+FEWEST_TEMPLATES = 2
+"""With one template there is no sum of several."""
 STACKS = ("trunk", "structure_module", "confidence_module")
-"""The parts of the model that a stack is in; the trunk's template and MSA modules stay complete."""
+"""The parts of the model that a stack is in; the trunk's MSA module stays complete."""
+TEMPLATES = "trunk.template_module"
+"""The part that is the same for each template."""
 
 
 def shallow(config: TrainConfig, groups: int) -> TrainConfig:
-    """The same run with only so many groups of blocks in the Pairformers, and layers in the transformer of tokens."""
+    """The same run with only so many groups of blocks in the Pairformers, and layers in the transformer of tokens; and
+    with two templates at most, or three in the deeper model."""
     blocks, model = groups * config.memory.blocks_at_once, config.model
     pairformer = replace(model.pairformer, num_blocks=blocks)
     judging = replace(model.confidence, pairformer=replace(model.confidence.pairformer, num_blocks=blocks))
     diffusion = replace(model.diffusion, token_transformer_depth=groups)
-    return replace(config, model=replace(model, pairformer=pairformer, confidence=judging, diffusion=diffusion))
+    model = replace(model, pairformer=pairformer, confidence=judging, diffusion=diffusion)
+    templates = min(config.data.max_templates, groups - FEWEST + FEWEST_TEMPLATES)
+    return replace(config, model=model, data=replace(config.data, max_templates=templates))
 
 
 def groups_of(config: TrainConfig) -> dict[str, int] | None:
@@ -43,20 +50,25 @@ def groups_of(config: TrainConfig) -> dict[str, int] | None:
     return dict(zip(STACKS, counts))
 
 
-def extrapolated(shallower: Trace, deeper: Trace, groups: dict[str, int], weights: dict[str, float]) -> Trace:
-    """The step with ``groups`` groups of blocks, from those with ``FEWEST`` and one more.
+def extrapolated(
+    shallower: Trace, deeper: Trace, groups: dict[str, int], templates: int, known: dict[str, float]
+) -> Trace:
+    """The step with ``groups`` groups of blocks and so many templates, from those with ``FEWEST`` and one more.
 
     Args:
-        weights: bytes that the whole model's weights take, by category; no block makes them.
+        known: bytes that weights and features of the whole model take, by category; no block makes them.
     """
 
     def steps(module: str) -> int:
-        stack = module.partition(".")[0]
+        if module.startswith(TEMPLATES):
+            return max(FEWEST_TEMPLATES, templates) - FEWEST_TEMPLATES
+        # What FSDP gathers for the whole of a step has a part for each layer of the transformer of tokens.
+        stack = "structure_module" if module == STEP else module.partition(".")[0]
         return groups[stack] - FEWEST if stack in groups else 1
 
     def moment(a: Moment, b: Moment) -> Moment:
         held = {key: a.get(key, 0) + steps(key[1]) * (b.get(key, 0) - a.get(key, 0)) for key in a | b}
-        held |= {key: weights[key[0]] for key in held if key[0] in weights}
+        held |= {key: known[key[0]] for key in held if key[0] in known}
         return {key: size for key, size in held.items() if size}
 
     def tallies(a: Tallies, b: Tallies) -> Tallies:

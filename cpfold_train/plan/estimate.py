@@ -23,8 +23,8 @@ ASSUMPTIONS = (
     "microseconds at least",
     f"messages travel at {LINK_SHARE:.0%} of a link's bandwidth and take {MESSAGE_S * 1e6:.0f} microseconds each; "
     "those to other machines, evenly spread over all ranks of the grid, go over the network",
-    f"{EXPOSED_SHARE:.0%} of that time is not hidden behind arithmetic; the all-reduce of gradients is hidden behind "
-    "half of the step",
+    f"{EXPOSED_SHARE:.0%} of that time is not hidden behind arithmetic; the all-reduce of gradients, or what FSDP "
+    "sends, is hidden behind half of the step",
     "as many recycling passes as are drawn on average, and no waiting for data",
     f"{MEMORY_MARGIN:.0%} of the memory is left for the driver, NCCL and fragmentation",
 )
@@ -37,7 +37,7 @@ class Costs:
 
     Attributes:
         work: arithmetic, traffic and messages.
-        gradient_bytes: sent to sum gradients over the world.
+        gradient_bytes: sent to sum gradients over the world, or by FSDP to gather weights and to share out gradients.
         compute_s, exchange_s, gradients_s: seconds of each alone.
         step_s: seconds in all.
     """
@@ -69,11 +69,11 @@ def step_work(trace: Trace, config: TrainConfig) -> Tally:
     return Tally().plus(work, config.trainer.accumulate_grad_batches)
 
 
-def estimate(trace: Trace, config: TrainConfig, grid: Grid, device: Device, weight_bytes: float) -> Costs:
+def estimate(trace: Trace, config: TrainConfig, grid: Grid, device: Device, trained_bytes: float) -> Costs:
     """What an optimizer step costs on one rank of ``grid``.
 
     Args:
-        weight_bytes: of all gradients.
+        trained_bytes: of all weights that are trained.
     """
     work, world = step_work(trace, config), grid.world_size
     # Ranks of one machine are neighbours: of P - 1 others, so many are elsewhere.
@@ -81,12 +81,15 @@ def estimate(trace: Trace, config: TrainConfig, grid: Grid, device: Device, weig
     sent = sum(work.sent_bytes.values())
     exchange = sent * (away / device.network + (1 - away) / device.link) / LINK_SHARE
     exchange += MESSAGE_S * sum(work.messages.values())
-    # A ring all-reduce sends every byte twice.
-    gradient_bytes = 2 * weight_bytes * (world - 1) / world
+    if config.parallel.fsdp:
+        gradient_bytes, own_bytes = work.shared_bytes, trained_bytes / world
+    else:
+        # A ring all-reduce sends every byte twice.
+        gradient_bytes, own_bytes = 2 * trained_bytes * (world - 1) / world, trained_bytes
     # One link of each machine carries the ring to the next.
     line = device.link if world <= device.per_node else device.network * device.per_node
     gradients = gradient_bytes / (LINK_SHARE * line)
     # AdamW reads weights, gradients and two moments, and writes all but the gradients.
-    compute = work.seconds + 7 * weight_bytes / (MEMORY_SHARE * device.bandwidth)
+    compute = work.seconds + 7 * own_bytes / (MEMORY_SHARE * device.bandwidth)
     exposed = EXPOSED_SHARE * exchange + max(0.0, gradients - compute / 2)
     return Costs(work, gradient_bytes, compute, exchange, gradients, compute + exposed)

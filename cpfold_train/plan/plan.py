@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from torch import Tensor, nn
 
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.plan.batch import assumed_batch
+from cpfold_train.plan.batch import assumed_batch, feature_bytes
 from cpfold_train.plan.depth import FEWEST, by_category, by_module, extrapolated, groups_of, shallow
 from cpfold_train.plan.devices import find_device
 from cpfold_train.plan.estimate import MEMORY_MARGIN, Costs, estimate, kernel_seconds
@@ -79,47 +79,56 @@ class Plan:
         }
 
 
-def plan(config: TrainConfig, grid: Grid, device: str, batch: dict[str, Tensor] | None = None) -> Plan:
+def plan(config: TrainConfig, grid: Grid, device: str) -> Plan:
     """Plan a run.
 
     Args:
         config: of the run.
         grid: with the rank to plan for.
         device: one of :data:`cpfold_train.plan.devices.DEVICES`, or ``cpu``, where times mean little.
-        batch: features of the step; the largest that the configuration allows if None.
 
     Raises:
         ConfigError: there is no such device.
     """
     found = find_device(device, grid.world_size)
     seconds, on_host = kernel_seconds(found), device == "cpu"
-    batch = assumed_batch(config, grid) if batch is None else batch
     module = build(config)
+
+    def trace(config: TrainConfig) -> Trace:
+        return trace_step(config, grid, assumed_batch(config, grid), seconds, on_host)
+
     # What malloc keeps does not grow block by block: on CPU, where models are small, all blocks run.
     groups = None if on_host else groups_of(config)
     if groups is None:
-        trace = trace_step(config, grid, batch, seconds, on_host)
+        traced = trace(config)
     else:
-        runs = (trace_step(shallow(config, n), grid, batch, seconds, on_host) for n in (FEWEST, FEWEST + 1))
-        trace = extrapolated(*runs, groups, weight_bytes(module, config))
-    phase, fullest = fullest_moment(trace)
-    gradient_bytes = sum(x.nbytes for x in module.parameters() if x.requires_grad)
-    costs = estimate(trace, config, grid, found, gradient_bytes)
-    return Plan(config, grid, device, sum(x.numel() for x in module.parameters()), fullest, phase, costs, found.memory)
+        runs = (trace(shallow(config, n)) for n in (FEWEST, FEWEST + 1))
+        known = weight_bytes(module, config, grid) | {"features": feature_bytes(assumed_batch(config, grid))}
+        traced = extrapolated(*runs, groups, config.data.max_templates, known)
+    phase, fullest = fullest_moment(traced)
+    parameters = sum(x.numel() for x in module.parameters())
+    trained_bytes = sum(x.nbytes for x in module.parameters() if x.requires_grad)
+    costs = estimate(traced, config, grid, found, trained_bytes)
+    return Plan(config, grid, device, parameters, fullest, phase, costs, found.memory)
 
 
-def weight_bytes(module: nn.Module, config: TrainConfig) -> dict[str, float]:
-    """Bytes of the weights, and of what is kept beside them, by category."""
+def weight_bytes(module: nn.Module, config: TrainConfig, grid: Grid) -> dict[str, float]:
+    """Bytes of a rank's weights, and of what is kept beside them all the time, by category."""
+    ranks = grid.world_size if config.parallel.fsdp else 1
+
+    def own(x: Tensor) -> int:
+        """FSDP shares out rows, and rounds them up."""
+        return -(-x.shape[0] // ranks) * (x.nbytes // x.shape[0])
+
     weights = list(module.parameters())
     trained = [x for x in weights if x.requires_grad]
-    size = sum(x.nbytes for x in weights)
-    return {
-        "parameters": size + sum(x.nbytes for x in module.buffers()),
-        "gradients": sum(x.nbytes for x in trained),
-        # Adam's two moments, and a count of steps.
-        "optimizer": sum(2 * x.nbytes + 4 for x in trained),
-        "average": sum(x.nbytes for x in trained) if config.optim.ema_decay else 0,
-    }
+    # Adam's two moments, and a count of steps.
+    held = {"optimizer": sum(2 * own(x) + 4 for x in trained)}
+    held["parameters"] = sum(map(own, weights)) + sum(x.nbytes for x in module.buffers())
+    held["average"] = sum(map(own, trained)) if config.optim.ema_decay else 0
+    if not config.parallel.fsdp:
+        held["gradients"] = sum(map(own, trained))
+    return held
 
 
 def fullest_moment(trace: Trace) -> tuple[str, Moment]:

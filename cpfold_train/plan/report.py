@@ -26,7 +26,8 @@ def show_plan(found: Plan) -> None:
     table.add_row("peak memory", f"{found.peak / GIB:.2f} GiB of {found.memory / GIB:.1f}: {_verdict(found)}")
     table.add_row("at that moment runs", found.phase)
     table.add_row("sent by context parallelism", f"{sum(costs.work.sent_bytes.values()) / MIB:,.0f} MiB")
-    table.add_row("sent to sum gradients", f"{costs.gradient_bytes / MIB:,.0f} MiB")
+    shared = "sent by FSDP" if config.parallel.fsdp else "sent to sum gradients"
+    table.add_row(shared, f"{costs.gradient_bytes / MIB:,.0f} MiB")
     table.add_row("floating-point operations", f"{sum(costs.work.flops.values()):.3g}")
     table.add_row("time of a step, estimated", f"{costs.step_s:.3g} s")
     table.add_row("- arithmetic alone", f"{costs.compute_s:.3g} s in {costs.work.kernels:,.0f} kernels")

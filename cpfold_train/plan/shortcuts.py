@@ -12,7 +12,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from cpfold_train.losses import smooth_lddt
 from cpfold_train.ops import biased_attention, by_rows, offload, partial_attention, ring_attention, window_attention
@@ -76,4 +78,27 @@ def host_is_elsewhere(tracer: Tracer) -> Iterator[None]:
                 super().__init__(*args)
 
     with mock.patch.object(offload, "_Kept", Kept):
+        yield
+
+
+@contextmanager
+def weights_come_and_go(tracer: Tracer) -> Iterator[None]:
+    """Inside, the tracer sees when FSDP makes room for a block's weights and when it frees them: it resizes storages,
+    which is no operation of torch's."""
+
+    resize, make_room = torch.UntypedStorage.resize_, FSDPParam.init_all_gather_outputs
+
+    def resize_and_tell(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        resize(storage, size)
+        tracer.resized(storage)
+        return storage
+
+    def gathered(*args: Any) -> None:
+        with tracer.category("gathered"):
+            make_room(*args)
+
+    with (
+        mock.patch.object(torch.UntypedStorage, "resize_", resize_and_tell),
+        mock.patch.object(FSDPParam, "init_all_gather_outputs", gathered),
+    ):
         yield

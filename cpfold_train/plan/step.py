@@ -17,14 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cpfold_train.memory import LARGE_BYTES
 from cpfold_train.ops.by_rows import GPU_BLOCK_BYTES, set_block_bytes
-from cpfold_train.parallel.context import fake_world
+from cpfold_train.parallel.context import ContextParallel, fake_world
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.plan.batch import ON_HOST
-from cpfold_train.plan.shortcuts import host_is_elsewhere, two_blocks_for_all
-from cpfold_train.plan.trace import STEP, Moment, Phase, Seconds, Tallies, TracedLedger, Tracer
+from cpfold_train.plan.shortcuts import host_is_elsewhere, two_blocks_for_all, weights_come_and_go
+from cpfold_train.plan.trace import Moment, Phase, Seconds, Tallies, TracedLedger, Tracer
 from cpfold_train.training.check_precision import IN_BF16
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.freeze import choose_trained
+from cpfold_train.training.fsdp import shard_model
 from cpfold_train.training.module import CoFoldingModule
 
 SAMPLING_STEPS = 3
@@ -75,17 +76,19 @@ def trace_step(config: TrainConfig, grid: Grid, batch: dict[str, Tensor], second
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with (
         fake_world(grid, config.cp.algorithm) as cp,
+        _shared_out(module, cp) if config.parallel.fsdp else nullcontext(),
         _blocks_of(block_bytes),
         fake,
         tracer,
         two_blocks_for_all(tracer),
+        weights_come_and_go(tracer),
         nullcontext() if on_host else host_is_elsewhere(tracer),
     ):
         with tracer.category("parameters"):
             module = module.to_empty(device="cpu")
         trained = [x for x in module.parameters() if x.requires_grad]
         with tracer.category("gradients"):
-            # DistributedDataParallel has room for all of them from the start.
+            # DistributedDataParallel has room for all of them from the start, FSDP for none.
             for weight in trained:
                 weight.grad = torch.empty_like(weight)
         if config.optim.ema_decay:
@@ -96,7 +99,10 @@ def trace_step(config: TrainConfig, grid: Grid, batch: dict[str, Tensor], second
             # One kernel instead of thousands: what is kept is the same.
             group["fused"] = True
         with tracer.category("optimizer"):
+            # A run has the moments from the end of its first step on.
             optimizer.step()
+        if config.parallel.fsdp:
+            optimizer.zero_grad()
 
         cp.ledger = TracedLedger(tracer)
         module.trainer = SimpleNamespace(strategy=SimpleNamespace(cp=cp), global_step=0)
@@ -114,11 +120,7 @@ def trace_step(config: TrainConfig, grid: Grid, batch: dict[str, Tensor], second
         with torch.autocast("cpu", torch.bfloat16) if precision in IN_BF16 else nullcontext():
             loss = module.micro_batch(fed, recycling)["loss"]
         loss.backward()
-        del loss
-        tracer.come_to(STEP)
-        # Its work is no block's, and follows from the number of weights.
-        with tracer.category("optimizer"), tracer.times(0):
-            optimizer.step()
+        # What the optimizer adds has been counted: it moves weights in place, and its work follows from their number.
         moments, tallies = tracer.moments(), tracer.so_far()
     # Samples may go through the module in several groups.
     calls = len(samplings) // sampling if sampling else 0
@@ -138,6 +140,12 @@ def build(config: TrainConfig) -> CoFoldingModule:
         module = CoFoldingModule(config.model, config.memory, config.optim, config.loss, config.diffusion, config.seed)
         choose_trained(module.model, config.finetune, module.judged)
     return module
+
+
+@contextmanager
+def _shared_out(module: CoFoldingModule, cp: ContextParallel) -> Iterator[None]:
+    shard_model(module.model, cp)
+    yield
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
@@ -24,13 +25,14 @@ CATEGORIES = (
     "optimizer",
     "average",
     "features",
+    "gathered",
     "boundaries",
     "activations",
     "communication",
 )
-"""What memory is for. ``average`` is the moving average of the weights; ``boundaries`` are activations made before the
-block of the network that runs at the moment, and kept; ``activations`` those of this block; ``communication`` is what
-is sent and received."""
+"""What memory is for. ``average`` is the moving average of the weights; ``gathered`` are weights that FSDP has put
+together for a while; ``boundaries`` are activations made before the block of the network that runs at the moment, and
+kept; ``activations`` those of this block; ``communication`` is what is sent and received."""
 STEP = "losses and optimizer"
 """What is done outside of the model's modules."""
 HEAP = "freed, kept by malloc"
@@ -50,6 +52,9 @@ _NO_KERNEL = {
 _PICKING = {"index", "index_select", "gather", "embedding"}
 """Operations that read of their first argument only as much as they return."""
 
+_SCATTER = "c10d::_reduce_scatter_base_"
+_COLLECTIVES = {"c10d::_allgather_base_", _SCATTER}
+
 Seconds = Callable[[float, torch.dtype, float], float]
 """Time of a kernel from its floating-point operations, their dtype, and the bytes that it reads and writes."""
 Phase = tuple[str, str]
@@ -61,12 +66,14 @@ Moment = dict[tuple[str, str], float]
 @dataclass
 class Tally:
     """Work of one module: kernels, floating-point operations of matrix products by dtype, bytes read and written, the
-    seconds all this takes, and bytes and number of messages by operation of context parallelism."""
+    seconds all this takes, bytes that FSDP sends to gather weights and to share out gradients, and bytes and number of
+    messages by operation of context parallelism."""
 
     kernels: float = 0
     flops: Counter[torch.dtype] = field(default_factory=Counter)
     moved_bytes: float = 0
     seconds: float = 0
+    shared_bytes: float = 0
     sent_bytes: Counter[str] = field(default_factory=Counter)
     messages: Counter[str] = field(default_factory=Counter)
 
@@ -81,6 +88,7 @@ class Tally:
             combined(self.flops, other.flops),
             self.moved_bytes + times * other.moved_bytes,
             self.seconds + times * other.seconds,
+            self.shared_bytes + times * other.shared_bytes,
             combined(self.sent_bytes, other.sent_bytes),
             combined(self.messages, other.messages),
         )
@@ -203,12 +211,16 @@ class Tracer(TorchDispatchMode):
         self._grown()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default:
+            # Asked several times an operation, and answered without the detour through the fake mode.
+            return args[0].fake_device
+        if DTensor in types:
+            # It comes again with the tensors inside.
+            return NotImplemented
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func.namespace == "c10d":
-            for tensor in tree_iter(args):
-                if isinstance(tensor, Tensor):
-                    self._travels(tensor.untyped_storage())
+            self._communicate(func._schema.name, args)
             return out
         results = list(_tensors((out,)))
         for tensor in results:
@@ -238,8 +250,7 @@ class Tracer(TorchDispatchMode):
             return
         size = storage.nbytes()
         place = _Place(self._category, self._modules[-1], self._epoch)
-        self._entries[key] = place, size
-        self._live[place] += size
+        self._hold(key, place, size)
         self.now += size
         if size < self._large:
             self._small += size
@@ -247,14 +258,39 @@ class Tracer(TorchDispatchMode):
         self._grown()
         weakref.finalize(storage, self._forget, key)
 
-    def _travels(self, storage: torch.UntypedStorage) -> None:
+    def _communicate(self, name: str, args: tuple) -> None:
         """A message is no activation, whoever made it."""
-        if (entry := self._entries.get(storage._cdata)) and entry[0].category == "activations":
+        tensors = [x for x in tree_iter(args) if isinstance(x, Tensor)]
+        for tensor in tensors:
+            self._belongs(tensor.untyped_storage(), "communication")
+        if name in _COLLECTIVES:
+            # Of FSDP: all else is sent as single messages. What others get of each rank is its part of the whole.
+            parts = sorted(x.nbytes for x in tensors)
+            self.tallies[self._modules[-1]].shared_bytes += self._times * (parts[-1] - parts[0])
+            if name == _SCATTER:
+                self._belongs(tensors[0].untyped_storage(), "gradients")
+
+    def _belongs(self, storage: torch.UntypedStorage, category: str) -> None:
+        """What was taken for an activation, or for a message, is something else."""
+        entry = self._entries.get(storage._cdata)
+        if entry and entry[0].category in ("activations", "communication"):
             place, size = entry
             self._drop(place, size)
-            sent = place._replace(category="communication")
-            self._entries[storage._cdata] = sent, size
-            self._live[sent] += size
+            self._hold(storage._cdata, place._replace(category=category), size)
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """A storage has another size than when it was made: FSDP frees gathered weights so, and makes room for them."""
+        self._note()
+        key, size = storage._cdata, storage.nbytes()
+        place, before = self._entries[key]
+        self._drop(place, before)
+        self.now += size - before
+        self._hold(key, place._replace(epoch=self._epoch), size)
+        self._grown()
+
+    def _hold(self, key: int, place: _Place, size: int) -> None:
+        self._entries[key] = place, size
+        self._live[place] += size
 
     def _forget(self, key: int) -> None:
         self._note()

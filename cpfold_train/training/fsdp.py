@@ -14,14 +14,15 @@ from cpfold_train.parallel.sharded_checkpoint import is_sharded_checkpoint, load
 from cpfold_train.parallel.sharding import mesh_of, shard, shard_parameters
 from cpfold_train.training.strategy import GridStrategy
 
-_BLOCKS = PairformerLayer, MSALayer, DiffusionTransformerLayer
+BLOCKS = PairformerLayer, MSALayer, DiffusionTransformerLayer
+"""What is gathered as one, beside the blocks of the template module."""
 _STATES = "state_dict", "current_model_state"
 
 
 def shard_model(model: CoFolding, cp: ContextParallel) -> None:
     """Share out the parameters of a model, one block of a stack at a time."""
     templates = list(model.trunk.template_module.pairformer.layers)
-    blocks = [module for module in model.modules() if isinstance(module, _BLOCKS)] + templates
+    blocks = [module for module in model.modules() if isinstance(module, BLOCKS)] + templates
     entrances = [(model, "sample"), (model, "judge"), *((block, "update_pairs") for block in templates)]
     shard_parameters(model, blocks, entrances, cp)
 
