@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import re
 import resource
 import sys
@@ -22,11 +23,12 @@ def return_large_tensors() -> None:
     """Let the system have the memory of large tensors back when they are freed, and keep that of small ones for reuse.
 
     By default glibc keeps freed tensors of up to 32 MiB in a heap that fragments: with it, ranks held up to three times
-    what they used. Without effect where the C library is another.
+    what they used. Without effect where the C library is another. Another size than ``LARGE_BYTES`` can be set in the
+    environment variable ``MALLOC_MMAP_THRESHOLD_``.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
+        libc.mallopt(_M_MMAP_THRESHOLD, int(os.environ.get("MALLOC_MMAP_THRESHOLD_", LARGE_BYTES)))
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 29)
 
 

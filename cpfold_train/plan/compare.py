@@ -26,15 +26,21 @@ from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.entry import ROOT
 
 CONFIGURATIONS = (
-    "cp.grid=1x1 crop_size=1024",
-    "cp.grid=1x1 crop_size=768 memory.recompute=false model.pairformer.num_blocks=2",
-    "cp.grid=1x2 crop_size=1536",
-    "cp.grid=2x2 crop_size=2048",
-    "cp.grid=2x2 crop_size=1536 memory.recompute=false model.pairformer.num_blocks=2",
-    "cp.grid=1x3 crop_size=1536 model.msa.msa_blocks=2 memory.blocks_at_once=2 model.pairformer.num_blocks=4",
+    "cp.grid=1x1 crop_size=512",
+    "cp.grid=1x1 crop_size=384 memory.recompute=false model.pairformer.num_blocks=3",
+    "cp.grid=1x2 crop_size=384 model.token_z=64 model.token_s=64 model.pairformer.num_blocks=6 diffusion.multiplicity=8",
+    "cp.grid=2x2 crop_size=768",
+    "cp.grid=2x2 crop_size=384 model.token_z=64 model.pairformer.num_blocks=6 memory.blocks_at_once=3 "
+    "memory.residual=bf16",
+    "cp.grid=1x3 crop_size=384 model.token_z=32 model.msa.msa_blocks=2 diffusion.multiplicity=8 "
+    "memory.samples_at_once=2",
+    "cp.grid=2x2 crop_size=512 trainer.precision=bf16-true",
+    "cp.grid=1x2 crop_size=256 model.token_s=384 model.pairformer.num_blocks=4 parallel.fsdp=true",
 )
-"""What is compared where nothing is typed: large enough for tiles, and parts of them that travel, to lie above what
-malloc takes from its heap. Smaller tensors fragment it, and a process holds much more than its tensors."""
+"""What is compared where nothing is typed."""
+LARGE_BYTES = 1 << 18
+"""In the runs that are compared, the system gets all tensors back from this size on when they are freed. It takes longer,
+but a heap of freed tensors, which a plan cannot know, does not come on top of those that live."""
 SMALL = 32
 """Tokens of a run that shows what a process takes in its first step whatever the size, which no plan knows: pages of
 libraries, and what threads and sockets hold. It is added to what is planned."""
@@ -97,7 +103,7 @@ def _planned(config: TrainConfig) -> dict[str, float]:
     grid = Grid(*parse_grid(config.cp.grid), int(config.dp))
     (batch,) = batches_of_data(config, grid, 1)
     seconds = kernel_seconds(find_device("cpu", grid.world_size))
-    trace = trace_step(config, grid, batch, seconds, on_host=True)
+    trace = trace_step(config, grid, batch, seconds, on_host=True, large_bytes=LARGE_BYTES)
     recycling = int(np.random.default_rng([config.seed, 0]).integers(0, config.model.recycling_steps + 1))
     work = totals(trace.tallies).plus(totals(trace.cycle), recycling - trace.recycling)
     work = work.plus(totals(trace.sampling_step), config.diffusion.sampling_steps - trace.sampling)
@@ -111,7 +117,7 @@ def _measured(settings: list[str]) -> dict[str, float]:
     """The same of a real run."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "train.py"), *settings, f"hydra.run.dir={folder}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(LARGE_BYTES)}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise ConfigError(f"the run of {' '.join(settings)} failed: {done.stderr.strip().splitlines()[-1]}")

@@ -51,7 +51,14 @@ class Trace:
     sampling: int
 
 
-def trace_step(config: TrainConfig, grid: Grid, batch: dict[str, Tensor], seconds: Seconds, on_host: bool) -> Trace:
+def trace_step(
+    config: TrainConfig,
+    grid: Grid,
+    batch: dict[str, Tensor],
+    seconds: Seconds,
+    on_host: bool,
+    large_bytes: int = LARGE_BYTES,
+) -> Trace:
     """One micro-batch and one step of the optimizer, as they are from the second step on.
 
     Args:
@@ -60,6 +67,7 @@ def trace_step(config: TrainConfig, grid: Grid, batch: dict[str, Tensor], second
         batch: its features; see :mod:`cpfold_train.plan.batch`.
         seconds: what a kernel takes.
         on_host: whether it runs on CPU, where memory of small tensors is kept when they are freed.
+        large_bytes: size from which on they are not small; see :mod:`cpfold_train.memory`.
     """
     chunk_mib = config.memory.chunk_mib
     block_bytes = int(chunk_mib * 2**20) if chunk_mib else None if on_host else GPU_BLOCK_BYTES
@@ -72,7 +80,7 @@ def trace_step(config: TrainConfig, grid: Grid, batch: dict[str, Tensor], second
         module.model.trunk.pair_dtype = torch.bfloat16
     elif precision == "64-true":
         module.double()
-    tracer = Tracer(seconds, LARGE_BYTES if on_host else 0)
+    tracer = Tracer(seconds, large_bytes if on_host else 0)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with (
         fake_world(grid, config.cp.algorithm) as cp,
