@@ -59,6 +59,25 @@ def not_finite() -> None:
     entry.main()
 
 
+def bad_gradient() -> None:
+    """The gradient of one weight is infinite on rank 1 in the second step, though the loss is finite."""
+    import torch
+
+    from cpfold_train.training.module import CoFoldingModule
+    from cpfold_train.training.module_statistics import trained_modules
+
+    original = CoFoldingModule.configure_optimizers
+
+    def configure_optimizers(self: CoFoldingModule) -> dict:
+        wrong = torch.inf if self.trainer.global_rank == 1 else 1.0
+        weight = trained_modules(self.model)["msa_module"]["msa_module.msa_proj.weight"]
+        weight.register_hook(lambda grad: grad * wrong if self.global_step == 1 else grad)
+        return original(self)
+
+    CoFoldingModule.configure_optimizers = configure_optimizers
+    entry.main()
+
+
 def sigterm_in_step_2() -> None:
     """SIGTERM comes to rank 0 in the last step of an epoch."""
     _in_step(0, 1, lambda batch: os.kill(os.getpid(), signal.SIGTERM))

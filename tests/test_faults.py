@@ -47,8 +47,8 @@ def run(forked_runs, tmp_path):
     return start
 
 
-def rows_of(run_dir: Path) -> list[dict[str, str]]:
-    with (run_dir / "metrics.csv").open() as file:
+def rows_of(run_dir: Path, name: str = "metrics.csv") -> list[dict[str, str]]:
+    with (run_dir / name).open() as file:
         return list(csv.DictReader(file))
 
 
@@ -124,6 +124,20 @@ def test_a_loss_that_is_not_finite_on_one_rank(run, tmp_path):
     checkpoint = last_checkpoint(tmp_path)
     assert moments_of(checkpoint) == {2.0}, "two of four steps were made"
     assert all(weight.isfinite().all() for weight in checkpoint["state_dict"].values())
+
+
+def test_a_gradient_that_is_not_finite_is_named(run, tmp_path):
+    """In modules.csv, though the step is skipped; nothing moved in that step."""
+    process = run(2, "bad_gradient", "data.val=[]", "trainer.max_steps=3", "module_statistics.every_n_steps=1")
+    assert process.returncode == 0, process.stderr
+    assert "step 2 was skipped: its gradient is not finite" in process.stderr
+    rows = rows_of(tmp_path, "modules.csv")
+    named = {(row["step"], row["module"], row["non_finite"]) for row in rows if row["non_finite"]}
+    assert named == {("2", "msa_module", "msa_module.msa_proj.weight")}
+    for step, moved in (("1", True), ("2", False), ("3", True)):
+        ratios = {row["module"]: float(row["update_ratio"]) for row in rows if row["step"] == step}
+        assert len(ratios) > 5
+        assert (ratios["msa_module"] > 0, any(ratios.values())) == (moved, moved), step
 
 
 def test_too_many_losses_that_are_not_finite(run, tmp_path):

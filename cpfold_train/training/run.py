@@ -119,8 +119,11 @@ def _callbacks(config: TrainConfig, run_dir: Path) -> list[Callback]:
     # First, so that the others see the average in validation. It holds the weights once more.
     callbacks: list[Callback] = [MovingAverage(config.optim.ema_decay)] if config.optim.ema_decay else []
     skip = SkipBadSteps(config.faults.max_skipped, run_dir / "out_of_memory.txt")
+    callbacks.append(TellFaults(folder))
+    if every_n_steps := config.module_statistics.every_n_steps:
+        # Before the gradients of a step that is skipped are taken away.
+        callbacks.append(ModuleStatistics(run_dir / "modules.csv", every_n_steps))
     callbacks += [
-        TellFaults(folder),
         skip,
         StepFigures(skip),
         Pictures(run_dir),
@@ -134,8 +137,6 @@ def _callbacks(config: TrainConfig, run_dir: Path) -> list[Callback]:
         )
     if config.early_stop.monitor:
         callbacks.append(EarlyStop(**dataclasses.asdict(config.early_stop)))
-    if every := config.module_statistics.every_n_steps:
-        callbacks.append(ModuleStatistics(run_dir / "modules.csv", every))
     if (step := schedule_start(config, run_dir)) is not None:
         callbacks.append(StartSchedule(step))
     if config.trainer.enable_progress_bar:
