@@ -39,6 +39,12 @@ def stopped() -> None:
     entry.main()
 
 
+def frozen() -> None:
+    """Rank 1 gets SIGSTOP in its third step: not even its watch goes on."""
+    _on_rank_1_in_step(2, lambda batch: os.kill(os.getpid(), signal.SIGSTOP))
+    entry.main()
+
+
 def out_of_memory() -> None:
     """An allocation fails on rank 1 between the forward and the backward pass, where the others go on without it."""
     import torch

@@ -130,6 +130,23 @@ def test_a_rank_that_does_not_answer(run, tmp_path):
     assert last_checkpoint(tmp_path)["global_step"] == 2
 
 
+@pytest.mark.slow
+def test_a_rank_that_gets_sigstop(tmp_path):
+    """Rank 0 names it, for about as long as it has been stopped, and kills it."""
+    process = own_ranks("frozen", tmp_path, "data.val=[]", "data.num_workers=1", "cp.timeout_s=10")
+    _, told = process.communicate(timeout=200)
+    # Of the step before, just after which rank 1 is stopped.
+    stopped_s = since_last_checkpoint(tmp_path)
+    assert process.returncode == 1, told
+    gone = r"for a rank that has stopped or is gone: there is no sign of rank 1 for (\d+) s, last seen (?:in|after) "
+    waited_s, silent_s = map(int, re.search(r"error: rank 0 waited (\d+) s in .+ " + gone, told).groups())
+    assert 10 <= waited_s <= silent_s + 1 and silent_s <= stopped_s + 2
+    assert stopped_s < 10 + ENDS_WITHIN
+    assert "Traceback" not in told
+    assert last_checkpoint(tmp_path)["global_step"] == 2
+    assert_no_process_is_left(tmp_path)
+
+
 def test_out_of_memory_on_one_rank(run, tmp_path):
     """Under a launcher the run ends; started again, it skips the step, and loses nothing else."""
     process = run(2, "out_of_memory", "data.val=[]")
