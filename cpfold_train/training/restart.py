@@ -84,7 +84,8 @@ class StartAgain:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         children = [child for child in psutil.Process().children() if child not in self._children]
         for child in children:
-            child.kill()
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
         psutil.wait_procs(children, timeout=10)
 
 
