@@ -1,14 +1,18 @@
 """``train.py`` with something wrong in it: mains for :mod:`tests.forked_runs` and for processes of their own.
 
 Each breaks this process at one point and then does what ``train.py`` does. The product has no hooks for it.
+``FAULT=NAME python -m tests.faulty KEY=VALUE ...`` starts its ranks itself, as ``python train.py`` does.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
+
+import psutil
 
 from cpfold_train.training import entry
 
@@ -35,6 +39,12 @@ def stopped() -> None:
     entry.main()
 
 
+def frozen() -> None:
+    """Rank 1 gets SIGSTOP in its third step: not even its watch goes on."""
+    _on_rank_1_in_step(2, lambda batch: os.kill(os.getpid(), signal.SIGSTOP))
+    entry.main()
+
+
 def out_of_memory() -> None:
     """An allocation fails on rank 1 between the forward and the backward pass, where the others go on without it."""
     import torch
@@ -48,6 +58,33 @@ def out_of_memory() -> None:
     entry.main()
 
 
+def out_of_memory_unnoticed() -> None:
+    """Rank 1 has no memory in its third step, and rank 0 stands still, as one does that waits for its GPU."""
+    from cpfold_train.training.module import CoFoldingModule
+
+    original = CoFoldingModule._losses
+
+    def _losses(self: CoFoldingModule, *args: object) -> tuple:
+        if self.trainer.training and self.global_step == 2:
+            if self.trainer.global_rank == 1:
+                raise MemoryError
+            time.sleep(600)
+        return original(self, *args)
+
+    CoFoldingModule._losses = _losses
+    entry.main()
+
+
+def out_of_memory_always() -> None:
+    """Rank 1 has no memory for the first step, even where the step is skipped."""
+
+    def fail(batch: dict) -> None:
+        raise MemoryError
+
+    _on_rank_1_in_step(0, fail)
+    entry.main()
+
+
 def not_finite() -> None:
     """A loss of rank 1 is infinite in the second step, though its gradient is not; it is not a number in the third."""
 
@@ -56,6 +93,25 @@ def not_finite() -> None:
         return losses | {"distogram": wrong.get(step, losses["distogram"])}
 
     _losses_on_rank_1(spoil)
+    entry.main()
+
+
+def bad_gradient() -> None:
+    """The gradient of one weight is infinite on rank 1 in the second step, though the loss is finite."""
+    import torch
+
+    from cpfold_train.training.module import CoFoldingModule
+    from cpfold_train.training.module_statistics import trained_modules
+
+    original = CoFoldingModule.configure_optimizers
+
+    def configure_optimizers(self: CoFoldingModule) -> dict:
+        wrong = torch.inf if self.trainer.global_rank == 1 else 1.0
+        weight = trained_modules(self.model)["msa_module"]["msa_module.msa_proj.weight"]
+        weight.register_hook(lambda grad: grad * wrong if self.global_step == 1 else grad)
+        return original(self)
+
+    CoFoldingModule.configure_optimizers = configure_optimizers
     entry.main()
 
 
@@ -72,14 +128,15 @@ def sigterm_in_step_3() -> None:
 
 
 def _losses_on_rank_1(change: Callable[[int, dict], dict]) -> None:
-    """Let ``change`` have the step, counted from 0, and what the losses are on rank 1."""
+    """Let ``change`` have the training step, counted from 0, and what the losses are on rank 1."""
     from cpfold_train.training.module import CoFoldingModule
 
     original = CoFoldingModule._losses
 
     def _losses(self: CoFoldingModule, *args: object) -> tuple:
         out, losses = original(self, *args)
-        return out, change(self.global_step, losses) if self.trainer.global_rank == 1 else losses
+        here = self.trainer.training and self.trainer.global_rank == 1
+        return out, change(self.global_step, losses) if here else losses
 
     CoFoldingModule._losses = _losses
 
@@ -100,3 +157,17 @@ def _in_step(rank: int, step: int, fault: Callable[[dict], None]) -> None:
         return original(self, batch, batch_idx)
 
     CoFoldingModule.training_step = training_step
+
+
+def _tell_what_is_there() -> None:
+    """What this process has of an earlier start of its own: children, open files, and variables of a world."""
+    names = [name for name in os.environ if name.startswith("MASTER_") or name.endswith(("RANK", "WORLD_SIZE"))]
+    process = psutil.Process()
+    files = process.num_fds()
+    print(f"starts with {len(process.children())} children, {files} files, variables {names}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    if "LOCAL_RANK" not in os.environ:
+        _tell_what_is_there()
+    globals()[os.environ["FAULT"]]()

@@ -17,7 +17,7 @@ from cpfold_train.parallel.grid import Grid, squarest
 from cpfold_train.training import entry
 from cpfold_train.training.check import check
 from cpfold_train.training.config import TrainerConfig
-from cpfold_train.training.launch import is_first_rank, plan_world
+from cpfold_train.training.launch import is_first_rank, plan_world, starts_ranks
 
 NOT_FOR_USERS = {
     "strategy": "follows from cp.grid and dp",
@@ -155,6 +155,16 @@ def test_world_follows_the_grid_or_the_launcher(monkeypatch):
     with pytest.raises(ConfigError, match=r"needs 4 GPUs a node and there are 2: type cp.grid=1x2"):
         plan_world("2x2", 1, 1, "gpu", {})
     assert plan_world("auto", 1, 1, "gpu", {}).devices == 2
+
+
+def test_who_starts_the_ranks():
+    """Not a rank that another process has started, and not on several machines."""
+    slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "train"}
+    elastic = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    world = plan_world("1x2", 1, 1, "cpu", {})
+    assert starts_ranks(world, {}) and starts_ranks(world, slurm | {"SLURM_JOB_NAME": "bash"})
+    assert not any(starts_ranks(world, env) for env in (slurm, elastic, {"LOCAL_RANK": "1"}))
+    assert not starts_ranks(plan_world("1x2", 1, 2, "cpu", {}), {})
 
 
 def test_one_rank_speaks():

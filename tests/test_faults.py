@@ -8,16 +8,22 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from cpfold_train.errors import DiskFullError
 from cpfold_train.training.checkpoint_io import WholeCheckpointIO
+from cpfold_train.training.restart import StartAgain
+from cpfold_train.training.signals import SaveOnSigterm
+from cpfold_train.training.sweep import run_job
 from cpfold_train.whole_file import PARTIAL, remove_partial_files
-from tests.test_training_runs import TINY
+from tests.test_training_runs import ROOT, TINY
 
 SMALL = [
     *TINY,
@@ -47,8 +53,33 @@ def run(forked_runs, tmp_path):
     return start
 
 
-def rows_of(run_dir: Path) -> list[dict[str, str]]:
-    with (run_dir / "metrics.csv").open() as file:
+def own_ranks(fault: str, run_dir: Path, *arguments: str) -> subprocess.Popen:
+    """A run that starts its two ranks itself, as ``python train.py`` does, with one of :mod:`tests.faulty`."""
+    command = [sys.executable, "-m", "tests.faulty", *SMALL, "cp.grid=1x2", f"hydra.run.dir={run_dir}", *arguments]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "FAULT": fault}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def assert_no_process_is_left(run_dir: Path) -> None:
+    """Data workers look every five seconds whether their rank is still there."""
+    deadline = time.monotonic() + 15
+    while left := [p for p in psutil.process_iter(["cmdline"]) if str(run_dir) in " ".join(p.info["cmdline"] or [])]:
+        assert time.monotonic() < deadline, f"{left} are still there"
+        time.sleep(0.2)
+
+
+def assert_same_rows(rows: list[dict[str, str]], expected: list[dict[str, str]]) -> None:
+    """The same steps with the same figures, whatever the grid."""
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    for row, other in zip(rows, expected):
+        for name in ("train/loss", "grad_norm", "lr", "val/loss", "tokens", "skipped"):
+            assert bool(row[name]) == bool(other[name]), (row["step"], name)
+            if row[name]:
+                assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-8, nan_ok=True)
+
+
+def rows_of(run_dir: Path, name: str = "metrics.csv") -> list[dict[str, str]]:
+    with (run_dir / name).open() as file:
         return list(csv.DictReader(file))
 
 
@@ -99,8 +130,25 @@ def test_a_rank_that_does_not_answer(run, tmp_path):
     assert last_checkpoint(tmp_path)["global_step"] == 2
 
 
+@pytest.mark.slow
+def test_a_rank_that_gets_sigstop(tmp_path):
+    """Rank 0 names it, for about as long as it has been stopped, and kills it."""
+    process = own_ranks("frozen", tmp_path, "data.val=[]", "data.num_workers=1", "cp.timeout_s=10")
+    _, told = process.communicate(timeout=200)
+    # Of the step before, just after which rank 1 is stopped.
+    stopped_s = since_last_checkpoint(tmp_path)
+    assert process.returncode == 1, told
+    gone = r"for a rank that has stopped or is gone: there is no sign of rank 1 for (\d+) s, last seen (?:in|after) "
+    waited_s, silent_s = map(int, re.search(r"error: rank 0 waited (\d+) s in .+ " + gone, told).groups())
+    assert 10 <= waited_s <= silent_s + 1 and silent_s <= stopped_s + 2
+    assert stopped_s < 10 + ENDS_WITHIN
+    assert "Traceback" not in told
+    assert last_checkpoint(tmp_path)["global_step"] == 2
+    assert_no_process_is_left(tmp_path)
+
+
 def test_out_of_memory_on_one_rank(run, tmp_path):
-    """The run ends; started again, it skips the step, and loses nothing else."""
+    """Under a launcher the run ends; started again, it skips the step, and loses nothing else."""
     process = run(2, "out_of_memory", "data.val=[]")
     assert since_last_checkpoint(tmp_path) < ENDS_WITHIN
     assert process.returncode == 1
@@ -114,6 +162,114 @@ def test_out_of_memory_on_one_rank(run, tmp_path):
     assert moments_of(last_checkpoint(tmp_path)) == {3.0}, "three of four steps were made"
 
 
+def test_out_of_memory_starts_again_by_itself(run, tmp_path):
+    """One command, which ends as a run that skips this step from its beginning on one rank; nothing of the failed ranks
+    is left to the new ones."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    (whole / "out_of_memory.txt").write_text("3\n")
+    assert run(1, None, run_dir=whole).returncode == 0
+    process = own_ranks("out_of_memory", parts, "data.num_workers=1")
+    _, told = process.communicate(timeout=200)
+    assert process.returncode == 0, told
+    last = parts / "checkpoints" / "last.ckpt"
+    assert told.count(f"for step 3: the run starts again from {last} and skips it on all ranks\n") == 1, told
+    first, second = re.findall("starts with .*", told)
+    assert first == second and "starts with 0 children" in first and first.endswith("variables []")
+    assert "step 3 was skipped: there was no memory for it" in told
+    assert "rror" not in told
+    result = result_of(parts)
+    assert (result["status"], result["steps"], result["skipped"]) == ("completed", 4, 1)
+    assert [row["step"] for row in rows_of(parts)] == ["0", "1", "2", "3", "4"]
+    assert_same_rows(rows_of(parts), rows_of(whole))
+    assert moments_of(last_checkpoint(parts)) == {3.0}, "three of four steps were made"
+    assert_no_process_is_left(parts)
+
+
+def test_out_of_memory_does_not_start_again_in_vain(tmp_path):
+    """Rank 1 has no memory for the first step, and none again where it is to be skipped: that ends the run."""
+    process = own_ranks("out_of_memory_always", tmp_path, "data.val=[]")
+    _, told = process.communicate(timeout=200)
+    assert process.returncode == 1, told
+    assert told.count("for step 1: the run starts again from where it began and skips it on all ranks\n") == 1, told
+    assert told.count("error: rank 1 failed: out of memory: ") == 1
+    assert result_of(tmp_path)["status"] == "failed"
+    assert_no_process_is_left(tmp_path)
+
+
+@pytest.mark.slow
+def test_out_of_memory_while_rank_0_does_not_answer(tmp_path):
+    """The watch of rank 0 ends it, and starts the run again."""
+    process = own_ranks("out_of_memory_unnoticed", tmp_path, "data.val=[]", "data.num_workers=1")
+    _, told = process.communicate(timeout=200)
+    assert process.returncode == 0, told
+    assert "rank 0 was ended because rank 1 failed: out of memory" in told
+    assert told.count("the run starts again") == 1
+    first, second = re.findall("starts with .*", told)
+    assert first == second
+    assert (result_of(tmp_path)["steps"], result_of(tmp_path)["skipped"]) == (4, 1)
+    assert_no_process_is_left(tmp_path)
+
+
+@pytest.mark.slow
+def test_out_of_memory_in_a_job_of_a_sweep(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAULT", "out_of_memory")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    loss = run_job(ROOT / "tests" / "faulty.py", [*SMALL, "cp.grid=1x2", "data.val=[]"], tmp_path)
+    assert json.loads((tmp_path / "job.json").read_text())["exit_code"] == 0
+    assert loss == float(rows_of(tmp_path)[-1]["train/loss"])
+    assert [row["skipped"] for row in rows_of(tmp_path)] == ["0", "0", "1", "1"]
+
+
+@pytest.mark.slow
+def test_out_of_memory_counts_against_the_limit(tmp_path):
+    process = own_ranks("out_of_memory", tmp_path, "data.val=[]", "faults.max_skipped=0")
+    _, told = process.communicate(timeout=200)
+    assert process.returncode == 1, told
+    assert told.count("the run starts again") == 1
+    assert "error: 1 of the last 100 steps were skipped, the last one step 3, because there was no memory" in told
+
+
+@pytest.fixture
+def typed_again(tmp_path, monkeypatch):
+    """What would be typed after an event in a run in ``tmp_path``: arguments and environment, or None."""
+    monkeypatch.setattr("os.execve", lambda program, command, env: typed.append((command[1:], env)))
+    monkeypatch.setattr("sys.orig_argv", ["python", "train.py", "crop_size=16"])
+    monkeypatch.setattr(StartAgain, "_end_children", lambda self: None)
+    typed: list[tuple[list[str], dict[str, str]]] = []
+
+    def after(event: Callable[[StartAgain], object]) -> tuple[list[str], dict[str, str]] | None:
+        typed.clear()
+        again = StartAgain(tmp_path)
+        event(again)
+        again.after_out_of_memory()
+        return typed[0] if typed else None
+
+    return after
+
+
+def test_what_starts_again(typed_again, tmp_path, monkeypatch):
+    """A new step without memory does; the checkpoint of another run in the directory is not what it goes on from."""
+    noted, last = tmp_path / "out_of_memory.txt", tmp_path / "checkpoints" / "last.ckpt"
+    last.parent.mkdir()
+    last.touch()
+    anew = ["train.py", "crop_size=16", f"hydra.run.dir='{tmp_path}'"]
+    assert typed_again(lambda again: None) is None
+    command, env = typed_again(lambda again: (noted.write_text("3\n"), monkeypatch.setenv("MASTER_PORT", "1")))
+    assert command == anew and "MASTER_PORT" not in env
+    assert typed_again(lambda again: noted.write_text("3\n3\n")) is None, "it was to be skipped"
+    command, _ = typed_again(lambda again: (noted.write_text("3\n5\n"), os.utime(last, (1, 1))))
+    assert command == [*anew, f"ckpt_path='{last}'"]
+    asked = SaveOnSigterm(last, None)
+
+    def sigterm(again: StartAgain) -> None:
+        asked._again = again
+        asked._note(signal.SIGTERM, None)
+        noted.write_text("3\n5\n7\n")
+
+    assert typed_again(sigterm) is None, "somebody has asked the run to end"
+
+
 def test_a_loss_that_is_not_finite_on_one_rank(run, tmp_path):
     process = run(2, "not_finite", "data.val=[]")
     assert process.returncode == 0, process.stderr
@@ -124,6 +280,20 @@ def test_a_loss_that_is_not_finite_on_one_rank(run, tmp_path):
     checkpoint = last_checkpoint(tmp_path)
     assert moments_of(checkpoint) == {2.0}, "two of four steps were made"
     assert all(weight.isfinite().all() for weight in checkpoint["state_dict"].values())
+
+
+def test_a_gradient_that_is_not_finite_is_named(run, tmp_path):
+    """In modules.csv, though the step is skipped; nothing moved in that step."""
+    process = run(2, "bad_gradient", "data.val=[]", "trainer.max_steps=3", "module_statistics.every_n_steps=1")
+    assert process.returncode == 0, process.stderr
+    assert "step 2 was skipped: its gradient is not finite" in process.stderr
+    rows = rows_of(tmp_path, "modules.csv")
+    named = {(row["step"], row["module"], row["non_finite"]) for row in rows if row["non_finite"]}
+    assert named == {("2", "msa_module", "msa_module.msa_proj.weight")}
+    for step, moved in (("1", True), ("2", False), ("3", True)):
+        ratios = {row["module"]: float(row["update_ratio"]) for row in rows if row["step"] == step}
+        assert len(ratios) > 5
+        assert (ratios["msa_module"] > 0, any(ratios.values())) == (moved, moved), step
 
 
 def test_too_many_losses_that_are_not_finite(run, tmp_path):
@@ -145,13 +315,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_exactly(run, tmp_path):
         assert f"saved {parts}/checkpoints/last.ckpt at step {steps}" in process.stderr
         assert (result_of(parts)["status"], result_of(parts)["steps"]) == ("interrupted", steps)
     assert run(1, None, *seldom, run_dir=parts).returncode == 0
-    rows, expected = rows_of(parts), rows_of(whole)
-    assert [row["step"] for row in rows] == [row["step"] for row in expected]
-    for row, other in zip(rows, expected):
-        for name in ("train/loss", "grad_norm", "lr", "val/loss", "tokens"):
-            assert bool(row[name]) == bool(other[name]), (row["step"], name)
-            if row[name]:
-                assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-8)
+    assert_same_rows(rows_of(parts), rows_of(whole))
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ from cpfold_train.errors import ConfigError, DataError, RunError
 from cpfold_train.training import sweep
 from cpfold_train.training.check import check
 from cpfold_train.training.config import TrainConfig
-from cpfold_train.training.launch import device_here, is_first_rank, plan_world, started_by_slurm
+from cpfold_train.training.launch import device_here, is_first_rank, plan_world, started_by_slurm, starts_ranks
+from cpfold_train.training.restart import StartAgain
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,6 +69,7 @@ def start(config: DictConfig, run_dir: Path) -> None:
 
     Raises:
         ConfigError, DataError: before any other process is started, where it cannot work.
+        RunError: the run has ended early, and does not start again by itself.
     """
     typed = typed_config(config)
     check(typed)
@@ -83,10 +85,16 @@ def start(config: DictConfig, run_dir: Path) -> None:
             print(f"note: {note}", file=sys.stderr)
         run_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, run_dir / "resolved.yaml", resolve=True)
+    again = StartAgain(run_dir) if starts_ranks(world) else None
     # Lightning takes seconds to import; a wrong key is to be told at once.
     from cpfold_train.training.run import run
 
-    run(typed, world, run_dir, OmegaConf.to_container(config, resolve=True))
+    try:
+        run(typed, world, run_dir, OmegaConf.to_container(config, resolve=True), again)
+    except RunError:
+        if again is not None:
+            again.after_out_of_memory()
+        raise
 
 
 def typed_config(config: DictConfig) -> TrainConfig:

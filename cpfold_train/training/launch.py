@@ -82,6 +82,11 @@ def _started_ranks(env: Mapping[str, str]) -> tuple[int | None, int | None]:
     return None, None
 
 
+def starts_ranks(world: World, env: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process starts all ranks of the world: none was started by a launcher, or by such a process."""
+    return world.num_nodes == 1 and _started_ranks(env) == (None, None) and "LOCAL_RANK" not in env
+
+
 def device_here(accelerator: str) -> str:
     """``gpu`` or ``cpu``, as the planner calls what an accelerator of Lightning's is on this machine."""
     return "gpu" if accelerator != "cpu" and _gpus() else "cpu"

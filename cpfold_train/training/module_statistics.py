@@ -23,9 +23,11 @@ class ModuleStatistics(Callback):
     """Rows of ``modules.csv``, and W&B's ``modules/MODULE/FIGURE``, of the trained weights of each top-level module.
 
     ``gradient_norm`` is that of the gradient as it came, before clipping. ``update_ratio`` is the norm of Adam's step,
-    weight decay left out, relative to that of the weights; it is empty where the step was not taken. ``non_finite`` is
-    the first weight whose gradient is not finite. Rows of the file from the first step on are dropped, as in
-    ``metrics.csv``.
+    weight decay left out, relative to that of the weights; it is 0 where the step was skipped.
+    ``non_finite`` is the first weight whose gradient is not finite. Rows of the file from the first step on are
+    dropped, as in ``metrics.csv``.
+
+    It is to come before ``SkipBadSteps`` among the callbacks, which takes the gradients of such a step away.
 
     Args:
         path: the file.
@@ -101,13 +103,13 @@ def gradients(parameters: Named) -> dict[str, float | str]:
 
 
 def update_norm(optimizer: Optimizer, parameters: Named) -> float:
-    """Norm of AdamW's last step without weight decay, from its moments."""
+    """Norm of AdamW's last step without weight decay, from its moments; weights without a gradient were left alone."""
     chosen = {*map(id, parameters.values())}
     steps = []
     for group in optimizer.param_groups:
         beta1, beta2 = group["betas"]
         for p in group["params"]:
-            if id(p) in chosen and (state := optimizer.state[p]):
+            if id(p) in chosen and p.grad is not None and (state := optimizer.state[p]):
                 n = state["step"].item()
                 scale = (state["exp_avg_sq"] / (1 - beta2**n)).sqrt_().add_(group["eps"])
                 steps.append(norm([state["exp_avg"] / scale]) * group["lr"] / (1 - beta1**n))

@@ -30,6 +30,7 @@ from cpfold_train.training.moving_average import MovingAverage
 from cpfold_train.training.picture import Pictures
 from cpfold_train.training.precision import precision_arguments
 from cpfold_train.training.quiet import quiet_lightning
+from cpfold_train.training.restart import StartAgain
 from cpfold_train.training.result import Result
 from cpfold_train.training.schedule_start import StartSchedule, schedule_start
 from cpfold_train.training.signals import SaveOnSigterm
@@ -37,7 +38,9 @@ from cpfold_train.training.skip import SkipBadSteps
 from cpfold_train.training.strategy import GridStrategy
 
 
-def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]) -> None:
+def run(
+    config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any], again: StartAgain | None = None
+) -> None:
     """Train, on this rank and on those that it starts.
 
     Args:
@@ -45,6 +48,10 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
         world: the ranks.
         run_dir: receives checkpoints, figures and pictures.
         record: the configuration as plain containers, for W&B.
+        again: what can start the run again after an error, where this process is the one to do so.
+
+    Raises:
+        RunError: the run could not go on.
     """
     config = dataclasses.replace(config, ckpt_path=_checkpoint(config.ckpt_path, run_dir))
     quiet_lightning()
@@ -67,6 +74,7 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
         # The confidence module's, where it has no loss.
         find_unused_parameters=not module.judged,
     )
+    strategy.again = again
     # What FSDP gathers in inference mode could not be used in training.
     inference_mode = config.trainer.inference_mode and not config.parallel.fsdp
     trainer = pl.Trainer(
@@ -76,7 +84,7 @@ def run(config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any]
         strategy=strategy,
         devices=world.devices,
         logger=_loggers(config, run_dir, record),
-        callbacks=_callbacks(config, run_dir),
+        callbacks=_callbacks(config, run_dir, again),
         default_root_dir=run_dir,
         # The loader divides the samples itself, over replicas only.
         use_distributed_sampler=False,
@@ -113,19 +121,22 @@ def _checkpoint(ckpt_path: str | None, run_dir: Path) -> str | None:
     return str(last) if last.exists() else None
 
 
-def _callbacks(config: TrainConfig, run_dir: Path) -> list[Callback]:
+def _callbacks(config: TrainConfig, run_dir: Path, again: StartAgain | None) -> list[Callback]:
     folder = run_dir / "checkpoints"
     every = config.checkpoint.every_n_steps
     # First, so that the others see the average in validation. It holds the weights once more.
     callbacks: list[Callback] = [MovingAverage(config.optim.ema_decay)] if config.optim.ema_decay else []
-    skip = SkipBadSteps(config.faults.max_skipped, run_dir / "out_of_memory.txt")
+    skip = SkipBadSteps(config.faults.max_skipped, run_dir)
+    callbacks.append(TellFaults(folder))
+    if every_n_steps := config.module_statistics.every_n_steps:
+        # Before the gradients of a step that is skipped are taken away.
+        callbacks.append(ModuleStatistics(run_dir / "modules.csv", every_n_steps))
     callbacks += [
-        TellFaults(folder),
         skip,
         StepFigures(skip),
         Pictures(run_dir),
         Result(run_dir, config.seed, skip),
-        SaveOnSigterm(folder / "last.ckpt"),
+        SaveOnSigterm(folder / "last.ckpt", again),
         ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=every, enable_version_counter=False),
     ]
     if config.data.val and config.trainer.limit_val_batches != 0:
@@ -134,8 +145,6 @@ def _callbacks(config: TrainConfig, run_dir: Path) -> list[Callback]:
         )
     if config.early_stop.monitor:
         callbacks.append(EarlyStop(**dataclasses.asdict(config.early_stop)))
-    if every := config.module_statistics.every_n_steps:
-        callbacks.append(ModuleStatistics(run_dir / "modules.csv", every))
     if (step := schedule_start(config, run_dir)) is not None:
         callbacks.append(StartSchedule(step))
     if config.trainer.enable_progress_bar:

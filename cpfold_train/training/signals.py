@@ -13,6 +13,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from cpfold_train.parallel.gather import barrier, on_any_rank
+from cpfold_train.training.restart import StartAgain
 
 
 class SaveOnSigterm(Callback):
@@ -26,10 +27,11 @@ class SaveOnSigterm(Callback):
 
     Args:
         checkpoint: file to save to.
+        again: what would start the run again after an error; no longer, once the run was asked to end.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self, checkpoint: Path, again: StartAgain | None) -> None:
+        self._checkpoint, self._again = checkpoint, again
         self._asked: int | None = None
         self._worked = False
 
@@ -52,6 +54,8 @@ class SaveOnSigterm(Callback):
 
     def _note(self, number: int, frame: object) -> None:
         self._asked = number
+        if self._again is not None:
+            self._again.allowed = False
 
     def _advance(self, trainer: Trainer, advance: Callable[[object], None], data_fetcher: object) -> None:
         ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from cpfold_train.errors import RunError
 from cpfold_train.parallel.gather import gather_figures
 from cpfold_train.parallel.sharding import whole
+from cpfold_train.training.restart import OUT_OF_MEMORY_FILE, steps_out_of_memory
 from cpfold_train.training.watched import is_out_of_memory
 
 WINDOW = 100
@@ -27,21 +28,21 @@ class SkipBadSteps(Callback):
 
     A step that a rank has no memory for cannot be left in the middle: the others are in exchanges that wait for it, and
     no backend gives up an exchange such that the group can be used again (gloo kept ranks for up to the whole timeout).
-    The run ends and the step is noted in a file. When the run goes on, all ranks skip it.
+    The run ends and the step is noted in a file. When the run starts again, all ranks skip it.
 
     A skipped step counts as a step: the learning rate, the crop schedule and the order of samples go on.
 
     Args:
         limit: skipped steps, of any ``WINDOW`` in a row, beyond which the run ends.
-        noted: file of the steps that were too large; every rank must see it.
+        run_dir: has the file of the steps that were too large; every rank must see it.
 
     Attributes:
         skipped: steps skipped since the start of the run, those before a resume included.
         grad_norm: norm of the gradient of the step at hand, as it came.
     """
 
-    def __init__(self, limit: int, noted: Path) -> None:
-        self._limit, self._noted = limit, noted
+    def __init__(self, limit: int, run_dir: Path) -> None:
+        self._limit, self._run_dir = limit, run_dir
         self._too_large: set[int] = set()
         self._recent: list[int] = []
         self._bad_losses = 0
@@ -54,12 +55,11 @@ class SkipBadSteps(Callback):
         self.skipped, self._recent = state["skipped"], state["recent"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._noted.exists():
-            self._too_large = {int(step) for step in self._noted.read_text().split()}
+        self._too_large = steps_out_of_memory(self._run_dir)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if is_out_of_memory(exception) and trainer.training:
-            with self._noted.open("a") as file:
+            with (self._run_dir / OUT_OF_MEMORY_FILE).open("a") as file:
                 file.write(f"{trainer.global_step + 1}\n")
 
     def on_train_batch_start(
@@ -84,7 +84,7 @@ class SkipBadSteps(Callback):
         bad_losses, self._bad_losses = int(pl_module.bad_losses) - self._bad_losses, int(pl_module.bad_losses)
         bad = gather_figures(trainer.strategy.cp, [bad_losses])[:, 0].nonzero().flatten().tolist()
         if pl_module.too_large:
-            why = f"there was no memory for it, says {self._noted}"
+            why = f"there was no memory for it, says {self._run_dir / OUT_OF_MEMORY_FILE}"
         else:
             what = f"the loss on rank {', '.join(map(str, bad))}" if bad else "its gradient"
             why = f"{what} is not finite"

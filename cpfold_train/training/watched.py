@@ -11,11 +11,12 @@ import torch
 from cpfold_train.errors import ConfigError, DataError, RunError
 from cpfold_train.parallel.watch import Watch
 from cpfold_train.training.launcher import RankLauncher
+from cpfold_train.training.restart import StartAgain
 from cpfold_train.whole_file import is_disk_full
 
 OUT_OF_MEMORY = (
-    "out of memory: the same command with ckpt_path=last goes on and skips this step, noted in out_of_memory.txt; "
-    "where it happens often, type a smaller crop_size or a larger cp.grid"
+    "out of memory: the same command with ckpt_path=last goes on and skips the steps noted in out_of_memory.txt; where "
+    "it happens often, or not in a training step, type a smaller crop_size or a larger cp.grid"
 )
 
 
@@ -24,10 +25,12 @@ class Watched:
 
     Attributes:
         fault: after a failure, a sentence on the rank that caused it, where that is another one.
+        again: what can start the run again after an error, where this process is the one to do so.
     """
 
     watch: Watch | None = None
     fault: str | None = None
+    again: StartAgain | None = None
 
     def _configure_launcher(self) -> None:
         self._launcher = RankLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
@@ -58,6 +61,8 @@ class Watched:
         """For a rank that hangs while another has failed."""
         print(f"error: rank {self.global_rank} was ended because {fault}", file=sys.stderr, flush=True)
         self.launcher.end_ranks(patience=0.0)
+        if self.again is not None:
+            self.again.after_out_of_memory()
         os._exit(1)
 
 
