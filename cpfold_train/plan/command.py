@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
+from pathlib import Path
 
-from cpfold_train.plan.compose import read_request
+from cpfold_train.plan.compose import of_run, read_request
 from cpfold_train.plan.estimate import ASSUMPTIONS
 from cpfold_train.plan.plan import plan
 from cpfold_train.plan.propose import choose_memory, propose
@@ -23,7 +24,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(
-        "--check", action="store_true", help="run small configurations and compare them with their plans"
+        "--check",
+        action="store_true",
+        help="run small configurations, or the one that is typed, and compare them with their plans",
+    )
+    parser.add_argument("--levers", action="store_true", help="a table of what each memory lever saves and costs")
+    parser.add_argument("--measure", action="store_true", help="with --levers: run it on CPUs of this machine")
+    parser.add_argument(
+        "--table",
+        type=Path,
+        metavar="FILE",
+        help="plan 768 to 32,768 tokens on 1, 4, 16 ... gpus=N GPUs: cells to FILE.json, where it goes on if it was "
+        "interrupted, a picture to FILE.png, and the table, in Markdown, on the terminal",
     )
 
 
@@ -40,6 +52,18 @@ def run(args: argparse.Namespace) -> None:
         return
     request = read_request(args.settings)
     config = request.config
+    if args.levers:
+        from cpfold_train.plan.levers import show_levers
+
+        show_levers(of_run(args.settings), request.grid, request.device, args.measure, args.json)
+        return
+    if args.table:
+        from cpfold_train.plan.capacity import as_markdown, capacity, draw
+
+        cells = capacity(config, request.device, request.gpus, args.table.with_suffix(".json"))
+        draw(cells, f"{request.device}, {config.trainer.precision}", args.table.with_suffix(".png"))
+        print(as_markdown(cells))
+        return
     if request.grid is None:
         found = propose(config, request.device, request.gpus, request.choose)
         if args.json:

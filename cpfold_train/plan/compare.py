@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from cpfold_train.errors import ConfigError
 from cpfold_train.parallel.grid import Grid, parse_grid
 from cpfold_train.plan.batch import batches_of_data
 from cpfold_train.plan.compose import compose
 from cpfold_train.plan.depth import by_category, totals
 from cpfold_train.plan.devices import find_device
 from cpfold_train.plan.estimate import kernel_seconds
+from cpfold_train.plan.measure import LARGE_BYTES, run_once
 from cpfold_train.plan.plan import MIB, fullest_moment
 from cpfold_train.plan.step import trace_step
 from cpfold_train.training.config import TrainConfig
-from cpfold_train.training.entry import ROOT
 
 CONFIGURATIONS = (
     "cp.grid=1x1 crop_size=512",
     "cp.grid=1x1 crop_size=384 memory.recompute=false model.pairformer.num_blocks=3",
-    "cp.grid=1x2 crop_size=384 model.token_z=64 model.token_s=64 model.pairformer.num_blocks=6 diffusion.multiplicity=8",
+    "cp.grid=1x2 crop_size=384 model.token_z=64 model.token_s=64 model.pairformer.num_blocks=6 "
+    "diffusion.multiplicity=8",
     "cp.grid=2x2 crop_size=768",
     "cp.grid=2x2 crop_size=384 model.token_z=64 model.pairformer.num_blocks=6 memory.blocks_at_once=3 "
     "memory.residual=bf16",
@@ -38,9 +33,6 @@ CONFIGURATIONS = (
     "cp.grid=1x2 crop_size=256 model.token_s=384 model.pairformer.num_blocks=4 parallel.fsdp=true",
 )
 """What is compared where nothing is typed."""
-LARGE_BYTES = 1 << 18
-"""In the runs that are compared, the system gets all tensors back from this size on when they are freed. It takes longer,
-but a heap of freed tensors, which a plan cannot know, does not come on top of those that live."""
 SMALL = 32
 """Tokens of a run that shows what a process takes in its first step whatever the size, which no plan knows: pages of
 libraries, and what threads and sockets hold. It is added to what is planned."""
@@ -115,11 +107,5 @@ def _planned(config: TrainConfig) -> dict[str, float]:
 
 def _measured(settings: list[str]) -> dict[str, float]:
     """The same of a real run."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "train.py"), *settings, f"hydra.run.dir={folder}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(LARGE_BYTES)}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise ConfigError(f"the run of {' '.join(settings)} failed: {done.stderr.strip().splitlines()[-1]}")
-        result = json.loads((Path(folder) / "result.json").read_text())
+    result = run_once(settings, give_back=True)
     return {"sent_mib": result["sent_mib"][0], "memory_mib": result["peak_memory_above_baseline_mib"][0]}

@@ -14,6 +14,9 @@ from cpfold_train.training.check import check
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.entry import ROOT, explain, register, typed_config
 
+OWN_KEYS = {"device": "h100-80gb", "gpus": "256"}
+"""Keys of a plan that a run does not have, and their defaults."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -44,22 +47,21 @@ def read_request(settings: list[str]) -> Request:
     Raises:
         ConfigError: they cannot be planned.
     """
-    own = {"device": "h100-80gb", "gpus": "256"}
-    of_run = []
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        if key in own:
-            own[key] = value
-        else:
-            of_run.append(setting)
+    typed = of_run(settings)
+    own = OWN_KEYS | dict(setting.split("=", 1) for setting in settings if setting not in typed)
     if not own["gpus"].isdigit() or not int(own["gpus"]):
         raise ConfigError(f"gpus={own['gpus']} is not a number of GPUs: type gpus=8, for example")
-    config = compose(of_run)
+    config = compose(typed)
     dp = int(config.dp) if str(config.dp).isdigit() else 1
-    asked = any(setting.startswith(("cp.grid=", "recipe=")) for setting in of_run) and config.cp.grid != "auto"
+    asked = any(setting.startswith(("cp.grid=", "recipe=")) for setting in typed) and config.cp.grid != "auto"
     grid = Grid(*parse_grid(config.cp.grid), dp) if asked else None
-    untouched = not any(setting.startswith("memory") for setting in of_run)
+    untouched = not any(setting.startswith("memory") for setting in typed)
     return Request(config, own["device"], int(own["gpus"]), grid, config.memory.auto or (untouched and grid is None))
+
+
+def of_run(settings: list[str]) -> list[str]:
+    """The settings that ``train.py`` takes."""
+    return [setting for setting in settings if setting.partition("=")[0] not in OWN_KEYS]
 
 
 def compose(settings: list[str]) -> TrainConfig:

@@ -70,10 +70,9 @@ def grids(crop_size: int, gpus: int) -> Iterator[Grid]:
 
 def ladder(blocks: int, multiplicity: int) -> list[MemoryConfig]:
     """Levers that save ever more memory, each on top of those before, cheap ones first."""
-    at_once = max(g for g in range(1, blocks + 1) if blocks % g == 0 and g * g <= blocks) if blocks else 1
     rungs = [MemoryConfig(recompute=False), MemoryConfig()]
     for more in (
-        {"blocks_at_once": at_once},
+        {"blocks_at_once": group_size(blocks)},
         {"samples_at_once": max(1, multiplicity // 4), "chunk_mib": 64.0},
         {"offload": True},
         # The only one that rounds.
@@ -83,10 +82,20 @@ def ladder(blocks: int, multiplicity: int) -> list[MemoryConfig]:
     return [rung for i, rung in enumerate(rungs) if rung not in rungs[:i]]
 
 
-def first_that_fits(config: TrainConfig, grid: Grid, device: str) -> Plan | None:
-    """The plan with the levers that cost least time among those that fit, or None."""
-    model = config.model
-    for memory in ladder(model.pairformer.num_blocks, config.diffusion.multiplicity):
+def group_size(blocks: int) -> int:
+    """Blocks to recompute as one. In groups of g, n / g + g are kept: the smallest g that keeps hardly more than the best
+    does, because FSDP gathers the weights of a whole group."""
+    kept = {g: blocks // g + g for g in range(1, blocks + 1) if blocks % g == 0}
+    return next((g for g, count in kept.items() if count <= 1.25 * min(kept.values())), 1)
+
+
+def first_that_fits(
+    config: TrainConfig, grid: Grid, device: str, rungs: list[MemoryConfig] | None = None
+) -> Plan | None:
+    """The plan with the first of ``rungs`` that fits, by default those of :func:`ladder`, or None."""
+    if rungs is None:
+        rungs = ladder(config.model.pairformer.num_blocks, config.diffusion.multiplicity)
+    for memory in rungs:
         tried = replace(config, memory=memory)
         if may_fit(tried, grid, device) and (found := plan(tried, grid, device)).fits:
             return found

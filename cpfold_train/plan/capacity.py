@@ -1,0 +1,119 @@
+"""What fits where: a table of crop sizes and numbers of GPUs, with the levers that each needs, and its picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from rich.console import Console
+from rich.progress import Progress
+
+from cpfold_train.parallel.grid import Grid, squarest
+from cpfold_train.plan.plan import Plan
+from cpfold_train.plan.propose import LEAST_SIDE, first_that_fits, ladder
+from cpfold_train.plan.report import levers
+from cpfold_train.training.config import TrainConfig
+from cpfold_train.whole_file import whole_file
+
+CROPS = (768, 1536, 3072, 6144, 12288, 24576, 32768)
+Cell = dict[str, int | float | str | None]
+"""``crop_size``, ``gpus``, ``grid``, and where something fits ``rung`` of the ladder, ``levers``, ``peak_gib``,
+``sent_mib`` and ``step_s``; else these are None."""
+
+
+def capacity(config: TrainConfig, device: str, gpus: int, file: Path) -> list[Cell]:
+    """Plan each crop size on 1, 4, 16 ... GPUs up to ``gpus``, with the cheapest levers that fit.
+
+    Small tiles come first: a larger one needs no cheaper levers, and where one does not fit, larger ones do not either.
+
+    Args:
+        config: of the run, but for crop size, grid and levers.
+        file: JSON of the cells, which grows with each; what is in it is not planned again.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    done: list[Cell] = json.loads(file.read_text()) if file.exists() else []
+    known = {(cell["crop_size"], cell["gpus"]): cell for cell in done}
+    rungs = ladder(config.model.pairformer.num_blocks, config.diffusion.multiplicity)
+    cells = sorted(_cells(gpus), key=lambda cell: cell[0] ** 2 / cell[1])
+    first = 0
+    with Progress(console=Console(stderr=True)) as progress:
+        for crop, ranks in progress.track(cells, description="planning"):
+            if (crop, ranks) not in known:
+                grid = Grid(*squarest(ranks))
+                found = first_that_fits(replace(config, crop_size=crop), grid, device, rungs[first:])
+                known[crop, ranks] = _cell(crop, grid, found, rungs)
+                with whole_file(file) as text:
+                    json.dump(list(known.values()), text, indent=1)
+            rung = known[crop, ranks]["rung"]
+            first = len(rungs) if rung is None else max(first, rung)
+    return [known[cell] for cell in _cells(gpus)]
+
+
+def _cells(gpus: int) -> Iterator[tuple[int, int]]:
+    for crop in CROPS:
+        ranks = 1
+        while ranks <= gpus:
+            if crop >= LEAST_SIDE * squarest(ranks)[1]:
+                yield crop, ranks
+            ranks *= 4
+
+
+def _cell(crop: int, grid: Grid, found: Plan | None, rungs: list) -> Cell:
+    cell: Cell = {"crop_size": crop, "gpus": grid.world_size, "grid": str(grid)}
+    if found is None:
+        return cell | dict.fromkeys(("rung", "levers", "peak_gib", "sent_mib", "step_s"))
+    figures = found.figures()
+    return cell | {
+        "rung": rungs.index(found.config.memory),
+        "levers": " ".join(levers(found.config.memory)),
+        "peak_gib": figures["peak_memory_gib"],
+        "sent_mib": figures["sent_mib_per_step"],
+        "step_s": figures["step_s_estimate"],
+    }
+
+
+def as_markdown(cells: list[Cell]) -> str:
+    """A row a crop size, a column a number of GPUs: peak of a rank, step time and rung of the ladder."""
+    crops, counts = ({cell[key]: None for cell in cells} for key in ("crop_size", "gpus"))
+    by_place = {(cell["crop_size"], cell["gpus"]): cell for cell in cells}
+    titles = " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in counts)
+    lines = [f"| crop | {titles} |", "| --- " * (len(counts) + 1) + "|"]
+    for crop in crops:
+        texts = (_in_words(by_place.get((crop, n))) for n in counts)
+        lines.append(f"| {crop:,} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def _in_words(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    if cell["rung"] is None:
+        return "-"
+    return f"{cell['peak_gib']:.0f} GiB, {cell['step_s']:.3g} s ({cell['rung']})"
+
+
+def draw(cells: list[Cell], title: str, file: Path) -> None:
+    """Time of a step against the number of GPUs, a line a crop size; the larger a point, the fuller the memory."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for crop in {cell["crop_size"]: None for cell in cells}:
+        fits = [cell for cell in cells if cell["crop_size"] == crop and cell["rung"] is not None]
+        if fits:
+            x, y = [cell["gpus"] for cell in fits], [cell["step_s"] for cell in fits]
+            (line,) = axes.plot(x, y, label=f"{crop:,}")
+            axes.scatter(x, y, [2 * cell["peak_gib"] for cell in fits], color=line.get_color())
+            for cell in fits:
+                where = (cell["gpus"], cell["step_s"])
+                axes.annotate(str(cell["rung"]), where, textcoords="offset points", xytext=(6, 4), fontsize=8)
+    axes.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="seconds a step (estimated)", title=title)
+    ticks = sorted({cell["gpus"] for cell in cells})
+    axes.set_xticks(ticks, [str(n) for n in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(title="crop_size", fontsize=8)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,93 @@
+"""Each memory lever beside none: planned for any device, or measured on the CPUs of this machine."""
+
+from __future__ import annotations
+
+import json
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from cpfold_train.errors import ConfigError
+from cpfold_train.parallel.grid import Grid
+from cpfold_train.plan.compose import compose
+from cpfold_train.plan.measure import run_once
+from cpfold_train.plan.plan import GIB, plan
+from cpfold_train.plan.propose import group_size
+from cpfold_train.training.config import TrainConfig
+
+AS_IT_IS = "as it is"
+TWO_STEPS = ("trainer.max_steps=2", "trainer.enable_progress_bar=false", "data.val=[]")
+"""The optimizer's moments are there from the end of the first step on."""
+
+
+def levers(config: TrainConfig, chunk_mib: int) -> dict[str, tuple[str, ...]]:
+    """What to type for each lever alone, and for those that go together, by what it is called in the table.
+
+    Args:
+        chunk_mib: a quarter of the device's own.
+    """
+    samples = f"memory.samples_at_once={max(1, config.diffusion.multiplicity // 4)}"
+    single = (
+        "memory.recompute=false",
+        f"memory.blocks_at_once={group_size(config.model.pairformer.num_blocks)}",
+        "memory.residual=bf16",
+        "memory.offload=true",
+        samples,
+        f"memory.chunk_mib={chunk_mib}",
+        "parallel.fsdp=true",
+        "trainer.precision=bf16-true",
+    )
+    together = ("memory.residual=bf16", "memory.offload=true", samples, "parallel.fsdp=true")
+    return {AS_IT_IS: ()} | {setting: (setting,) for setting in single} | {" ".join(together): together}
+
+
+def planned_levers(settings: list[str], grid: Grid, device: str) -> list[dict]:
+    """A row a lever: ``typed``, ``peak_gib`` of a rank and ``step_s``, estimated.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    rows = []
+    for name, typed in track(levers(compose(settings), 64).items(), "planning", console=Console(stderr=True)):
+        found = plan(compose([*settings, *typed]), grid, device)
+        rows.append({"typed": name, "peak_gib": found.peak / GIB, "step_s": found.costs.step_s})
+    return rows
+
+
+def measured_levers(settings: list[str]) -> list[dict]:
+    """A row a lever: ``typed``, ``peak_gib`` of the fullest process, and ``step_s``, the seconds of a second step.
+
+    Memory and time are those of two runs: where memory is measured, what is freed is given back, which takes time.
+
+    Raises:
+        ConfigError: a run fails.
+    """
+    rows = []
+    for name, typed in track(levers(compose(settings), 1).items(), "running", console=Console(stderr=True)):
+        run = [*settings, *typed, *TWO_STEPS]
+        peak = max(run_once(run, give_back=True)["peak_memory_mib"]) / 2**10
+        rows.append({"typed": name, "peak_gib": peak, "step_s": run_once(run, give_back=False)["step_s"]})
+    return rows
+
+
+def show_levers(settings: list[str], grid: Grid | None, device: str, measure: bool, as_json: bool) -> None:
+    """Print the table.
+
+    Raises:
+        ConfigError: without a grid, for settings that cannot be planned, or where a run fails.
+    """
+    if grid is None:
+        raise ConfigError("levers are compared on one grid: type cp.grid=2x2, for example")
+    rows = measured_levers(settings) if measure else planned_levers(settings, grid, device)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    plain = next(row for row in rows if row["typed"] == AS_IT_IS)
+    title = "measured on CPU" if measure else f"planned for {device}"
+    table = Table("lever", "peak of a rank, GiB", "of it as it is", "step, s", "of it as it is", title=title)
+    for row in rows:
+        shares = (f"{row[key] / plain[key]:.2f}" for key in ("peak_gib", "step_s"))
+        peak_share, time_share = shares
+        table.add_row(row["typed"], f"{row['peak_gib']:.2f}", peak_share, f"{row['step_s']:.3g}", time_share)
+    Console(width=180).print(table)
