@@ -83,8 +83,10 @@ def ladder(blocks: int, multiplicity: int) -> list[MemoryConfig]:
 
 
 def group_size(blocks: int) -> int:
-    """Blocks to recompute as one. In groups of g, n / g + g are kept: the smallest g that keeps hardly more than the best
-    does, because FSDP gathers the weights of a whole group."""
+    """Blocks to recompute as one: of groups of g, n / g + g are kept.
+
+    It is the smallest g that keeps hardly more than the best does, because FSDP gathers the weights of a whole group.
+    """
     kept = {g: blocks // g + g for g in range(1, blocks + 1) if blocks % g == 0}
     return next((g for g, count in kept.items() if count <= 1.25 * min(kept.values())), 1)
 
