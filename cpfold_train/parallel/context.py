@@ -130,7 +130,7 @@ def to_local(values: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def fake_world(grid: Grid, algorithm: str = "auto") -> Iterator[ContextParallel]:
+def fake_world(grid: Grid, algorithm: str = "auto", kernels: str = "torch") -> Iterator[ContextParallel]:
     """One rank of a world that is not there: messages are counted and go nowhere.
 
     Raises:
@@ -143,6 +143,6 @@ def fake_world(grid: Grid, algorithm: str = "auto") -> Iterator[ContextParallel]
 
     dist.init_process_group("fake", store=FakeStore(), rank=grid.rank, world_size=grid.world_size)
     try:
-        yield ContextParallel(grid, algorithm=algorithm)
+        yield ContextParallel(grid, algorithm=algorithm, kernels=kernels)
     finally:
         dist.destroy_process_group()

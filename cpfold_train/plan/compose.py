@@ -9,6 +9,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from cpfold_train.errors import ConfigError
+from cpfold_train.ops.biased_attention import KERNELS
 from cpfold_train.parallel.grid import Grid, parse_grid
 from cpfold_train.training.check import check
 from cpfold_train.training.config import TrainConfig
@@ -65,7 +66,8 @@ def of_run(settings: list[str]) -> list[str]:
 
 
 def compose(settings: list[str]) -> TrainConfig:
-    """The configuration of ``python train.py SETTINGS``. Checkpoints to start from need not be there, nor GPUs.
+    """The configuration of ``python train.py SETTINGS``. Checkpoints to start from need not be there, nor GPUs, nor
+    their kernels.
 
     Raises:
         ConfigError: in the words of ``train.py``.
@@ -77,6 +79,9 @@ def compose(settings: list[str]) -> TrainConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from None
     config = replace(config, model=replace(config.model, init_from=None), ckpt_path=None)
-    config = replace(config, kernels="torch", trainer=replace(config.trainer, accelerator="cpu"))
+    kernels = config.kernels
+    if kernels in KERNELS:
+        config = replace(config, kernels="torch")
+    config = replace(config, trainer=replace(config.trainer, accelerator="cpu"))
     check(config)
-    return config
+    return replace(config, kernels=kernels)

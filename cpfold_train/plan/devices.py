@@ -51,9 +51,9 @@ DEVICES = {
         141 * GB, 4800 * GB, 989 * TERA, 494 * TERA, 67 * TERA, 450 * GB, 50 * GB, 64 * GB, 8,
         "NVIDIA H200 Tensor Core GPU data sheet (SXM); DGX H200 data sheet: 8 x 400 Gb/s",
     ),
-    "b200-192gb": Device(
-        192 * GB, 8000 * GB, 2250 * TERA, 1100 * TERA, 75 * TERA, 900 * GB, 50 * GB, 64 * GB, 8,
-        "NVIDIA Blackwell architecture brief (HGX B200); DGX B200 data sheet: 8 x 400 Gb/s",
+    "b200-180gb": Device(
+        180 * GB, 8000 * GB, 2250 * TERA, 1100 * TERA, 75 * TERA, 900 * GB, 50 * GB, 64 * GB, 8,
+        "NVIDIA Blackwell architecture brief (HGX B200); DGX B200 data sheet: 1,440 GB of 8 GPUs, 8 x 400 Gb/s",
     ),
     "a100-80gb": Device(
         80 * GB, 2039 * GB, 312 * TERA, 156 * TERA, 19.5 * TERA, 300 * GB, 25 * GB, 32 * GB, 8,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -101,4 +102,38 @@ def weights_come_and_go(tracer: Tracer) -> Iterator[None]:
         mock.patch.object(torch.UntypedStorage, "resize_", resize_and_tell),
         mock.patch.object(FSDPParam, "init_all_gather_outputs", gathered),
     ):
+        yield
+
+
+@contextmanager
+def fused_attention(tracer: Tracer) -> Iterator[None]:
+    """Inside, a kernel that holds no scores stands in the place of cuEquivariance's, which need not be installed.
+
+    It reads its arguments and writes its results once, and keeps a number a query for the backward pass, which makes
+    five products of the size of the forward pass's two (Dao et al., "FlashAttention", NeurIPS 2022).
+    """
+
+    class Fused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+            out, sums = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+            ctx.save_for_backward(q, k, v, bias, out, sums)
+            tracer.kernel(2 * product(q, k), q.dtype, [q, k, v, bias, out, sums])
+            return out
+
+        @staticmethod
+        def backward(ctx, grad: Tensor):
+            q, k, v, bias, *_ = ctx.saved_tensors
+            grads = [torch.empty_like(x) for x in (q, k, v, bias)]
+            tracer.kernel(5 * product(q, k), q.dtype, [*ctx.saved_tensors, grad, *grads])
+            return tuple(grads)
+
+    def product(q: Tensor, k: Tensor) -> int:
+        """Operations of queries times keys."""
+        return 2 * q.numel() * k.shape[-2]
+
+    def triangle_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+        return Fused.apply(q, k, v, bias[:, 0])
+
+    with mock.patch.dict("sys.modules", cuequivariance_torch=SimpleNamespace(triangle_attention=triangle_attention)):
         yield

@@ -20,7 +20,7 @@ from cpfold_train.ops.by_rows import GPU_BLOCK_BYTES, set_block_bytes
 from cpfold_train.parallel.context import ContextParallel, fake_world
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.plan.batch import ON_HOST
-from cpfold_train.plan.shortcuts import host_is_elsewhere, two_blocks_for_all, weights_come_and_go
+from cpfold_train.plan.shortcuts import fused_attention, host_is_elsewhere, two_blocks_for_all, weights_come_and_go
 from cpfold_train.plan.trace import Moment, Phase, Seconds, Tallies, TracedLedger, Tracer
 from cpfold_train.training.check_precision import IN_BF16
 from cpfold_train.training.config import TrainConfig
@@ -83,13 +83,14 @@ def trace_step(
     tracer = Tracer(seconds, large_bytes if on_host else 0)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with (
-        fake_world(grid, config.cp.algorithm) as cp,
+        fake_world(grid, config.cp.algorithm, config.kernels) as cp,
         _shared_out(module, cp) if config.parallel.fsdp else nullcontext(),
         _blocks_of(block_bytes),
         fake,
         tracer,
         two_blocks_for_all(tracer),
         weights_come_and_go(tracer),
+        fused_attention(tracer),
         nullcontext() if on_host else host_is_elsewhere(tracer),
     ):
         with tracer.category("parameters"):

@@ -235,14 +235,24 @@ class Tracer(TorchDispatchMode):
             return
         count, dtype = flop_registry.get(func._overloadpacket), tensors[0].dtype
         flops = count(*args, **kwargs, out_val=out) if count else 0
-        written = sum(x.nbytes for x in results)
-        read = written + sum(x.nbytes for x in tensors[1:]) if name in _PICKING else sum(x.nbytes for x in tensors)
+        picked = results if name in _PICKING else tensors[:1]
+        self.kernel(flops, dtype, [*picked, *tensors[1:], *results])
+
+    def kernel(self, flops: float, dtype: torch.dtype, moved: Sequence[Tensor]) -> None:
+        """Count a kernel.
+
+        Args:
+            flops: of its matrix products.
+            dtype: in which they are made.
+            moved: what it reads and writes.
+        """
+        moved_bytes = sum(x.nbytes for x in moved)
         tally, times = self.tallies[self._modules[-1]], self._times
         tally.kernels += times
         if flops:
             tally.flops[dtype] += times * flops
-        tally.moved_bytes += times * (read + written)
-        tally.seconds += times * self._seconds(flops, dtype, read + written)
+        tally.moved_bytes += times * moved_bytes
+        tally.seconds += times * self._seconds(flops, dtype, moved_bytes)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
