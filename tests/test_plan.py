@@ -15,14 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cpfold_train.__main__ import main
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.config import MemoryConfig
+from cpfold_train.ops.biased_attention import KERNELS
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.plan import propose
+from cpfold_train.plan import capacity, levers, propose
 from cpfold_train.plan.batch import assumed_batch, batches_of_data, feature_bytes
 from cpfold_train.plan.compose import compose, read_request
 from cpfold_train.plan.depth import FEWEST, by_category, extrapolated, shallow, totals
 from cpfold_train.plan.estimate import MEMORY_MARGIN
 from cpfold_train.plan.plan import Plan, fullest_moment, weight_bytes
 from cpfold_train.plan.step import Trace, build, trace_step
+from cpfold_train.plan.trace import Tally
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.fsdp import BLOCKS, shard_model
 from cpfold_train.training.module import CoFoldingModule
@@ -192,6 +194,61 @@ def test_settings_are_those_of_a_run():
 def test_what_cannot_be_planned_is_told(settings, sentence, capsys):
     assert main(["plan", *settings]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_kernel_without_scores_makes_the_same_products_and_moves_less():
+    alltoall = "cp.algorithm=alltoall"
+    plain, fused = (totals(traced(Grid(2, 2), (alltoall, f"kernels={kernels}")).tallies) for kernels in KERNELS)
+    assert sum(fused.flops.values()) == sum(plain.flops.values())
+    assert fused.sent_bytes == plain.sent_bytes
+    assert fused.moved_bytes < plain.moved_bytes and fused.kernels < plain.kernels
+
+
+def test_the_table_goes_on_where_it_was_interrupted(monkeypatch, tmp_path, capsys):
+    planned_cells = []
+
+    def counted(config: TrainConfig, grid: Grid, device: str) -> Plan:
+        planned_cells.append((config.crop_size, grid.cp_size))
+        if len(planned_cells) == 4:
+            raise KeyboardInterrupt
+        size = (config.crop_size / 768) ** 2 / grid.cp_size
+        held = {("activations", "trunk"): size * 2**30 * (1 if config.memory.offload else 4)}
+        costs = SimpleNamespace(step_s=size, work=Tally(), gradient_bytes=0, compute_s=0, exchange_s=0)
+        return Plan(config, grid, device, 1, held, "trunk", costs, 80e9)
+
+    monkeypatch.setattr(propose, "plan", counted)
+    monkeypatch.setattr(propose, "may_fit", lambda *_: True)
+    command = ["plan", *TINY, "gpus=16", "--table", str(tmp_path / "table")]
+    with pytest.raises(KeyboardInterrupt):
+        main(command)
+    assert main(command) == 0
+    done = [cell for cell in planned_cells if planned_cells.count(cell) == 1]
+    assert len(done) > 3 and planned_cells[3] == planned_cells[4]
+    table = capsys.readouterr().out.splitlines()
+    assert table[0] == "| crop | 1 GPU | 4 GPUs | 16 GPUs |" and len(table) == 2 + len(capacity.CROPS)
+    # 4 GiB with all levers but offload, and 256 GiB, which even offload makes no smaller than 64.
+    assert "4 GiB, 1 s (0)" in table[2] and table[5].count("64 GiB, 64 s") == 1 and "| - |" in table[6]
+    assert (tmp_path / "table.png").stat().st_size > 0
+
+
+def test_levers_are_planned_each_alone_and_together(monkeypatch, capsys):
+    taken = []
+
+    def planned_as_typed(config: TrainConfig, grid: Grid, device: str) -> Plan:
+        taken.append(config)
+        return planned(config, grid, device)
+
+    monkeypatch.setattr(levers, "plan", planned_as_typed)
+    settings = [*TINY, "cp.grid=1x2", "model.pairformer.num_blocks=8", "diffusion.multiplicity=8"]
+    assert main(["plan", *settings, "--levers"]) == 0
+    memories = [config.memory for config in taken]
+    assert memories[0] == MemoryConfig() and memories[1] == MemoryConfig(recompute=False)
+    assert memories[2] == MemoryConfig(blocks_at_once=2) and memories[5] == MemoryConfig(samples_at_once=2)
+    assert [config.parallel.fsdp for config in taken].count(True) == 2
+    assert memories[-1] == MemoryConfig(residual="bf16", offload=True, samples_at_once=2) and taken[-1].parallel.fsdp
+    assert "parallel.fsdp=true" in capsys.readouterr().out
+    assert main(["plan", *TINY, "--levers"]) == 2
+    assert "type cp.grid=2x2" in capsys.readouterr().err
 
 
 def test_json_has_the_figures(capsys):

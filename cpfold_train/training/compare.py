@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cpfold_train.errors import ConfigError, DataError
+from cpfold_train.training.curves import draw_runs
 from cpfold_train.training.metrics_csv import read_metrics
 from cpfold_train.training.result_file import read_result
 
@@ -17,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the subcommand."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, the reference first")
     parser.add_argument("--within", type=float, metavar="R", help="fail where a loss differs by more than R, relative")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw losses and scores of all runs, such as runs.png"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -45,6 +49,9 @@ def run(args: argparse.Namespace) -> None:
         grid, dp = str(result.get("grid", "")), str(result.get("dp", ""))
         table.add_row(str(folder), grid, dp, str(len(common)), f"{difference[step]:.1e}", str(step))
     Console().print(table)
+    if args.plot:
+        draw_runs(args.runs, args.plot)
+        print(args.plot)
     if args.within is not None and cut_short:
         raise DataError("the runs do not have the same steps, so they cannot be said to agree")
     if args.within is not None and worst > args.within:

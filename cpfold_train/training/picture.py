@@ -1,4 +1,4 @@
-"""Pictures of a run: predicted against true distances with the tiles drawn in, and the loss curve."""
+"""Pictures of a run: predicted against true distances with the tiles drawn in, and the curves."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.gather import gather_tensor
+from cpfold_train.training.curves import draw_curves
 from cpfold_train.training.metrics import read_distogram
-from cpfold_train.training.metrics_csv import read_metrics
 
 MAX_SIDE = 512
 """Most rows and columns of a drawn map; larger samples are drawn with a stride."""
@@ -118,26 +118,5 @@ def draw_distances(
         axis.set(title=f"{name} distance", xlabel="token", ylabel="token")
     figure.colorbar(image, ax=axes, label="Å")
     figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-
-
-def draw_curves(metrics: Path, path: Path) -> None:
-    """Training and validation loss, and the validation's scores, against the step."""
-    from matplotlib.figure import Figure
-
-    rows = read_metrics(metrics)
-    if not rows:
-        return
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    for axis, names in zip(
-        figure.subplots(1, 2), (("train/loss", "val/loss"), ("val/contact_precision", "val/distance_lddt"))
-    ):
-        for name in names:
-            points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
-            if points:
-                axis.plot(*zip(*points), label=name, marker="o" if len(points) < 30 else None, markersize=3)
-                axis.legend()
-        axis.set_xlabel("step")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
