@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from cpfold_train.parallel.grid import Grid, parse_grid
@@ -54,7 +55,8 @@ def compare(settings: list[str], as_json: bool) -> None:
         ConfigError: a run fails.
     """
     rows = []
-    for typed in [settings] if settings else [text.split() for text in CONFIGURATIONS]:
+    configurations = [settings] if settings else [text.split() for text in CONFIGURATIONS]
+    for typed in track(configurations, "running", console=Console(stderr=True)):
         chosen = [*_ONE_STEP, *typed]
         config = compose(chosen)
         planned, measured = _planned(config), _measured(chosen)
