@@ -31,7 +31,7 @@ CONFIGURATIONS = (
     "cp.grid=1x3 crop_size=384 model.token_z=32 model.msa.msa_blocks=2 diffusion.multiplicity=8 "
     "memory.samples_at_once=2",
     "cp.grid=2x2 crop_size=512 trainer.precision=bf16-true",
-    "cp.grid=1x2 crop_size=256 model.token_s=384 model.pairformer.num_blocks=4 parallel.fsdp=true",
+    "cp.grid=1x2 crop_size=384 model.token_z=64 model.token_s=256 model.pairformer.num_blocks=6 parallel.fsdp=true",
 )
 """What is compared where nothing is typed."""
 SMALL = 32
