@@ -14,7 +14,7 @@ from rich.progress import Progress
 from cpfold_train.parallel.grid import Grid, squarest
 from cpfold_train.plan.plan import Plan
 from cpfold_train.plan.propose import LEAST_SIDE, first_that_fits, ladder
-from cpfold_train.plan.report import levers
+from cpfold_train.plan.report import typed_levers
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.whole_file import whole_file
 
@@ -70,7 +70,7 @@ def _cell(crop: int, grid: Grid, found: Plan | None, rungs: list) -> Cell:
     figures = found.figures()
     return cell | {
         "rung": rungs.index(found.config.memory),
-        "levers": " ".join(levers(found.config.memory)),
+        "levers": " ".join(typed_levers(found.config.memory)),
         "peak_gib": figures["peak_memory_gib"],
         "sent_mib": figures["sent_mib_per_step"],
         "step_s": figures["step_s_estimate"],

@@ -7,6 +7,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from rich.console import Console
+
 from cpfold_train.plan.compose import of_run, read_request
 from cpfold_train.plan.estimate import ASSUMPTIONS
 from cpfold_train.plan.plan import plan
@@ -71,9 +73,10 @@ def run(args: argparse.Namespace) -> None:
         else:
             show_proposals(found, request.device, config.crop_size, request.gpus)
         return
-    if request.choose:
-        config = replace(config, memory=choose_memory(config, request.grid, request.device))
-    found = plan(config, request.grid, request.device)
+    with Console(stderr=True).status("planning"):
+        if request.choose:
+            config = replace(config, memory=choose_memory(config, request.grid, request.device))
+        found = plan(config, request.grid, request.device)
     if args.json:
         print(json.dumps({**found.figures(), "assumptions": ASSUMPTIONS}, indent=1))
     else:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from rich.console import Console
+from rich.progress import track
+
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.parallel.grid import Grid, squarest
@@ -50,7 +53,7 @@ def propose(config: TrainConfig, device: str, gpus: int, choose: bool) -> list[P
         ConfigError: there is no such device.
     """
     found = []
-    for grid in grids(config.crop_size, gpus):
+    for grid in track(list(grids(config.crop_size, gpus)), "planning", console=Console(stderr=True)):
         if choose:
             found.append(first_that_fits(config, grid, device))
         elif may_fit(config, grid, device):

@@ -71,7 +71,7 @@ def show_proposals(found: list[Plan], device: str, crop_size: int, gpus: int) ->
         table.add_row(
             f"cp.grid={p.grid}",
             str(p.grid.world_size),
-            " ".join(levers(p.config.memory)),
+            " ".join(typed_levers(p.config.memory)),
             f"{p.peak / GIB:.1f}",
             f"{sum(p.costs.work.sent_bytes.values()) / MIB:,.0f}",
             f"{p.costs.step_s:.3g}",
@@ -81,11 +81,11 @@ def show_proposals(found: list[Plan], device: str, crop_size: int, gpus: int) ->
     _tell(console, device)
 
 
-def levers(memory: MemoryConfig) -> list[str]:
+def typed_levers(memory: MemoryConfig) -> list[str]:
     """What to type to get these levers."""
     plain = MemoryConfig()
     typed = [f"memory.{key}={_typed(value)}" for key, value in vars(memory).items() if value != getattr(plain, key)]
-    return typed or ["as they are"]
+    return typed or ["the defaults"]
 
 
 def _typed(value: object) -> str:

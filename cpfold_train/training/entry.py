@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,6 +20,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 
 from cpfold_train.errors import ConfigError, DataError, RunError
 from cpfold_train.training import sweep
@@ -76,9 +78,13 @@ def start(config: DictConfig, run_dir: Path) -> None:
     world = plan_world(typed.cp.grid, typed.dp, typed.trainer.num_nodes, typed.trainer.accelerator)
     if typed.memory.auto:
         from cpfold_train.plan.propose import choose_memory
+        from cpfold_train.plan.report import typed_levers
 
         # Every rank comes to the same.
-        typed.memory = choose_memory(typed, world.grid, device_here(typed.trainer.accelerator))
+        with Console(stderr=True).status("memory=auto: planning") if is_first_rank() else nullcontext():
+            typed.memory = choose_memory(typed, world.grid, device_here(typed.trainer.accelerator))
+        if is_first_rank():
+            print(f"memory=auto: {' '.join(typed_levers(typed.memory))}", file=sys.stderr)
         config.memory = OmegaConf.structured(typed.memory)
     if is_first_rank():
         if note := world.note():
