@@ -24,9 +24,9 @@ def return_large_tensors() -> None:
 
     By default glibc keeps freed tensors of up to 32 MiB in a heap that fragments: with it, ranks held up to three times
     what they used. Without effect where the C library is another. Another size than ``LARGE_BYTES`` can be set in the
-    environment variable ``MALLOC_MMAP_THRESHOLD_``.
+    environment variable ``MALLOC_MMAP_THRESHOLD_``, as a whole number.
     """
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, ValueError):
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, int(os.environ.get("MALLOC_MMAP_THRESHOLD_", LARGE_BYTES)))
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 29)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from matplotlib.axes import Axes
 
 from cpfold_train.__main__ import main
 
@@ -30,7 +31,14 @@ def test_the_largest_difference_is_told(runs, capsys):
     assert main(["compare", runs[0]]) == 2
 
 
-def test_curves_of_several_runs_are_drawn(runs, tmp_path):
+def test_curves_of_several_runs_are_drawn(runs, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda self, *points, label, **_: drawn.append((label, points)))
+    monkeypatch.setattr(Axes, "legend", lambda self: None)
     picture = tmp_path / "pictures" / "runs.png"
     assert main(["compare", *runs, "--plot", str(picture)]) == 0
-    assert picture.stat().st_size > 10_000
+    assert drawn[0] == (runs[0], ((0, 1, 2), (2.0, 1.5, 1.0)))
+    # The distogram's loss in training, and the lDDT of one validation, of each run.
+    assert [label for label, _ in drawn] == [runs[0], runs[1], runs[0], runs[1]]
+    assert drawn[3] == (runs[1], ((2,), (0.5,)))
+    assert picture.exists()

@@ -234,7 +234,7 @@ def test_out_of_memory_counts_against_the_limit(tmp_path):
 def typed_again(tmp_path, monkeypatch):
     """What would be typed after an event in a run in ``tmp_path``: arguments and environment, or None."""
     monkeypatch.setattr("os.execve", lambda program, command, env: typed.append((command[1:], env)))
-    monkeypatch.setattr("sys.orig_argv", ["python", "train.py", "crop_size=16"])
+    monkeypatch.setattr("sys.orig_argv", ["python", "train.py", "crop_size=16", "--config-name", "train"])
     monkeypatch.setattr(StartAgain, "_end_children", lambda self: None)
     typed: list[tuple[list[str], dict[str, str]]] = []
 
@@ -253,13 +253,13 @@ def test_what_starts_again(typed_again, tmp_path, monkeypatch):
     noted, last = tmp_path / "out_of_memory.txt", tmp_path / "checkpoints" / "last.ckpt"
     last.parent.mkdir()
     last.touch()
-    anew = ["train.py", "crop_size=16", f"hydra.run.dir='{tmp_path}'"]
+    anew, options = ["train.py", "crop_size=16", f"hydra.run.dir='{tmp_path}'"], ["--config-name", "train"]
     assert typed_again(lambda again: None) is None
     command, env = typed_again(lambda again: (noted.write_text("3\n"), monkeypatch.setenv("MASTER_PORT", "1")))
-    assert command == anew and "MASTER_PORT" not in env
+    assert command == [*anew, *options] and "MASTER_PORT" not in env
     assert typed_again(lambda again: noted.write_text("3\n3\n")) is None, "it was to be skipped"
     command, _ = typed_again(lambda again: (noted.write_text("3\n5\n"), os.utime(last, (1, 1))))
-    assert command == [*anew, f"ckpt_path='{last}'"]
+    assert command == [*anew, f"ckpt_path='{last}'", *options]
     asked = SaveOnSigterm(last, None)
 
     def sigterm(again: StartAgain) -> None:

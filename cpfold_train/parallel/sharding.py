@@ -14,9 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from cpfold_train.parallel.context import ContextParallel
+
+SharedParameter = FSDPParam
+"""A parameter that is shared out, with what is gathered of it for a while."""
 
 Entrance = tuple[nn.Module, str]
 """A module and the name of a method of it, other than ``forward``, by which it is entered."""

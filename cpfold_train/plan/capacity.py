@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.progress import Progress
 
+from cpfold_train.errors import ConfigError
+from cpfold_train.model.config import MemoryConfig
 from cpfold_train.parallel.grid import Grid, squarest
 from cpfold_train.plan.plan import Plan
 from cpfold_train.plan.propose import LEAST_SIDE, first_that_fits, ladder
@@ -27,17 +29,21 @@ Cell = dict[str, int | float | str | None]
 def capacity(config: TrainConfig, device: str, gpus: int, file: Path) -> list[Cell]:
     """Plan each crop size on 1, 4, 16 ... GPUs up to ``gpus``, with the cheapest levers that fit.
 
-    Small tiles come first: a larger one needs no cheaper levers, and where one does not fit, larger ones do not either.
+    Small tiles come first: a larger one is taken to need no cheaper levers, and not to fit where one did not.
 
     Args:
-        config: of the run, but for crop size, grid and levers.
+        config: of the run; its crop size, grid, replicas and memory levers are not regarded.
         file: JSON of the cells, which grows with each; what is in it is not planned again.
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: there is no such device, or the file holds plans of another run.
     """
-    done: list[Cell] = json.loads(file.read_text()) if file.exists() else []
-    known = {(cell["crop_size"], cell["gpus"]): cell for cell in done}
+    one_run = replace(config, crop_size=CROPS[0], dp=1, memory=MemoryConfig(), cp=replace(config.cp, grid="1x1"))
+    planned = {"device": device, "run": asdict(one_run)}
+    kept = json.loads(file.read_text()) if file.exists() else planned | {"cells": []}
+    if planned != {key: kept[key] for key in planned}:
+        raise ConfigError(f"{file} holds plans of another run or device: type another --table FILE, or remove it")
+    known = {(cell["crop_size"], cell["gpus"]): cell for cell in kept["cells"]}
     rungs = ladder(config.model.pairformer.num_blocks, config.diffusion.multiplicity)
     cells = sorted(_cells(gpus), key=lambda cell: cell[0] ** 2 / cell[1])
     first = 0
@@ -48,7 +54,7 @@ def capacity(config: TrainConfig, device: str, gpus: int, file: Path) -> list[Ce
                 found = first_that_fits(replace(config, crop_size=crop), grid, device, rungs[first:])
                 known[crop, ranks] = _cell(crop, grid, found, rungs)
                 with whole_file(file) as text:
-                    json.dump(list(known.values()), text, indent=1)
+                    json.dump(planned | {"cells": list(known.values())}, text, indent=1)
             rung = known[crop, ranks]["rung"]
             first = len(rungs) if rung is None else max(first, rung)
     return [known[cell] for cell in _cells(gpus)]

@@ -12,8 +12,8 @@ from rich.console import Console
 from cpfold_train.plan.compose import of_run, read_request
 from cpfold_train.plan.estimate import ASSUMPTIONS
 from cpfold_train.plan.plan import plan
-from cpfold_train.plan.propose import choose_memory, propose
-from cpfold_train.plan.report import show_plan, show_proposals
+from cpfold_train.plan.propose import choose_memory, ladder, propose
+from cpfold_train.plan.report import show_plan, show_proposals, typed_levers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> None:
         cells = capacity(config, request.device, request.gpus, args.table.with_suffix(".json"))
         draw(cells, f"{request.device}, {config.trainer.precision}", args.table.with_suffix(".png"))
         print(as_markdown(cells))
+        for i, memory in enumerate(ladder(config.model.pairformer.num_blocks, config.diffusion.multiplicity)):
+            print(f"({i}) {' '.join(typed_levers(memory))}")
         return
     if request.grid is None:
         found = propose(config, request.device, request.gpus, request.choose)

@@ -15,7 +15,7 @@ from cpfold_train.plan.compose import compose
 from cpfold_train.plan.depth import by_category, totals
 from cpfold_train.plan.devices import find_device
 from cpfold_train.plan.estimate import kernel_seconds
-from cpfold_train.plan.measure import LARGE_BYTES, run_once
+from cpfold_train.plan.measure import GIVEN_BACK_BYTES, run_once
 from cpfold_train.plan.plan import MIB, fullest_moment
 from cpfold_train.plan.step import trace_step
 from cpfold_train.training.config import TrainConfig
@@ -97,7 +97,7 @@ def _planned(config: TrainConfig) -> dict[str, float]:
     grid = Grid(*parse_grid(config.cp.grid), int(config.dp))
     (batch,) = batches_of_data(config, grid, 1)
     seconds = kernel_seconds(find_device("cpu", grid.world_size))
-    trace = trace_step(config, grid, batch, seconds, on_host=True, large_bytes=LARGE_BYTES)
+    trace = trace_step(config, grid, batch, seconds, on_host=True, large_bytes=GIVEN_BACK_BYTES)
     recycling = int(np.random.default_rng([config.seed, 0]).integers(0, config.model.recycling_steps + 1))
     work = totals(trace.tallies).plus(totals(trace.cycle), recycling - trace.recycling)
     work = work.plus(totals(trace.sampling_step), config.diffusion.sampling_steps - trace.sampling)

@@ -9,9 +9,8 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from cpfold_train.errors import ConfigError
-from cpfold_train.ops.biased_attention import KERNELS
 from cpfold_train.parallel.grid import Grid, parse_grid
-from cpfold_train.training.check import check
+from cpfold_train.training.check import check, check_kernels
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.entry import ROOT, explain, register, typed_config
 
@@ -49,7 +48,8 @@ def read_request(settings: list[str]) -> Request:
         ConfigError: they cannot be planned.
     """
     typed = of_run(settings)
-    own = OWN_KEYS | dict(setting.split("=", 1) for setting in settings if setting not in typed)
+    parts = (setting.partition("=") for setting in settings if setting not in typed)
+    own = OWN_KEYS | {key: value for key, _, value in parts}
     if not own["gpus"].isdigit() or not int(own["gpus"]):
         raise ConfigError(f"gpus={own['gpus']} is not a number of GPUs: type gpus=8, for example")
     config = compose(typed)
@@ -79,9 +79,8 @@ def compose(settings: list[str]) -> TrainConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from None
     config = replace(config, model=replace(config.model, init_from=None), ckpt_path=None)
+    check_kernels(config)
     kernels = config.kernels
-    if kernels in KERNELS:
-        config = replace(config, kernels="torch")
-    config = replace(config, trainer=replace(config.trainer, accelerator="cpu"))
+    config = replace(config, kernels="torch", trainer=replace(config.trainer, accelerator="cpu"))
     check(config)
     return replace(config, kernels=kernels)

@@ -26,12 +26,14 @@ TEMPLATES = "trunk.template_module"
 
 
 def shallow(config: TrainConfig, groups: int) -> TrainConfig:
-    """The same run with only so many groups of blocks in the Pairformers, and layers in the transformer of tokens; and
-    with two templates at most, or three in the deeper model."""
+    """The same run with no more than so many groups of blocks in the Pairformers, and layers in the transformer of
+    tokens; and with two templates at most, or three in the deeper model."""
     blocks, model = groups * config.memory.blocks_at_once, config.model
     pairformer = replace(model.pairformer, num_blocks=blocks)
-    judging = replace(model.confidence, pairformer=replace(model.confidence.pairformer, num_blocks=blocks))
-    diffusion = replace(model.diffusion, token_transformer_depth=groups)
+    judged = model.confidence.pairformer
+    judging = replace(model.confidence, pairformer=replace(judged, num_blocks=min(blocks, judged.num_blocks)))
+    depth = min(groups, model.diffusion.token_transformer_depth)
+    diffusion = replace(model.diffusion, token_transformer_depth=depth)
     model = replace(model, pairformer=pairformer, confidence=judging, diffusion=diffusion)
     templates = min(config.data.max_templates, groups - FEWEST + FEWEST_TEMPLATES)
     return replace(config, model=model, data=replace(config.data, max_templates=templates))
@@ -56,7 +58,7 @@ def extrapolated(
     """The step with ``groups`` groups of blocks and so many templates, from those with ``FEWEST`` and one more.
 
     Args:
-        known: bytes that weights and features of the whole model take, by category; no block makes them.
+        known: bytes that weights and features of the whole model take, by category, where no block makes them.
     """
 
     def steps(module: str) -> int:
@@ -64,11 +66,12 @@ def extrapolated(
             return max(FEWEST_TEMPLATES, templates) - FEWEST_TEMPLATES
         # What FSDP gathers for the whole of a step has a part for each layer of the transformer of tokens.
         stack = "structure_module" if module == STEP else module.partition(".")[0]
-        return groups[stack] - FEWEST if stack in groups else 1
+        # A stack that is no deeper than the shallow ones is the same in both.
+        return max(0, groups[stack] - FEWEST) if stack in groups else 1
 
     def moment(a: Moment, b: Moment) -> Moment:
         held = {key: a.get(key, 0) + steps(key[1]) * (b.get(key, 0) - a.get(key, 0)) for key in a | b}
-        held |= {key: known[key[0]] for key in held if key[0] in known}
+        held |= {(name, STEP): size for name, size in known.items() if (name, STEP) in held}
         return {key: size for key, size in held.items() if size}
 
     def tallies(a: Tallies, b: Tallies) -> Tallies:

@@ -22,7 +22,7 @@ class Device:
     Attributes:
         memory: what it holds.
         bandwidth: of its memory.
-        bf16, tf32, fp32: peaks of matrix products.
+        bf16, fp32: peaks of matrix products.
         link: to the other GPUs of its machine.
         network: of each GPU to other machines.
         host_link: to the memory of the host.
@@ -33,7 +33,6 @@ class Device:
     memory: float
     bandwidth: float
     bf16: float
-    tf32: float
     fp32: float
     link: float
     network: float
@@ -44,27 +43,27 @@ class Device:
 
 DEVICES = {
     "h100-80gb": Device(
-        80 * GB, 3350 * GB, 989 * TERA, 494 * TERA, 67 * TERA, 450 * GB, 50 * GB, 64 * GB, 8,
+        80 * GB, 3350 * GB, 989 * TERA, 67 * TERA, 450 * GB, 50 * GB, 64 * GB, 8,
         "NVIDIA H100 Tensor Core GPU data sheet (SXM); DGX H100 data sheet: 8 x 400 Gb/s",
     ),
     "h200-141gb": Device(
-        141 * GB, 4800 * GB, 989 * TERA, 494 * TERA, 67 * TERA, 450 * GB, 50 * GB, 64 * GB, 8,
+        141 * GB, 4800 * GB, 989 * TERA, 67 * TERA, 450 * GB, 50 * GB, 64 * GB, 8,
         "NVIDIA H200 Tensor Core GPU data sheet (SXM); DGX H200 data sheet: 8 x 400 Gb/s",
     ),
     "b200-180gb": Device(
-        180 * GB, 8000 * GB, 2250 * TERA, 1100 * TERA, 75 * TERA, 900 * GB, 50 * GB, 64 * GB, 8,
+        180 * GB, 8000 * GB, 2250 * TERA, 75 * TERA, 900 * GB, 50 * GB, 64 * GB, 8,
         "NVIDIA Blackwell architecture brief (HGX B200); DGX B200 data sheet: 1,440 GB of 8 GPUs, 8 x 400 Gb/s",
     ),
     "a100-80gb": Device(
-        80 * GB, 2039 * GB, 312 * TERA, 156 * TERA, 19.5 * TERA, 300 * GB, 25 * GB, 32 * GB, 8,
+        80 * GB, 2039 * GB, 312 * TERA, 19.5 * TERA, 300 * GB, 25 * GB, 32 * GB, 8,
         "NVIDIA A100 Tensor Core GPU data sheet (SXM, 80 GB); DGX A100 data sheet: 8 x 200 Gb/s",
     ),
     "a100-40gb": Device(
-        40 * GB, 1555 * GB, 312 * TERA, 156 * TERA, 19.5 * TERA, 300 * GB, 25 * GB, 32 * GB, 8,
+        40 * GB, 1555 * GB, 312 * TERA, 19.5 * TERA, 300 * GB, 25 * GB, 32 * GB, 8,
         "NVIDIA A100 Tensor Core GPU data sheet (SXM, 40 GB); DGX A100 data sheet: 8 x 200 Gb/s",
     ),
     "l40s": Device(
-        48 * GB, 864 * GB, 362 * TERA, 183 * TERA, 91.6 * TERA, 32 * GB, 25 * GB, 32 * GB, 8,
+        48 * GB, 864 * GB, 362 * TERA, 91.6 * TERA, 32 * GB, 25 * GB, 32 * GB, 8,
         "NVIDIA L40S data sheet: PCIe 4.0, no NVLink; 200 Gb/s a GPU are assumed",
     ),
 }  # fmt: skip
@@ -82,7 +81,7 @@ def find_device(name: str, local_ranks: int) -> Device:
     if name == "cpu":
         # A core's order of magnitude: times on CPU are no more than that.
         memory = psutil.virtual_memory().total / local_ranks
-        return Device(memory, 10 * GB, 5e10, 5e10, 5e10, 2 * GB, 1 * GB, 10 * GB, local_ranks, "this machine's memory")
+        return Device(memory, 10 * GB, 5e10, 5e10, 2 * GB, 1 * GB, 10 * GB, local_ranks, "this machine's memory")
     if name not in DEVICES:
         known = " or ".join(f"device={known}" for known in (*DEVICES, "cpu"))
         raise ConfigError(f"device={name} is not known: type {known}")

@@ -25,6 +25,7 @@ ASSUMPTIONS = (
     "those to other machines, evenly spread over all ranks of the grid, go over the network",
     f"{EXPOSED_SHARE:.0%} of that time is not hidden behind arithmetic; the all-reduce of gradients, or what FSDP "
     "sends, is hidden behind half of the step",
+    f"what goes to the host and back travels beside the arithmetic at {LINK_SHARE:.0%} of the bandwidth of that link",
     "as many recycling passes as are drawn on average, and no waiting for data",
     f"{MEMORY_MARGIN:.0%} of the memory is left for the driver, NCCL and fragmentation",
 )
@@ -38,7 +39,7 @@ class Costs:
     Attributes:
         work: arithmetic, traffic and messages.
         gradient_bytes: sent to sum gradients over the world, or by FSDP to gather weights and to share out gradients.
-        compute_s, exchange_s, gradients_s: seconds of each alone.
+        compute_s, exchange_s, gradients_s, host_s: seconds of each alone; the last are copies to the host and back.
         step_s: seconds in all.
     """
 
@@ -47,6 +48,7 @@ class Costs:
     compute_s: float
     exchange_s: float
     gradients_s: float
+    host_s: float
     step_s: float
 
 
@@ -91,5 +93,6 @@ def estimate(trace: Trace, config: TrainConfig, grid: Grid, device: Device, trai
     gradients = gradient_bytes / (LINK_SHARE * line)
     # AdamW reads weights, gradients and two moments, and writes all but the gradients.
     compute = work.seconds + 7 * own_bytes / (MEMORY_SHARE * device.bandwidth)
+    host = work.host_bytes / (LINK_SHARE * device.host_link)
     exposed = EXPOSED_SHARE * exchange + max(0.0, gradients - compute / 2)
-    return Costs(work, gradient_bytes, compute, exchange, gradients, compute + exposed)
+    return Costs(work, gradient_bytes, compute, exchange, gradients, host, max(compute, host) + exposed)

@@ -49,7 +49,8 @@ def planned_levers(settings: list[str], grid: Grid, device: str) -> list[dict]:
         ConfigError: there is no such device.
     """
     rows = []
-    for name, typed in track(levers(compose(settings), 64).items(), "planning", console=Console(stderr=True)):
+    tried = levers(compose(settings), chunk_mib=1 if device == "cpu" else 64)
+    for name, typed in track(tried.items(), "planning", console=Console(stderr=True)):
         found = plan(compose([*settings, *typed]), grid, device)
         rows.append({"typed": name, "peak_gib": found.peak / GIB, "step_s": found.costs.step_s})
     return rows
@@ -64,7 +65,8 @@ def measured_levers(settings: list[str]) -> list[dict]:
         ConfigError: a run fails.
     """
     rows = []
-    for name, typed in track(levers(compose(settings), 1).items(), "running", console=Console(stderr=True)):
+    tried = levers(compose(settings), chunk_mib=1)
+    for name, typed in track(tried.items(), "running", console=Console(stderr=True)):
         run = [*settings, *typed, *TWO_STEPS]
         peak = max(run_once(run, give_back=True)["peak_memory_mib"]) / 2**10
         rows.append({"typed": name, "peak_gib": peak, "step_s": run_once(run, give_back=False)["step_s"]})
@@ -87,7 +89,7 @@ def show_levers(settings: list[str], grid: Grid | None, device: str, measure: bo
     title = "measured on CPU" if measure else f"planned for {device}"
     table = Table("lever", "peak of a rank, GiB", "of it as it is", "step, s", "of it as it is", title=title)
     for row in rows:
-        shares = (f"{row[key] / plain[key]:.2f}" for key in ("peak_gib", "step_s"))
-        peak_share, time_share = shares
-        table.add_row(row["typed"], f"{row['peak_gib']:.2f}", peak_share, f"{row['step_s']:.3g}", time_share)
+        peak, seconds = row["peak_gib"], row["step_s"]
+        shares = f"{peak / plain['peak_gib']:.2f}", f"{seconds / plain['step_s']:.2f}"
+        table.add_row(row["typed"], f"{peak:.2f}", shares[0], f"{seconds:.3g}", shares[1])
     Console(width=180).print(table)

@@ -13,7 +13,7 @@ from cpfold_train.errors import ConfigError
 from cpfold_train.training.entry import ROOT
 from cpfold_train.training.metrics_csv import read_metrics
 
-LARGE_BYTES = 1 << 18
+GIVEN_BACK_BYTES = 1 << 18
 """Where memory is measured, the system gets all tensors back from this size on when they are freed. It takes longer,
 but a heap of freed tensors, which a plan cannot know, does not come on top of those that live."""
 
@@ -34,10 +34,11 @@ def run_once(settings: list[str], give_back: bool) -> dict:
         command = [sys.executable, str(ROOT / "train.py"), *settings, f"hydra.run.dir={folder}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         if give_back:
-            environment["MALLOC_MMAP_THRESHOLD_"] = str(LARGE_BYTES)
+            environment["MALLOC_MMAP_THRESHOLD_"] = str(GIVEN_BACK_BYTES)
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
-            raise ConfigError(f"the run of {' '.join(settings)} failed: {done.stderr.strip().splitlines()[-1]}")
+            *_, reason = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
+            raise ConfigError(f"the run of {' '.join(settings)} failed: {reason}")
         result = json.loads((Path(folder) / "result.json").read_text())
         *_, last = read_metrics(Path(folder) / "metrics.csv")
     return result | {"step_s": float(last["step_s"])}

@@ -75,6 +75,7 @@ class Plan:
             "kernels": round(work.kernels),
             "compute_s": self.costs.compute_s,
             "exchange_s": self.costs.exchange_s,
+            "host_s": self.costs.host_s,
             "step_s_estimate": self.costs.step_s,
         }
 
@@ -113,7 +114,7 @@ def plan(config: TrainConfig, grid: Grid, device: str) -> Plan:
 
 
 def weight_bytes(module: nn.Module, config: TrainConfig, grid: Grid) -> dict[str, float]:
-    """Bytes of a rank's weights, and of what is kept beside them all the time, by category."""
+    """Bytes of a rank's weights, and of what is kept beside them from step to step, by category."""
     ranks = grid.world_size if config.parallel.fsdp else 1
 
     def own(x: Tensor) -> int:
@@ -126,8 +127,7 @@ def weight_bytes(module: nn.Module, config: TrainConfig, grid: Grid) -> dict[str
     held = {"optimizer": sum(2 * own(x) + 4 for x in trained)}
     held["parameters"] = sum(map(own, weights)) + sum(x.nbytes for x in module.buffers())
     held["average"] = sum(map(own, trained)) if config.optim.ema_decay else 0
-    if not config.parallel.fsdp:
-        held["gradients"] = sum(map(own, trained))
+    held["gradients"] = sum(map(own, trained))
     return held
 
 

@@ -110,11 +110,12 @@ def first_that_fits(
 def may_fit(config: TrainConfig, grid: Grid, device: str) -> bool:
     """False where the tiles alone that are certainly held do not fit: nothing has to be run to see that."""
     n, blocks, memory = grid.pad_tokens(config.crop_size), config.model.pairformer.num_blocks, config.memory
-    tile = 4 * config.batch_size * (n // grid.rows) * (n // grid.cols) * config.model.token_z
+    item = {"bf16-true": 2, "64-true": 8}.get(config.trainer.precision, 4)
+    tile = item * config.batch_size * (n // grid.rows) * (n // grid.cols) * config.model.token_z
     if not memory.recompute:
         kept = HELD_TILES * blocks
     elif memory.offload:
         kept = 0
     else:
-        kept = blocks / memory.blocks_at_once / (2 if memory.residual == "bf16" else 1)
+        kept = blocks / memory.blocks_at_once * (2 / item if memory.residual == "bf16" else 1)
     return (kept + HELD_TILES) * tile <= (1 - MEMORY_MARGIN) * find_device(device, grid.world_size).memory

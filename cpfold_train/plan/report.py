@@ -32,6 +32,8 @@ def show_plan(found: Plan) -> None:
     table.add_row("time of a step, estimated", f"{costs.step_s:.3g} s")
     table.add_row("- arithmetic alone", f"{costs.compute_s:.3g} s in {costs.work.kernels:,.0f} kernels")
     table.add_row("- exchange alone", f"{costs.exchange_s:.3g} s")
+    if costs.host_s:
+        table.add_row("- to the host and back alone", f"{costs.host_s:.3g} s")
     console.print(table)
 
     held = by_category(found.fullest)

@@ -7,6 +7,7 @@ only.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -15,12 +16,13 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from cpfold_train.losses import smooth_lddt
 from cpfold_train.ops import biased_attention, by_rows, offload, partial_attention, ring_attention, window_attention
+from cpfold_train.parallel.sharding import SharedParameter
 from cpfold_train.plan.trace import ELSEWHERE, Tracer
 
+CUEQUIVARIANCE = "cuequivariance_torch"
 Blocks = Callable[..., Iterator[Any]]
 
 
@@ -75,8 +77,12 @@ def host_is_elsewhere(tracer: Tracer) -> Iterator[None]:
 
     class Kept(offload._Kept):
         def __init__(self, *args: Any) -> None:
-            with tracer.category(ELSEWHERE):
+            with tracer.category(ELSEWHERE), tracer.over_host_link():
                 super().__init__(*args)
+
+        def fetch(self) -> None:
+            with tracer.over_host_link():
+                super().fetch()
 
     with mock.patch.object(offload, "_Kept", Kept):
         yield
@@ -87,7 +93,7 @@ def weights_come_and_go(tracer: Tracer) -> Iterator[None]:
     """Inside, the tracer sees when FSDP makes room for a block's weights and when it frees them: it resizes storages,
     which is no operation of torch's."""
 
-    resize, make_room = torch.UntypedStorage.resize_, FSDPParam.init_all_gather_outputs
+    resize, make_room = torch.UntypedStorage.resize_, SharedParameter.init_all_gather_outputs
 
     def resize_and_tell(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
         resize(storage, size)
@@ -100,7 +106,7 @@ def weights_come_and_go(tracer: Tracer) -> Iterator[None]:
 
     with (
         mock.patch.object(torch.UntypedStorage, "resize_", resize_and_tell),
-        mock.patch.object(FSDPParam, "init_all_gather_outputs", gathered),
+        mock.patch.object(SharedParameter, "init_all_gather_outputs", gathered),
     ):
         yield
 
@@ -135,5 +141,11 @@ def fused_attention(tracer: Tracer) -> Iterator[None]:
     def triangle_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
         return Fused.apply(q, k, v, bias[:, 0])
 
-    with mock.patch.dict("sys.modules", cuequivariance_torch=SimpleNamespace(triangle_attention=triangle_attention)):
+    before = sys.modules.get(CUEQUIVARIANCE)
+    sys.modules[CUEQUIVARIANCE] = SimpleNamespace(triangle_attention=triangle_attention)
+    try:
         yield
+    finally:
+        del sys.modules[CUEQUIVARIANCE]
+        if before is not None:
+            sys.modules[CUEQUIVARIANCE] = before

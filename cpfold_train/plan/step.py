@@ -97,7 +97,8 @@ def trace_step(
             module = module.to_empty(device="cpu")
         trained = [x for x in module.parameters() if x.requires_grad]
         with tracer.category("gradients"):
-            # DistributedDataParallel has room for all of them from the start, FSDP for none.
+            # DistributedDataParallel has room for all of them from the start. With FSDP they are there from the step or
+            # the micro-batch before, until they are zeroed.
             for weight in trained:
                 weight.grad = torch.empty_like(weight)
         if config.optim.ema_decay:
@@ -110,9 +111,6 @@ def trace_step(
         with tracer.category("optimizer"):
             # A run has the moments from the end of its first step on.
             optimizer.step()
-        if config.parallel.fsdp:
-            optimizer.zero_grad()
-
         cp.ledger = TracedLedger(tracer)
         module.trainer = SimpleNamespace(strategy=SimpleNamespace(cp=cp), global_step=0)
         tracer.watch(module.model)
@@ -128,6 +126,8 @@ def trace_step(
         fed[ON_HOST] = batch[ON_HOST]
         with torch.autocast("cpu", torch.bfloat16) if precision in IN_BF16 else nullcontext():
             loss = module.micro_batch(fed, recycling)["loss"]
+        if config.parallel.fsdp and config.trainer.accumulate_grad_batches == 1:
+            optimizer.zero_grad()
         loss.backward()
         # What the optimizer adds has been counted: it moves weights in place, and its work follows from their number.
         moments, tallies = tracer.moments(), tracer.so_far()

@@ -66,13 +66,14 @@ Moment = dict[tuple[str, str], float]
 @dataclass
 class Tally:
     """Work of one module: kernels, floating-point operations of matrix products by dtype, bytes read and written, the
-    seconds all this takes, bytes that FSDP sends to gather weights and to share out gradients, and bytes and number of
-    messages by operation of context parallelism."""
+    seconds all this takes, bytes that go to the host or come from there, bytes that FSDP sends to gather weights and to
+    share out gradients, and bytes and number of messages by operation of context parallelism."""
 
     kernels: float = 0
     flops: Counter[torch.dtype] = field(default_factory=Counter)
     moved_bytes: float = 0
     seconds: float = 0
+    host_bytes: float = 0
     shared_bytes: float = 0
     sent_bytes: Counter[str] = field(default_factory=Counter)
     messages: Counter[str] = field(default_factory=Counter)
@@ -88,6 +89,7 @@ class Tally:
             combined(self.flops, other.flops),
             self.moved_bytes + times * other.moved_bytes,
             self.seconds + times * other.seconds,
+            self.host_bytes + times * other.host_bytes,
             self.shared_bytes + times * other.shared_bytes,
             combined(self.sent_bytes, other.sent_bytes),
             combined(self.messages, other.messages),
@@ -133,6 +135,7 @@ class Tracer(TorchDispatchMode):
         self.tallies: defaultdict[str, Tally] = defaultdict(Tally)
         self._seconds, self._large = seconds, large
         self._category, self._modules, self._epoch, self._times = "activations", [STEP], 0, 1.0
+        self._to_host = False
         self._entries: dict[int, tuple[_Place, int]] = {}
         self._live: defaultdict[_Place, int] = defaultdict(int)
         self._small = self._heap = 0
@@ -152,6 +155,13 @@ class Tracer(TorchDispatchMode):
         before, self._times = self._times, self._times * factor
         yield
         self._times = before
+
+    @contextmanager
+    def over_host_link(self) -> Iterator[None]:
+        """The copies inside go to the host or come from there, beside the computation."""
+        before, self._to_host = self._to_host, True
+        yield
+        self._to_host = before
 
     def reset(self) -> None:
         """Forget the work done and the peaks so far."""
@@ -248,6 +258,10 @@ class Tracer(TorchDispatchMode):
         """
         moved_bytes = sum(x.nbytes for x in moved)
         tally, times = self.tallies[self._modules[-1]], self._times
+        if self._to_host:
+            # Read on one side and written on the other.
+            tally.host_bytes += times * moved_bytes / 2
+            return
         tally.kernels += times
         if flops:
             tally.flops[dtype] += times * flops
@@ -258,14 +272,7 @@ class Tracer(TorchDispatchMode):
         key = storage._cdata
         if key in self._entries or self._category == ELSEWHERE:
             return
-        size = storage.nbytes()
-        place = _Place(self._category, self._modules[-1], self._epoch)
-        self._hold(key, place, size)
-        self.now += size
-        if size < self._large:
-            self._small += size
-            self._heap = max(self._heap, self._small)
-        self._grown()
+        self._hold(key, _Place(self._category, self._modules[-1], self._epoch), storage.nbytes())
         weakref.finalize(storage, self._forget, key)
 
     def _communicate(self, name: str, args: tuple) -> None:
@@ -282,38 +289,39 @@ class Tracer(TorchDispatchMode):
 
     def _belongs(self, storage: torch.UntypedStorage, category: str) -> None:
         """What was taken for an activation, or for a message, is something else."""
-        entry = self._entries.get(storage._cdata)
-        if entry and entry[0].category in ("activations", "communication"):
-            place, size = entry
-            self._drop(place, size)
-            self._hold(storage._cdata, place._replace(category=category), size)
+        key = storage._cdata
+        if key in self._entries and self._entries[key][0].category in ("activations", "communication"):
+            place, size = self._drop(key)
+            self._hold(key, place._replace(category=category), size)
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """A storage has another size than when it was made: FSDP frees gathered weights so, and makes room for them."""
         self._note()
-        key, size = storage._cdata, storage.nbytes()
-        place, before = self._entries[key]
-        self._drop(place, before)
-        self.now += size - before
-        self._hold(key, place._replace(epoch=self._epoch), size)
-        self._grown()
+        place, _ = self._drop(storage._cdata)
+        self._hold(storage._cdata, place._replace(epoch=self._epoch), storage.nbytes())
+
+    def _forget(self, key: int) -> None:
+        self._note()
+        self._drop(key)
 
     def _hold(self, key: int, place: _Place, size: int) -> None:
         self._entries[key] = place, size
         self._live[place] += size
-
-    def _forget(self, key: int) -> None:
-        self._note()
-        place, size = self._entries.pop(key)
-        self._drop(place, size)
-        self.now -= size
+        self.now += size
         if size < self._large:
-            self._small -= size
+            self._small += size
+            self._heap = max(self._heap, self._small)
+        self._grown()
 
-    def _drop(self, place: _Place, size: int) -> None:
+    def _drop(self, key: int) -> tuple[_Place, int]:
+        place, size = self._entries.pop(key)
         self._live[place] -= size
         if not self._live[place]:
             del self._live[place]
+        self.now -= size
+        if size < self._large:
+            self._small -= size
+        return place, size
 
     def _grown(self) -> None:
         held = self.now + self._heap - self._small

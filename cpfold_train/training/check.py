@@ -51,6 +51,7 @@ def check(config: TrainConfig) -> None:
         raise ConfigError("memory.offload=true is for what lies between recomputed blocks: type memory.recompute=true")
     if config.kernels == "cuequivariance":
         _require_cuequivariance(config)
+    check_kernels(config)
     check_precision(config.trainer)
     _one_of("model.num_bins", config.model.num_bins, (NUM_BINS,))
     atoms = config.model.atoms
@@ -88,7 +89,7 @@ def _crop_schedule(schedule: object) -> None:
 
 
 def _require_cuequivariance(config: TrainConfig) -> None:
-    """Raise ConfigError where its kernels cannot run: they are for GPUs and have no backward pass in full fp32."""
+    """Raise ConfigError where its kernels cannot run on this machine."""
     if find_spec("cuequivariance_torch") is None:
         raise ConfigError(
             "kernels=cuequivariance needs the cuequivariance_torch package: type pip install -e '.[cuequivariance]', "
@@ -96,7 +97,13 @@ def _require_cuequivariance(config: TrainConfig) -> None:
         )
     if config.trainer.accelerator == "cpu":
         raise ConfigError("kernels=cuequivariance needs GPUs: type trainer.accelerator=gpu, or kernels=torch")
-    if config.trainer.precision not in IN_BF16:
+
+
+def check_kernels(config: TrainConfig) -> None:
+    """Raise ConfigError for kernels that there are not, and for cuEquivariance's in full fp32: there they have no
+    backward pass."""
+    _one_of("kernels", config.kernels, KERNELS)
+    if config.kernels == "cuequivariance" and config.trainer.precision not in IN_BF16:
         raise ConfigError(
             f"kernels=cuequivariance does not train in trainer.precision={config.trainer.precision}: "
             "type trainer.precision=bf16-mixed, or kernels=torch"

@@ -30,7 +30,7 @@ def draw_runs(runs: list[Path], path: Path) -> None:
     names = "train/distogram", "val/distogram", "val/contact_precision", "val/distance_lddt"
     for axis, name in zip(figure.subplots(1, 4), names):
         for run in runs:
-            _draw_column(axis, read_metrics(run / "metrics.csv"), name, run.name)
+            _draw_column(axis, read_metrics(run / "metrics.csv"), name, str(run))
         axis.set_title(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -54,11 +54,10 @@ class StartAgain:
         new = steps_out_of_memory(self._run_dir) - self._known
         if not new or not self.allowed:
             return
-        command = [*sys.orig_argv[1:], f"hydra.run.dir='{self._run_dir}'"]
-        start = "where it began"
+        overrides, start = [f"hydra.run.dir={_quoted(self._run_dir)}"], "where it began"
         if self._written() != self._before:
             # Not what another run has left in the directory, which this one was not told to go on from.
-            command.append(f"ckpt_path='{self._last}'")
+            overrides.append(f"ckpt_path={_quoted(self._last)}")
             start = str(self._last)
         steps = ", ".join(map(str, sorted(new)))
         print(
@@ -72,7 +71,7 @@ class StartAgain:
                 os.set_inheritable(file, False)
         sys.stdout.flush()
         sys.stderr.flush()
-        os.execve(sys.executable, [sys.executable, *command], self._env)
+        os.execve(sys.executable, [sys.executable, *_typed_again(sys.orig_argv[1:], overrides)], self._env)
 
     def _written(self) -> int | None:
         return self._last.stat().st_mtime_ns if self._last.exists() else None
@@ -91,3 +90,16 @@ class StartAgain:
 
 def _open_files() -> set[int]:
     return {int(name) for name in os.listdir("/dev/fd")}
+
+
+def _quoted(path: Path) -> str:
+    """A path as a value that Hydra takes as it is."""
+    escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _typed_again(command: list[str], overrides: list[str]) -> list[str]:
+    """The command with more overrides, right after its own: Hydra takes them in one row, without options between."""
+    own = [i for i, word in enumerate(command) if "=" in word and not word.startswith("-")]
+    end = own[-1] + 1 if own else len(command)
+    return [*command[:end], *overrides, *command[end:]]

@@ -27,7 +27,7 @@ class SkipBadSteps(Callback):
     the sum over ranks spreads that to all, and the norm of the same gradient is the same everywhere.
 
     A step that a rank has no memory for cannot be left in the middle: the others are in exchanges that wait for it, and
-    no backend gives up an exchange such that the group can be used again (gloo kept ranks for up to the whole timeout).
+    gloo does not give up an exchange such that the group can be used again (it kept ranks for up to the whole timeout).
     The run ends and the step is noted in a file. When the run starts again, all ranks skip it.
 
     A skipped step counts as a step: the learning rate, the crop schedule and the order of samples go on.

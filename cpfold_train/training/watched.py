@@ -61,9 +61,11 @@ class Watched:
         """For a rank that hangs while another has failed."""
         print(f"error: rank {self.global_rank} was ended because {fault}", file=sys.stderr, flush=True)
         self.launcher.end_ranks(patience=0.0)
-        if self.again is not None:
-            self.again.after_out_of_memory()
-        os._exit(1)
+        try:
+            if self.again is not None:
+                self.again.after_out_of_memory()
+        finally:
+            os._exit(1)
 
 
 def describe(error: BaseException) -> str:
