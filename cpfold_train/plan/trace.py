@@ -181,7 +181,7 @@ class Tracer(TorchDispatchMode):
                 moment["boundaries" if kept else place.category, place.module] += size
             if unused := fullest.held - sum(moment.values()):
                 moment["activations", HEAP] += unused
-            moments[phase] = dict(moment)
+            moments[phase] = {key: size for key, size in moment.items() if size}
         return moments
 
     def so_far(self) -> Tallies:
