@@ -6,11 +6,14 @@ import multiprocessing as mp
 import time
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 
-from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.parallel import exchange
+from cpfold_train.parallel.context import Axis, ContextParallel
 from cpfold_train.parallel.grid import Grid
+from cpfold_train.parallel.ledger import Ledger
 from cpfold_train.parallel.redistribute import redistribute
 
 
@@ -42,3 +45,20 @@ def test_timeout_names_op_ranks_and_shapes(tmp_path):
         process.kill()
     assert "an op: the exchange on axis cp failed on rank 0" in text
     assert "sends to rank 1 (3,) and receives from rank 1 (3,)" in text
+
+
+@pytest.mark.parametrize(
+    ("told", "wrapped"), [("Connection closed by peer", True), ("DataLoader worker (pid 7) exited", False)]
+)
+def test_a_data_worker_that_ends_while_a_rank_waits_is_no_fault_of_the_exchange(monkeypatch, told, wrapped):
+    class Work:
+        def wait(self) -> None:
+            raise RuntimeError(told)
+
+    monkeypatch.setattr(exchange.dist, "P2POp", lambda *_: None)
+    monkeypatch.setattr(exchange.dist, "batch_isend_irecv", lambda _: [Work()])
+    axis = Axis("cp_row", 2, 0, (0, 1), None)
+    posted = exchange.Exchange(axis, "an_op", Ledger(), {1: torch.ones(1)}, {1: torch.ones(1)})
+    with pytest.raises(RuntimeError) as error:
+        posted.wait()
+    assert ("an_op" in str(error.value)) == wrapped

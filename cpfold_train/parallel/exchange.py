@@ -45,6 +45,9 @@ class Exchange:
                     for work in self._works:
                         work.wait()
                 except RuntimeError as error:
+                    if "DataLoader worker" in str(error):
+                        # torch's handler of SIGCHLD raises it wherever this rank is at the moment.
+                        raise
                     raise RuntimeError(self._describe()) from error
         received = self._receives
         # Whoever keeps the exchange does not keep what it moved.
