@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,9 +12,9 @@ from rich.progress import Progress
 
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.config import MemoryConfig
-from cpfold_train.parallel.grid import Grid, squarest
+from cpfold_train.parallel.grid import Grid
 from cpfold_train.plan.plan import Plan
-from cpfold_train.plan.propose import LEAST_SIDE, first_that_fits, ladder
+from cpfold_train.plan.propose import first_that_fits, grids, ladder
 from cpfold_train.plan.report import typed_levers
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.whole_file import whole_file
@@ -45,28 +44,20 @@ def capacity(config: TrainConfig, device: str, gpus: int, file: Path) -> list[Ce
         raise ConfigError(f"{file} holds plans of another run or device: type another --table FILE, or remove it")
     known = {(cell["crop_size"], cell["gpus"]): cell for cell in kept["cells"]}
     rungs = ladder(config.model.pairformer.num_blocks, config.diffusion.multiplicity)
-    cells = sorted(_cells(gpus), key=lambda cell: cell[0] ** 2 / cell[1])
+    cells = [(crop, grid) for crop in CROPS for grid in grids(crop, gpus, factor=4)]
     first = 0
     with Progress(console=Console(stderr=True)) as progress:
-        for crop, ranks in progress.track(cells, description="planning"):
-            if (crop, ranks) not in known:
-                grid = Grid(*squarest(ranks))
+        by_tile = sorted(cells, key=lambda cell: cell[0] ** 2 / cell[1].world_size)
+        for crop, grid in progress.track(by_tile, description="planning"):
+            place = crop, grid.world_size
+            if place not in known:
                 found = first_that_fits(replace(config, crop_size=crop), grid, device, rungs[first:])
-                known[crop, ranks] = _cell(crop, grid, found, rungs)
+                known[place] = _cell(crop, grid, found, rungs)
                 with whole_file(file) as text:
                     json.dump(planned | {"cells": list(known.values())}, text, indent=1)
-            rung = known[crop, ranks]["rung"]
+            rung = known[place]["rung"]
             first = len(rungs) if rung is None else max(first, rung)
-    return [known[cell] for cell in _cells(gpus)]
-
-
-def _cells(gpus: int) -> Iterator[tuple[int, int]]:
-    for crop in CROPS:
-        ranks = 1
-        while ranks <= gpus:
-            if crop >= LEAST_SIDE * squarest(ranks)[1]:
-                yield crop, ranks
-            ranks *= 4
+    return [known[crop, grid.world_size] for crop, grid in cells]
 
 
 def _cell(crop: int, grid: Grid, found: Plan | None, rungs: list) -> Cell:

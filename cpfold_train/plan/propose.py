@@ -61,14 +61,14 @@ def propose(config: TrainConfig, device: str, gpus: int, choose: bool) -> list[P
     return sorted((p for p in found if p and p.fits), key=lambda p: p.costs.step_s)
 
 
-def grids(crop_size: int, gpus: int) -> Iterator[Grid]:
-    """Grids of powers of two."""
+def grids(crop_size: int, gpus: int, factor: int = 2) -> Iterator[Grid]:
+    """Grids of 1, ``factor``, ``factor`` squared ... ranks up to ``gpus``, whose tiles are worth it."""
     ranks = 1
     while ranks <= gpus:
         grid = Grid(*squarest(ranks))
         if ranks == 1 or crop_size >= LEAST_SIDE * grid.cols:
             yield grid
-        ranks *= 2
+        ranks *= factor
 
 
 def ladder(blocks: int, multiplicity: int) -> list[MemoryConfig]:

@@ -45,7 +45,6 @@ def check(config: TrainConfig) -> None:
             raise ConfigError(f"{name}={value} is too small: type {name}={least} or more")
     _one_of("cp.algorithm", config.cp.algorithm, ALGORITHMS)
     _one_of("model.init_weights", config.model.init_weights, WEIGHTS)
-    _one_of("kernels", config.kernels, KERNELS)
     _one_of("memory.residual", config.memory.residual, RESIDUALS)
     if config.memory.offload and not config.memory.recompute:
         raise ConfigError("memory.offload=true is for what lies between recomputed blocks: type memory.recompute=true")
