@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from cpfold_train.errors import ConfigError
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.ops.biased_attention import KERNELS
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.plan import capacity, levers, propose
+from cpfold_train.plan import capacity, levers, propose, step
 from cpfold_train.plan.batch import assumed_batch, batches_of_data, feature_bytes
 from cpfold_train.plan.compose import compose, read_request
 from cpfold_train.plan.depth import FEWEST, by_category, extrapolated, shallow, totals
@@ -75,6 +76,18 @@ def test_a_planned_step_sends_what_a_real_one_does(ranks, fsdp):
     sent = {op: size for op, size in planned.sent_bytes.items() if size}
     assert sent | {"shared": planned.shared_bytes} == real[0]
     assert bool(planned.shared_bytes) == (fsdp == "true")
+
+
+@pytest.mark.parametrize("algorithm", ["alltoall", "ring"])
+def test_one_message_stands_for_all_of_its_shape(monkeypatch, algorithm):
+    settings = (f"cp.algorithm={algorithm}", "crop_size=26")
+    short = traced(Grid(3, 3), settings)
+    monkeypatch.setattr(step, "one_message_for_all_alike", lambda _: nullcontext())
+    full = traced.__wrapped__(Grid(3, 3), settings)
+    one, other = totals(short.tallies), totals(full.tallies)
+    assert (one.sent_bytes, one.messages, one.moved_bytes) == (other.sent_bytes, other.messages, other.moved_bytes)
+    assert (one.kernels, one.seconds) == pytest.approx((other.kernels, other.seconds))
+    assert short.moments == full.moments
 
 
 @pytest.mark.parametrize("fsdp", ["false", "true"])

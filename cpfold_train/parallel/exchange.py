@@ -17,7 +17,7 @@ class Exchange:
     Args:
         axis: the ranks.
         op: the operation's name, for the ledger and for errors.
-        ledger: where bytes and waiting are booked.
+        ledger: where waiting is booked; what is sent is booked by whoever makes the messages.
         sends: contiguous tensors by peer index on the axis; they must not change before :meth:`wait` returns.
         receives: contiguous buffers by peer index; they are filled when :meth:`wait` returns.
 
@@ -33,7 +33,6 @@ class Exchange:
         messages = [dist.P2POp(dist.irecv, t, axis.ranks[p], axis.group) for p, t in receives.items()]
         messages += [dist.P2POp(dist.isend, t, axis.ranks[p], axis.group) for p, t in sends.items()]
         self._works = dist.batch_isend_irecv(messages) if messages else []
-        ledger.sent(op, sum(t.numel() * t.element_size() for t in sends.values()), len(sends))
 
     def wait(self) -> dict[int, Tensor]:
         """Return the receive buffers, filled. The sent tensors may change from now on."""

@@ -10,6 +10,7 @@ A box is a tuple of half-open intervals, one for each of the ``dims`` that the l
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -130,8 +131,10 @@ class Route:
 
     def arrive(self, out: Tensor) -> Tensor:
         """Wait, and fill in the parts of the others."""
-        for p, piece in self._exchange.wait().items():
-            self._view(out, self._wants, self._incoming[p]).copy_(piece)
+        received = self._exchange.wait()
+        for p, box in _in_turn(self._incoming, self._me):
+            if p != self._me:
+                self._view(out, self._wants, box).copy_(received[p])
         return out
 
     def give_back(self, grad: Tensor) -> None:
@@ -146,13 +149,13 @@ class Route:
         shape = self._shape(grad, self._has)
         if self._disjoint:
             out = grad.new_empty(shape)
-            for p, piece in received.items():
-                self._view(out, self._has, self._outgoing[p]).copy_(piece)
+            for p, box in _in_turn(self._outgoing, self._me):
+                self._view(out, self._has, box).copy_(received[p])
         else:
             # As many addends as ranks: in bf16 each of them would be rounded once more.
             total = grad.new_zeros(shape, dtype=torch.promote_types(grad.dtype, torch.float32))
-            for p in sorted(received):
-                self._view(total, self._has, self._outgoing[p]).add_(received[p])
+            for p, box in _in_turn(self._outgoing, self._me):
+                self._view(total, self._has, box).add_(received[p])
             out = total.to(grad.dtype)
         return out
 
@@ -170,9 +173,18 @@ class Route:
         return sizes
 
     def _post(self, x: Tensor, origin: Box, outgoing: dict[int, Box], incoming: dict[int, Box]) -> None:
-        sends = {p: self._view(x, origin, box).contiguous() for p, box in outgoing.items() if p != self._me}
-        receives = {p: x.new_empty(self._shape(x, box)) for p, box in incoming.items() if p != self._me}
+        sends: dict[int, Tensor] = {}
+        for p, box in _in_turn(outgoing, self._me):
+            if p != self._me:
+                sends[p] = self._view(x, origin, box).contiguous()
+                self._cp.ledger.sent(self._op, sends[p].nbytes)
+        receives = {p: x.new_empty(self._shape(x, box)) for p, box in _in_turn(incoming, self._me) if p != self._me}
         self._exchange = Exchange(self._axis, self._op, self._cp.ledger, sends, receives)
+
+
+def _in_turn(boxes: dict[int, Box], me: int) -> Iterator[tuple[int, Box]]:
+    """The ranks that ``me`` exchanges boxes with, itself included, in their order on the axis."""
+    yield from boxes.items()
 
 
 @lru_cache(maxsize=4096)

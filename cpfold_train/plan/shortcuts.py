@@ -1,13 +1,14 @@
 """What is done otherwise where tensors have no contents.
 
 A tile is computed some rows at a time, which on 3,072 tokens is thousands of blocks. Without contents they are all the
-same, so two of them show what memory is held, and stand for the work of all. And what goes to the host does so in name
-only.
+same, so two of them show what memory is held, and stand for the work of all. One message stands for all that a rank
+exchanges of one shape at a time. And what goes to the host does so in name only.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from cpfold_train.losses import smooth_lddt
 from cpfold_train.ops import biased_attention, by_rows, offload, partial_attention, ring_attention, window_attention
+from cpfold_train.parallel import redistribute
+from cpfold_train.parallel.redistribute import Box
 from cpfold_train.parallel.sharding import SharedParameter
 from cpfold_train.plan.trace import ELSEWHERE, Tracer
 
@@ -59,6 +62,22 @@ def two_blocks_for_all(tracer: Tracer) -> Iterator[None]:
             *((module, "score_blocks", scores) for module in (biased_attention, partial_attention, ring_attention)),
         ):
             stack.enter_context(mock.patch.object(module, name, function))
+        yield
+
+
+@contextmanager
+def one_message_for_all_alike(tracer: Tracer) -> Iterator[None]:
+    """Inside, of the messages of an exchange only one of each shape is made, and the tracer counts it for all."""
+
+    def one_of_a_kind(boxes: dict[int, Box], me: int) -> Iterator[tuple[int, Box]]:
+        kinds: defaultdict[tuple[int, ...] | None, list[tuple[int, Box]]] = defaultdict(list)
+        for p, box in boxes.items():
+            kinds[None if p == me else tuple(hi - lo for lo, hi in box)].append((p, box))
+        for alike in kinds.values():
+            with tracer.copies(len(alike)):
+                yield alike[0]
+
+    with mock.patch.object(redistribute, "_in_turn", one_of_a_kind):
         yield
 
 

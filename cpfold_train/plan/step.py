@@ -20,7 +20,13 @@ from cpfold_train.ops.by_rows import GPU_BLOCK_BYTES, set_block_bytes
 from cpfold_train.parallel.context import ContextParallel, fake_world
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.plan.batch import ON_HOST
-from cpfold_train.plan.shortcuts import fused_attention, host_is_elsewhere, two_blocks_for_all, weights_come_and_go
+from cpfold_train.plan.shortcuts import (
+    fused_attention,
+    host_is_elsewhere,
+    one_message_for_all_alike,
+    two_blocks_for_all,
+    weights_come_and_go,
+)
 from cpfold_train.plan.trace import Moment, Phase, Seconds, Tallies, TracedLedger, Tracer
 from cpfold_train.training.check_precision import IN_BF16
 from cpfold_train.training.config import TrainConfig
@@ -89,6 +95,8 @@ def trace_step(
         fake,
         tracer,
         two_blocks_for_all(tracer),
+        # What malloc keeps depends on the size of each message.
+        nullcontext() if on_host else one_message_for_all_alike(tracer),
         weights_come_and_go(tracer),
         fused_attention(tracer),
         nullcontext() if on_host else host_is_elsewhere(tracer),

@@ -134,7 +134,8 @@ class Tracer(TorchDispatchMode):
         self.now = 0
         self.tallies: defaultdict[str, Tally] = defaultdict(Tally)
         self._seconds, self._large = seconds, large
-        self._category, self._modules, self._epoch, self._times = "activations", [STEP], 0, 1.0
+        self._category, self._modules, self._epoch = "activations", [STEP], 0
+        self._times, self._copies = 1.0, 1
         self._to_host = False
         self._entries: dict[int, tuple[_Place, int]] = {}
         self._live: defaultdict[_Place, int] = defaultdict(int)
@@ -155,6 +156,14 @@ class Tracer(TorchDispatchMode):
         before, self._times = self._times, self._times * factor
         yield
         self._times = before
+
+    @contextmanager
+    def copies(self, number: int) -> Iterator[None]:
+        """What is made, done and sent inside is there so many times."""
+        before, self._copies = self._copies, self._copies * number
+        with self.times(number):
+            yield
+        self._copies = before
 
     @contextmanager
     def over_host_link(self) -> Iterator[None]:
@@ -272,7 +281,7 @@ class Tracer(TorchDispatchMode):
         key = storage._cdata
         if key in self._entries or self._category == ELSEWHERE:
             return
-        self._hold(key, _Place(self._category, self._modules[-1], self._epoch), storage.nbytes())
+        self._hold(key, _Place(self._category, self._modules[-1], self._epoch), self._copies * storage.nbytes())
         weakref.finalize(storage, self._forget, key)
 
     def _communicate(self, name: str, args: tuple) -> None:
@@ -352,6 +361,6 @@ class TracedLedger(Ledger):
 
     def sent(self, op: str, n_bytes: int, messages: int = 1) -> None:
         super().sent(op, n_bytes, messages)
-        tally = self._tracer.tallies[self._tracer._modules[-1]]
-        tally.sent_bytes[op] += n_bytes
-        tally.messages[op] += messages
+        tally, copies = self._tracer.tallies[self._tracer._modules[-1]], self._tracer._copies
+        tally.sent_bytes[op] += copies * n_bytes
+        tally.messages[op] += copies * messages
