@@ -27,6 +27,16 @@ def exception() -> None:
     entry.main()
 
 
+def exception_in_second_micro_batch() -> None:
+    """Rank 1 raises in its third step, whose first micro-batch is done."""
+
+    def fail(batch: dict) -> None:
+        raise ArithmeticError("a fault on one rank")
+
+    _in_step(1, 2, fail, micro_batch=1)
+    entry.main()
+
+
 def killed() -> None:
     """Rank 1 is killed in its third step."""
     _on_rank_1_in_step(2, lambda batch: os.kill(os.getpid(), signal.SIGKILL))
@@ -145,14 +155,14 @@ def _on_rank_1_in_step(step: int, fault: Callable[[dict], None]) -> None:
     _in_step(1, step, fault)
 
 
-def _in_step(rank: int, step: int, fault: Callable[[dict], None]) -> None:
-    """Let ``fault`` have the first micro-batch of a step, counted from 0, before the model has it."""
+def _in_step(rank: int, step: int, fault: Callable[[dict], None], micro_batch: int = 0) -> None:
+    """Let ``fault`` have a micro-batch of a step, both counted from 0, before the model has it."""
     from cpfold_train.training.module import CoFoldingModule
 
     original = CoFoldingModule.training_step
 
     def training_step(self: CoFoldingModule, batch: dict, batch_idx: int) -> dict:
-        if self.trainer.global_rank == rank and self.global_step == step and batch_idx % 2 == 0:
+        if self.trainer.global_rank == rank and self.global_step == step and batch_idx % 2 == micro_batch:
             fault(batch)
         return original(self, batch, batch_idx)
 

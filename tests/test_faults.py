@@ -20,6 +20,7 @@ import torch
 from cpfold_train.errors import DiskFullError
 from cpfold_train.training.checkpoint_io import WholeCheckpointIO
 from cpfold_train.training.restart import StartAgain
+from cpfold_train.training.save_last import SaveLast
 from cpfold_train.training.signals import SaveOnSigterm
 from cpfold_train.training.sweep import run_job
 from cpfold_train.whole_file import PARTIAL, remove_partial_files
@@ -260,7 +261,7 @@ def test_what_starts_again(typed_again, tmp_path, monkeypatch):
     assert typed_again(lambda again: noted.write_text("3\n3\n")) is None, "it was to be skipped"
     command, _ = typed_again(lambda again: (noted.write_text("3\n5\n"), os.utime(last, (1, 1))))
     assert command == [*anew, f"ckpt_path='{last}'", *options]
-    asked = SaveOnSigterm(last, None)
+    asked = SaveOnSigterm(SaveLast(last, 1), None)
 
     def sigterm(again: StartAgain) -> None:
         asked._again = again
@@ -316,6 +317,33 @@ def test_sigterm_saves_and_the_same_command_goes_on_exactly(run, tmp_path):
         assert (result_of(parts)["status"], result_of(parts)["steps"]) == ("interrupted", steps)
     assert run(1, None, *seldom, run_dir=parts).returncode == 0
     assert_same_rows(rows_of(parts), rows_of(whole))
+
+
+def test_a_checkpoint_is_of_whole_steps_and_their_validation(run, tmp_path):
+    """Steps 2 and 4 are validated, amidst an epoch; the run fails in step 3, begins it again and fails in its second
+    micro-batch, and goes on to the end: nothing is left out, neither of the curve nor of what is best so far."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    rare = ("data.samples_per_epoch=12", "trainer.max_steps=5", "checkpoint.every_n_steps=2", "ckpt_path=last",
+            "early_stop.monitor=val/loss", "early_stop.min_delta=1e9", "early_stop.patience=9")  # fmt: skip
+    assert run(1, None, *rare, run_dir=whole).returncode == 0
+    for fault in ("exception", "exception_in_second_micro_batch"):
+        assert run(2, fault, *rare, run_dir=parts).returncode == 1
+        checkpoint = last_checkpoint(parts)
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        assert (checkpoint["global_step"], progress["ready"], progress["completed"]) == (2, 4, 4)
+        assert [row["step"] for row in rows_of(parts) if row["val/loss"]] == ["0", "2"]
+    assert run(1, None, *rare, run_dir=parts).returncode == 0
+    assert_same_rows(rows_of(parts), rows_of(whole))
+    (found, count), (expected, count_expected) = (validated(last_checkpoint(path)) for path in (parts, whole))
+    assert count == count_expected == 1
+    assert found == pytest.approx(expected, rel=1e-8)
+    assert moments_of(last_checkpoint(parts)) == {5.0}, "the last step is saved, though no checkpoint was due"
+
+
+def validated(checkpoint: dict) -> tuple[float, int]:
+    """The best loss of validation so far, and how many since did not improve on it."""
+    states = {name.partition("{")[0]: state for name, state in checkpoint["callbacks"].items()}
+    return float(states["ModelCheckpoint"]["best_model_score"]), states["EarlyStop"]["wait_count"]
 
 
 @pytest.fixture

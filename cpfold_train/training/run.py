@@ -32,6 +32,7 @@ from cpfold_train.training.precision import precision_arguments
 from cpfold_train.training.quiet import quiet_lightning
 from cpfold_train.training.restart import StartAgain
 from cpfold_train.training.result import Result
+from cpfold_train.training.save_last import SaveLast
 from cpfold_train.training.schedule_start import StartSchedule, schedule_start
 from cpfold_train.training.signals import SaveOnSigterm
 from cpfold_train.training.skip import SkipBadSteps
@@ -123,7 +124,7 @@ def _checkpoint(ckpt_path: str | None, run_dir: Path) -> str | None:
 
 def _callbacks(config: TrainConfig, run_dir: Path, again: StartAgain | None) -> list[Callback]:
     folder = run_dir / "checkpoints"
-    every = config.checkpoint.every_n_steps
+    last = SaveLast(folder / "last.ckpt", config.checkpoint.every_n_steps)
     # First, so that the others see the average in validation. It holds the weights once more.
     callbacks: list[Callback] = [MovingAverage(config.optim.ema_decay)] if config.optim.ema_decay else []
     skip = SkipBadSteps(config.faults.max_skipped, run_dir)
@@ -136,8 +137,8 @@ def _callbacks(config: TrainConfig, run_dir: Path, again: StartAgain | None) -> 
         StepFigures(skip),
         Pictures(run_dir),
         Result(run_dir, config.seed, skip),
-        SaveOnSigterm(folder / "last.ckpt", again),
-        ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=every, enable_version_counter=False),
+        SaveOnSigterm(last, again),
+        last,
     ]
     if config.data.val and config.trainer.limit_val_batches != 0:
         callbacks.append(

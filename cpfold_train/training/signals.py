@@ -8,12 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from cpfold_train.parallel.gather import barrier, on_any_rank
 from cpfold_train.training.restart import StartAgain
+from cpfold_train.training.save_last import SaveLast, between_steps
 
 
 class SaveOnSigterm(Callback):
@@ -26,18 +26,17 @@ class SaveOnSigterm(Callback):
     place of the broadcast with which Lightning asks for SIGTERM before every batch.
 
     Args:
-        checkpoint: file to save to.
+        last: saves.
         again: what would start the run again after an error; no longer, once the run was asked to end.
     """
 
-    def __init__(self, checkpoint: Path, again: StartAgain | None) -> None:
-        self._checkpoint, self._again = checkpoint, again
+    def __init__(self, last: SaveLast, again: StartAgain | None) -> None:
+        self._last, self._again = last, again
         self._asked: int | None = None
         self._worked = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         loop = trainer.fit_loop.epoch_loop
-        # No hook lies between the last thing that belongs to a step, which is validation, and the next batch.
         loop.advance = partial(self._advance, trainer, loop.advance)
         loop._broadcast_sigterm_tensor = _nothing
         trainer._signal_connector.register_signal_handlers = _nothing
@@ -58,9 +57,8 @@ class SaveOnSigterm(Callback):
             self._again.allowed = False
 
     def _advance(self, trainer: Trainer, advance: Callable[[object], None], data_fetcher: object) -> None:
-        ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         # Between two batches of one step there is nothing to save: gradients are in no checkpoint.
-        if ready % trainer.accumulate_grad_batches == 0 and on_any_rank(trainer.strategy.cp, self._asked is not None):
+        if between_steps(trainer) and on_any_rank(trainer.strategy.cp, self._asked is not None):
             self._end(trainer)
         advance(data_fetcher)
 
@@ -68,9 +66,9 @@ class SaveOnSigterm(Callback):
         step = trainer.global_step
         # Before the first batch, what is saved is what the run began with.
         if self._worked:
-            trainer.save_checkpoint(self._checkpoint)
+            self._last.save(trainer)
         if trainer.is_global_zero:
-            saved = f"saved {self._checkpoint} at step {step}" if self._worked else f"nothing to save at step {step}"
+            saved = f"saved {self._last.path} at step {step}" if self._worked else f"nothing to save at step {step}"
             print(f"asked to end: {saved}; the same command with ckpt_path=last goes on there", file=sys.stderr)
         if on_any_rank(trainer.strategy.cp, self._asked == signal.SIGUSR1) and trainer.is_global_zero:
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)

@@ -1,0 +1,56 @@
+"""When ``last.ckpt`` is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+
+class SaveLast(Checkpoint):
+    """Saves every so many optimizer steps and at the end, when all that belongs to the step is done.
+
+    Its validation belongs to it: what is best so far, and how long nothing has improved, are part of a checkpoint.
+    Lightning 2.6's own callback saves before validation, which a resumed run then leaves out; it saves at the end only
+    what was never saved before; and resumed, it saves between two micro-batches of a step, whose gradients are in no
+    checkpoint.
+
+    Args:
+        path: of the checkpoint.
+        every: optimizer steps between two.
+    """
+
+    def __init__(self, path: Path, every: int) -> None:
+        self.path, self._every = path, every
+        self._saved = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        # No hook lies between the last thing that belongs to a step and the next batch.
+        loop.advance = partial(self._advance, trainer, loop.advance)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved = trainer.global_step
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.fast_dev_run:
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Save, on all ranks together, where there are steps that are in no checkpoint of this run."""
+        if trainer.global_step > self._saved:
+            trainer.save_checkpoint(self.path)
+            self._saved = trainer.global_step
+
+    def _advance(self, trainer: Trainer, advance: Callable[[object], None], data_fetcher: object) -> None:
+        if between_steps(trainer) and trainer.global_step % self._every == 0:
+            self.save(trainer)
+        advance(data_fetcher)
+
+
+def between_steps(trainer: Trainer) -> bool:
+    """Whether the micro-batches so far are those of whole steps."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches == 0
