@@ -27,6 +27,7 @@ NOT_FOR_USERS = {
     "enable_checkpointing": "a run always leaves a checkpoint",
     "default_root_dir": "hydra.run.dir",
     "use_distributed_sampler": "the loader divides the samples itself",
+    "overfit_batches": "would draw other crops each time; recipe=overfit learns one complex by heart",
     "limit_test_batches": "there is no test loop",
     "limit_predict_batches": "there is no predict loop",
     "plugins": "objects, not values",
@@ -75,6 +76,13 @@ def test_every_file_fits_the_schema(group):
         assert not OmegaConf.missing_keys(config)
 
 
+def test_crops_of_the_large_recipe_grow_to_the_size_that_is_typed():
+    typed = entry.typed_config(compose("recipe=finetune_boltz2_large_crop", "crop_size=2048"))
+    assert typed.data.crop_schedule == {0: 768, 200: 1536, 1000: 2048}
+    assert typed.largest_crop == 2048
+    assert entry.typed_config(compose("crop_size=512", "data.crop_schedule={44: 768}")).largest_crop == 768
+
+
 def test_recipe_beats_the_defaults_and_the_command_line_beats_the_recipe():
     assert compose("recipe=large_crop").crop_size == 3072
     assert compose("recipe=large_crop", "crop_size=64").crop_size == 64
@@ -95,8 +103,13 @@ def test_recipe_beats_the_defaults_and_the_command_line_beats_the_recipe():
         ("crop_size=0", ["crop_size=1"]),
         ("cp.timeout_s=0", ["cp.timeout_s"]),
         ("kernels=triton", ["kernels=torch", "kernels=cuequivariance"]),
-        ("data.crop_schedule={0: 48}", ["data.crop_schedule={1000: 768"]),
+        ("data.crop_schedule={-1: 48}", ["data.crop_schedule={1000: 768"]),
         ("data.crop_schedule=768", ["data.crop_schedule={1000: 768"]),
+        ("diffusion.sampling_steps=1", ["diffusion.sampling_steps=2"]),
+        ("diffusion.validation_steps=1", ["diffusion.validation_steps", "2 or more"]),
+        ("diffusion.samples=0", ["diffusion.samples=1"]),
+        ("optim.decay_every=0", ["optim.decay_every=1"]),
+        ("trainer.accumulate_grad_batches=0", ["trainer.accumulate_grad_batches=1"]),
         ("data.crop=round", ["data.crop=spatial", "data.crop=contiguous"]),
         ("data.max_msa_rows=0", ["data.max_msa_rows=1"]),
         ("trainer.precision=16-mixed", ["trainer.precision=bf16-mixed"]),

@@ -74,12 +74,13 @@ def test_a_pattern_of_nothing_is_told_what_is_near(pattern, told):
 def test_freeze_and_train(model):
     everything = trained(model)
     assert not any("fourier_embed" in name for name in everything)
-    choose_trained(model, FinetuneConfig(freeze=["msa_module", "*.norm*"]), True)
+    assert choose_trained(model, FinetuneConfig(freeze=["msa_module", "*.norm*"]), True)
     expected = {name for name in everything if not name.startswith("msa_module.") and ".norm" not in name}
     assert trained(model) == expected
 
     model.requires_grad_(True)
-    choose_trained(model, FinetuneConfig(train=["pairformer_module.layers.1"], freeze=["*.bias"]), True)
+    only = FinetuneConfig(train=["pairformer_module.layers.1"], freeze=["*.bias"])
+    assert not choose_trained(model, only, True), "the confidence module is frozen"
     assert trained(model) == {
         name for name in everything if name.startswith("pairformer_module.layers.1.") and not name.endswith(".bias")
     }

@@ -17,11 +17,11 @@ from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.config import MemoryConfig, ModelConfig
 from cpfold_train.parallel import sharded_checkpoint
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.parallel.sharded_checkpoint import load_sharded, save_sharded
+from cpfold_train.parallel.sharded_checkpoint import INDEX, load_sharded, remove_unfinished, save_sharded
 from cpfold_train.parallel.sharding import own_part, shard, whole, world_mesh
 from cpfold_train.predict.checkpoint import load_model
 from cpfold_train.training.boltz_checkpoint import read_checkpoint
-from cpfold_train.training.check_checkpoint import check_checkpoints
+from cpfold_train.training.check_checkpoint import check_checkpoints, checkpoint_to_resume
 from cpfold_train.training.fsdp import shard_model
 from tests.test_config import compose
 from tests.test_training_runs import TINY, assert_same_curve, rows_of
@@ -90,6 +90,8 @@ def test_replicas_and_untrained_parts(forked, tmp_path):
 def held(cp: ContextParallel, config: ModelConfig) -> tuple[int, int, int]:
     """Bytes of the tensors that a model and AdamW's state of it hold on this rank; of the parameters as they are
     shared out, padded to whole rows; and of all parameters."""
+    # What earlier tests have left would be freed meanwhile, and its addresses used again.
+    gc.collect()
     before = _storages()
     model = CoFolding(config, MemoryConfig())
     size = sum(p.nbytes for p in model.parameters())
@@ -146,3 +148,25 @@ def test_what_was_not_finished_is_not_read(ranks, tmp_path):
     with pytest.raises(ConfigError, match=r"or parallel\.fsdp=true"):
         check_checkpoints(str(file), None, False)
     assert main(["consolidate", str(unfinished), str(tmp_path / "out")]) == 2
+
+
+def test_last_is_the_last_that_is_complete(tmp_path):
+    """What a killed run leaves of its first checkpoint is none, and is removed where there is a complete one."""
+
+    def complete(name: str) -> Path:
+        path = tmp_path / "checkpoints" / name
+        (path / "shards-0").mkdir(parents=True)
+        torch.save({"shards": "shards-0"}, path / INDEX)
+        return path
+
+    last = tmp_path / LAST
+    assert checkpoint_to_resume("last", tmp_path) is None
+    (last / "shards-1").mkdir(parents=True)
+    assert checkpoint_to_resume("last", tmp_path) is None
+    new = complete("last.ckpt.new")
+    assert checkpoint_to_resume("last", tmp_path) == str(new)
+    complete("last.ckpt")
+    assert checkpoint_to_resume("last", tmp_path) == str(last)
+    assert checkpoint_to_resume("other.ckpt", tmp_path) == "other.ckpt"
+    remove_unfinished(tmp_path / "checkpoints")
+    assert sorted(part.name for part in last.iterdir()) == [INDEX, "shards-0"]

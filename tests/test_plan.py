@@ -27,7 +27,9 @@ from cpfold_train.plan.plan import Plan, fullest_moment, weight_bytes
 from cpfold_train.plan.step import Trace, build, trace_step
 from cpfold_train.plan.trace import Tally
 from cpfold_train.training.config import TrainConfig
+from cpfold_train.training.entry import CHOSEN_MEMORY, _chosen_memory
 from cpfold_train.training.fsdp import BLOCKS, shard_model
+from cpfold_train.training.launch import World
 from cpfold_train.training.module import CoFoldingModule
 from tests.test_training_runs import SMALL
 
@@ -172,7 +174,7 @@ def planned(config: TrainConfig, grid: Grid, device: str) -> Plan:
 def test_what_is_proposed_fits_and_is_the_cheapest(monkeypatch):
     monkeypatch.setattr(propose, "plan", planned)
     config = compose([*TINY, "crop_size=256"])
-    found = propose.propose(config, "h100-80gb", 8, choose=True)
+    found = propose.propose(config, "h100-80gb", 8, dp=1, choose=True)
     assert all(p.peak <= (1 - MEMORY_MARGIN) * p.memory for p in found)
     assert [p.costs.step_s for p in found] == sorted(p.costs.step_s for p in found)
     assert {p.grid.cp_size for p in found} == {1, 2, 4, 8}
@@ -192,6 +194,14 @@ def test_what_fits_is_not_ruled_out_before_it_is_planned(monkeypatch, precision)
         device = SimpleNamespace(memory=found / (1 - MEMORY_MARGIN))
         monkeypatch.setattr(propose, "find_device", lambda *_, device=device: device)
         assert propose.may_fit(config, Grid(), "gpu")
+
+
+def test_nothing_is_ruled_out_where_parts_are_frozen():
+    """Without gradients before it the first trained block is the first that keeps anything."""
+    config = compose(["model=boltz2", "crop_size=3072"])
+    assert not propose.may_fit(config, Grid(1, 2), "h100-80gb")
+    frozen = replace(config, finetune=replace(config.finetune, train=["confidence_module"]))
+    assert propose.may_fit(frozen, Grid(1, 2), "h100-80gb")
 
 
 def traced_plan(config: TrainConfig) -> float:
@@ -214,6 +224,9 @@ def test_settings_are_those_of_a_run():
     assert read_request([*TINY, "cp.grid=auto"]).grid is None
     assert read_request([*TINY, "memory=auto", "cp.grid=1x2"]).choose
     assert not read_request([*TINY, "memory.recompute=false"]).choose
+    assert read_request([*TINY, "dp=2"]).dp == 2
+    assert {grid.world_size for grid in propose.grids(768, 8, dp=2)} == {2, 4, 8}
+    assert compose([*TINY, "data.crop_schedule={1: 32, 3: 48}"]).crop_size == 48
 
 
 @pytest.mark.parametrize(
@@ -255,7 +268,7 @@ def test_the_table_goes_on_where_it_was_interrupted(monkeypatch, tmp_path, capsy
 
     monkeypatch.setattr(propose, "plan", counted)
     monkeypatch.setattr(propose, "may_fit", lambda *_: True)
-    command = ["plan", *TINY, "gpus=16", "--table", str(tmp_path / "table")]
+    command = ["plan", *TINY, "gpus=16", "data.crop_schedule={9: 32}", "--table", str(tmp_path / "table")]
     with pytest.raises(KeyboardInterrupt):
         main(command)
     assert main(command) == 0
@@ -298,6 +311,16 @@ def test_json_has_the_figures(capsys):
     assert set(wanted.split()) <= figures.keys()
     assert figures["peak_memory_gib"] == pytest.approx(sum(figures["by_category"].values()))
     assert figures["sent_mib_per_step"] == 0 and figures["fits"]
+
+
+def test_ranks_that_a_run_starts_take_the_levers_that_it_has_chosen(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(propose, "choose_memory", lambda *_: chosen.append(1) or MemoryConfig(offload=True))
+    # So that what is set is taken away again.
+    monkeypatch.setenv(CHOSEN_MEMORY, "")
+    config = compose([*TINY, "memory=auto"])
+    assert [_chosen_memory(config, World(Grid(), 1, 1)) for _ in range(2)] == [MemoryConfig(offload=True)] * 2
+    assert chosen == [1]
 
 
 def test_a_run_takes_the_levers_that_the_planner_chooses(forked_runs, tmp_path):

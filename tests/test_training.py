@@ -13,6 +13,8 @@ from torch import nn
 
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.training import metrics
+from cpfold_train.training.config import WandbConfig
+from cpfold_train.training.dashboard import wandb_logger
 from cpfold_train.training.metrics_csv import MetricsCSV, read_metrics
 from cpfold_train.training.moving_average import MovingAverage, average_decay
 from cpfold_train.training.optim import parameter_groups, warmup_then_steps
@@ -157,3 +159,12 @@ def test_metrics_file(tmp_path):
     resumed = MetricsCSV(path)
     resumed.log_metrics({"train/loss": 9.0}, 2)
     assert [(row["step"], row["train/loss"]) for row in read_metrics(path)] == [("1", "1.0"), ("2", "9.0")]
+
+
+def test_a_resumed_run_is_the_same_one_in_wandb(tmp_path):
+    def begun(resumes: bool) -> str:
+        return wandb_logger(WandbConfig(True, "p", None, None), tmp_path, {}, resumes)._wandb_init["id"]
+
+    first = begun(resumes=True)
+    assert first and begun(resumes=True) == first
+    assert begun(resumes=False) != first

@@ -117,7 +117,8 @@ def test_run_directory(rows_2x2, run_dir_2x2):
     # runs after step 2, would double what the next step sends.
     sent = [float(row["sent_mib"]) for row in rows_2x2[1:]]
     assert max(sent) < 2.5 * min(sent)
-    assert [row["step"] for row in rows_2x2 if row["val/loss"]] == ["0", "2", "4"]
+    for name in VALIDATION:
+        assert [row["step"] for row in rows_2x2 if row[name]] == ["0", "2", "4"], name
     for path in ("resolved.yaml", "checkpoints/last.ckpt", "checkpoints/best-step=4.ckpt", "pictures/loss.png"):
         assert (run_dir_2x2 / path).stat().st_size > 0
     assert (run_dir_2x2 / "pictures" / "distances_step000004.png").stat().st_size > 0

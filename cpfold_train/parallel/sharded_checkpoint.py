@@ -75,8 +75,18 @@ def _publish(index: dict[str, Any], folder: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     written.replace(folder / INDEX)
-    for other in folder.iterdir():
-        if other.is_dir() and other.name != index["shards"]:
+    _remove_all_but(index["shards"], folder)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes have left of checkpoints in a directory, beside those that are complete."""
+    for index in folder.glob(f"*/{INDEX}"):
+        _remove_all_but(torch.load(index, map_location="cpu", weights_only=False)["shards"], index.parent)
+
+
+def _remove_all_but(shards: str, checkpoint: Path) -> None:
+    for other in checkpoint.iterdir():
+        if other.is_dir() and other.name != shards:
             shutil.rmtree(other)
 
 

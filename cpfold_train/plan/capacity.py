@@ -38,7 +38,8 @@ def capacity(config: TrainConfig, device: str, gpus: int, file: Path) -> list[Ce
         ConfigError: there is no such device, or the file holds plans of another run.
     """
     one_run = replace(config, crop_size=CROPS[0], dp=1, memory=MemoryConfig(), cp=replace(config.cp, grid="1x1"))
-    planned = {"device": device, "run": asdict(one_run)}
+    # As it is read back: keys of a mapping are strings there.
+    planned = json.loads(json.dumps({"device": device, "run": asdict(one_run)}))
     kept = json.loads(file.read_text()) if file.exists() else planned | {"cells": []}
     if planned != {key: kept[key] for key in planned}:
         raise ConfigError(f"{file} holds plans of another run or device: type another --table FILE, or remove it")

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"({i}) {' '.join(typed_levers(memory))}")
         return
     if request.grid is None:
-        found = propose(config, request.device, request.gpus, request.choose)
+        found = propose(config, request.device, request.gpus, request.dp, request.choose)
         if args.json:
             print(json.dumps({"proposals": [p.figures() for p in found], "assumptions": ASSUMPTIONS}, indent=1))
         else:

@@ -26,6 +26,7 @@ class Request:
         config: of the run.
         device: name of the device.
         gpus: the most ranks that a proposal may take.
+        dp: replicas of the grid.
         grid: the grid; None where one is to be proposed.
         choose: whether ``memory`` is the planner's to choose.
     """
@@ -33,6 +34,7 @@ class Request:
     config: TrainConfig
     device: str
     gpus: int
+    dp: int
     grid: Grid | None
     choose: bool
 
@@ -57,7 +59,9 @@ def read_request(settings: list[str]) -> Request:
     asked = any(setting.startswith(("cp.grid=", "recipe=")) for setting in typed) and config.cp.grid != "auto"
     grid = Grid(*parse_grid(config.cp.grid), dp) if asked else None
     untouched = not any(setting.startswith("memory") for setting in typed)
-    return Request(config, own["device"], int(own["gpus"]), grid, config.memory.auto or (untouched and grid is None))
+    return Request(
+        config, own["device"], int(own["gpus"]), dp, grid, config.memory.auto or (untouched and grid is None)
+    )
 
 
 def of_run(settings: list[str]) -> list[str]:
@@ -66,8 +70,8 @@ def of_run(settings: list[str]) -> list[str]:
 
 
 def compose(settings: list[str]) -> TrainConfig:
-    """The configuration of ``python train.py SETTINGS``. Checkpoints to start from need not be there, nor GPUs, nor
-    their kernels.
+    """The configuration of ``python train.py SETTINGS`` with its largest crops. Checkpoints to start from need not be
+    there, nor GPUs, nor their kernels.
 
     Raises:
         ConfigError: in the words of ``train.py``.
@@ -83,4 +87,4 @@ def compose(settings: list[str]) -> TrainConfig:
     kernels = config.kernels
     config = replace(config, kernels="torch", trainer=replace(config.trainer, accelerator="cpu"))
     check(config)
-    return replace(config, kernels=kernels)
+    return replace(config, kernels=kernels, crop_size=config.largest_crop)

@@ -43,8 +43,9 @@ def choose_memory(config: TrainConfig, grid: Grid, device: str) -> MemoryConfig:
     return best.config.memory
 
 
-def propose(config: TrainConfig, device: str, gpus: int, choose: bool) -> list[Plan]:
-    """Plans for grids of 1, 2, 4 ... ranks up to ``gpus``, as square as may be: those that fit, fastest first.
+def propose(config: TrainConfig, device: str, gpus: int, dp: int, choose: bool) -> list[Plan]:
+    """Plans for grids of 1, 2, 4 ... ranks, as square as may be, ``dp`` of each on up to ``gpus`` ranks: those that
+    fit, fastest first.
 
     Args:
         choose: vary the memory levers; else those of the configuration hold.
@@ -53,7 +54,7 @@ def propose(config: TrainConfig, device: str, gpus: int, choose: bool) -> list[P
         ConfigError: there is no such device.
     """
     found = []
-    for grid in track(list(grids(config.crop_size, gpus)), "planning", console=Console(stderr=True)):
+    for grid in track(list(grids(config.crop_size, gpus, dp=dp)), "planning", console=Console(stderr=True)):
         if choose:
             found.append(first_that_fits(config, grid, device))
         elif may_fit(config, grid, device):
@@ -61,11 +62,12 @@ def propose(config: TrainConfig, device: str, gpus: int, choose: bool) -> list[P
     return sorted((p for p in found if p and p.fits), key=lambda p: p.costs.step_s)
 
 
-def grids(crop_size: int, gpus: int, factor: int = 2) -> Iterator[Grid]:
-    """Grids of 1, ``factor``, ``factor`` squared ... ranks up to ``gpus``, whose tiles are worth it."""
+def grids(crop_size: int, gpus: int, factor: int = 2, dp: int = 1) -> Iterator[Grid]:
+    """Grids of 1, ``factor``, ``factor`` squared ... ranks whose tiles are worth it; ``dp`` of each on up to ``gpus``
+    ranks."""
     ranks = 1
-    while ranks <= gpus:
-        grid = Grid(*squarest(ranks))
+    while ranks * dp <= gpus:
+        grid = Grid(*squarest(ranks), dp)
         if ranks == 1 or crop_size >= LEAST_SIDE * grid.cols:
             yield grid
         ranks *= factor
@@ -108,7 +110,13 @@ def first_that_fits(
 
 
 def may_fit(config: TrainConfig, grid: Grid, device: str) -> bool:
-    """False where the tiles alone that are certainly held do not fit: nothing has to be run to see that."""
+    """False where the tiles alone that are certainly held do not fit: nothing has to be run to see that.
+
+    Where parts are frozen no tile is certain: what comes before all that is trained keeps nothing.
+    """
+    finetune = config.finetune
+    if finetune.train or finetune.freeze or finetune.lora.patterns:
+        return True
     n, blocks, memory = grid.pad_tokens(config.crop_size), config.model.pairformer.num_blocks, config.memory
     item = {"bf16-true": 2, "64-true": 8}.get(config.trainer.precision, 4)
     tile = item * config.batch_size * (n // grid.rows) * (n // grid.cols) * config.model.token_z

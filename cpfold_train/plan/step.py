@@ -155,7 +155,7 @@ def build(config: TrainConfig) -> CoFoldingModule:
     """The module that is trained, on the meta device. Learning rates are those of a run that sets none."""
     with torch.device("meta"):
         module = CoFoldingModule(config.model, config.memory, config.optim, config.loss, config.diffusion, config.seed)
-        choose_trained(module.model, config.finetune, module.judged)
+        module.judged = choose_trained(module.model, config.finetune, module.judged)
     return module
 
 

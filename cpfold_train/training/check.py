@@ -20,9 +20,7 @@ from cpfold_train.training.sources import training_sources, validation_source
 
 def check(config: TrainConfig) -> None:
     """Raise ConfigError or DataError, one sentence that says what to type instead."""
-    # What an earlier start of the same command has left, if anything.
-    ckpt_path = None if config.ckpt_path == "last" else config.ckpt_path
-    check_checkpoints(ckpt_path, config.model.init_from, config.parallel.fsdp)
+    check_checkpoints(config.ckpt_path, config.model.init_from, config.parallel.fsdp)
     for name, value, least in (
         ("crop_size", config.crop_size, 1),
         ("batch_size", config.batch_size, 1),
@@ -33,6 +31,13 @@ def check(config: TrainConfig) -> None:
         ("memory.blocks_at_once", config.memory.blocks_at_once, 1),
         ("memory.samples_at_once", config.memory.samples_at_once, 1),
         ("memory.chunk_mib", config.memory.chunk_mib, 0.001),
+        ("diffusion.multiplicity", config.diffusion.multiplicity, 1),
+        ("diffusion.samples", config.diffusion.samples, 1),
+        ("diffusion.sampling_steps", config.diffusion.sampling_steps, 2),
+        ("diffusion.validation_steps", config.diffusion.validation_steps or 2, 2),
+        ("optim.decay_every", config.optim.decay_every, 1),
+        ("data.max_templates", config.data.max_templates, 0),
+        ("trainer.accumulate_grad_batches", config.trainer.accumulate_grad_batches, 1),
         ("trainer.log_every_n_steps", config.trainer.log_every_n_steps, 1),
         ("checkpoint.every_n_steps", config.checkpoint.every_n_steps, 1),
         ("faults.max_skipped", config.faults.max_skipped, 0),
@@ -80,10 +85,10 @@ def _crop_schedule(schedule: object) -> None:
         return
     sizes = schedule.items() if isinstance(schedule, dict) else [(schedule, None)]
     for step, size in sizes:
-        if type(step) is not int or type(size) is not int or step < 1 or size < 1:
+        if type(step) is not int or type(size) is not int or step < 0 or size < 1:
             raise ConfigError(
-                f"data.crop_schedule={schedule} does not say from which step on which size holds: type whole numbers "
-                "from 1 on, as data.crop_schedule={1000: 768, 5000: 3072}; crop_size says what holds before"
+                f"data.crop_schedule={schedule} does not say from which step on which size holds: type whole numbers, "
+                "as data.crop_schedule={1000: 768, 5000: 3072}; crop_size says what holds before"
             )
 
 

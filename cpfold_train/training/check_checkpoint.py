@@ -9,6 +9,17 @@ from cpfold_train.parallel.sharded_checkpoint import is_sharded_checkpoint
 from cpfold_train.training.boltz_checkpoint import CONSOLIDATE
 
 
+def checkpoint_to_resume(ckpt_path: str | None, run_dir: Path) -> str | None:
+    """What ``ckpt_path`` means: ``last`` is what an earlier start of the same command has left in the run directory, if
+    it has left a complete one."""
+    if ckpt_path != "last":
+        return ckpt_path
+    last = run_dir / "checkpoints" / "last.ckpt"
+    # A run that began to share its parameters out, or no longer does, may have been killed while it exchanged them.
+    both = last, last.with_name(f"{last.name}.new")
+    return next((str(path) for path in both if path.is_file() or is_sharded_checkpoint(path)), None)
+
+
 def check_checkpoints(ckpt_path: str | None, init_from: str | None, fsdp: bool) -> None:
     """Raise ConfigError where one does not exist, or is none that the run can read.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from cpfold_train.errors import ConfigError
 from cpfold_train.training.config import TrainConfig
 
-LOWER_IS_BETTER = ("val/loss", "val/distogram")
+CONFIDENCE = ("val/plddt", "val/resolved", "val/pde", "val/pae")
+LOWER_IS_BETTER = ("val/loss", "val/distogram", *CONFIDENCE)
 HIGHER_IS_BETTER = ("val/contact_precision", "val/distance_lddt", "val/structure_lddt")
 
 
@@ -58,7 +59,10 @@ def _early_stop(config: TrainConfig) -> None:
         raise ConfigError(
             f"early_stop.monitor={monitor} needs validation: type data.val=[...] or early_stop.monitor=null"
         )
-    if monitor == "val/structure_lddt" and not steps:
+    if monitor in ("val/structure_lddt", *CONFIDENCE) and not steps:
+        raise ConfigError(f"early_stop.monitor={monitor} needs sampled structures: type diffusion.validation_steps=20")
+    if monitor in CONFIDENCE and not any(vars(config.loss)[name.removeprefix("val/")] for name in CONFIDENCE):
         raise ConfigError(
-            "early_stop.monitor=val/structure_lddt needs sampled structures: type diffusion.validation_steps=20"
+            f"early_stop.monitor={monitor} is of the confidence module, which has no loss: "
+            "type loss.plddt=1e-4 loss.resolved=1e-4 loss.pde=1e-4 loss.pae=1e-4"
         )

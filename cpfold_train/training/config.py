@@ -175,7 +175,6 @@ class TrainerConfig:
     max_time: Any = MISSING
     limit_train_batches: Any = MISSING
     limit_val_batches: Any = MISSING
-    overfit_batches: Any = MISSING
     val_check_interval: Any = MISSING
     check_val_every_n_epoch: int | None = MISSING
     num_sanity_val_steps: int | None = MISSING
@@ -224,3 +223,8 @@ class TrainConfig:
     early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
     module_statistics: ModuleStatisticsConfig = field(default_factory=ModuleStatisticsConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    @property
+    def largest_crop(self) -> int:
+        """Most tokens that a sample has in any step."""
+        return max([self.crop_size, *(self.data.crop_schedule or {}).values()])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import netrc
 import os
+import uuid
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from cpfold_train.errors import ConfigError
 from cpfold_train.training.config import WandbConfig
@@ -20,13 +22,16 @@ def require_wandb() -> None:
         raise ConfigError("wandb.enabled=true needs the wandb package: type pip install -e '.[wandb]'")
 
 
-def wandb_logger(config: WandbConfig, run_dir: Path, record: dict[str, Any]) -> WandbLogger:
+def wandb_logger(config: WandbConfig, run_dir: Path, record: dict[str, Any], resumes: bool) -> WandbLogger:
     """A logger that writes into the run directory; offline where there is no key and ``WANDB_MODE`` is not set.
+
+    A run that resumes in its directory goes on as the same run of W&B.
 
     Args:
         config: project, name and entity.
         run_dir: receives ``wandb/``; an offline run is uploaded with ``wandb sync``.
         record: the configuration of the run.
+        resumes: whether it goes on from a checkpoint.
     """
     offline = os.environ.get("WANDB_MODE", "online" if _has_key() else "offline") != "online"
     return WandbLogger(
@@ -36,7 +41,17 @@ def wandb_logger(config: WandbConfig, run_dir: Path, record: dict[str, Any]) -> 
         save_dir=run_dir,
         offline=offline,
         config=record,
+        id=_run_id(run_dir / "wandb_id", resumes),
+        resume="allow",
     )
+
+
+@rank_zero_only
+def _run_id(file: Path, resumes: bool) -> str:
+    """What W&B knows the run by. Only the first rank logs."""
+    if not (resumes and file.exists()):
+        file.write_text(uuid.uuid4().hex[:8])
+    return file.read_text()
 
 
 def _has_key() -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,13 +25,17 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from cpfold_train.errors import ConfigError, DataError, RunError
+from cpfold_train.model.config import MemoryConfig
 from cpfold_train.training import sweep
 from cpfold_train.training.check import check
+from cpfold_train.training.check_checkpoint import checkpoint_to_resume
 from cpfold_train.training.config import TrainConfig
-from cpfold_train.training.launch import device_here, is_first_rank, plan_world, started_by_slurm, starts_ranks
+from cpfold_train.training.launch import World, device_here, is_first_rank, plan_world, started_by_slurm, starts_ranks
 from cpfold_train.training.restart import StartAgain
 
 ROOT = Path(__file__).resolve().parents[2]
+CHOSEN_MEMORY = "CPFOLD_TRAIN_MEMORY"
+"""Variable of the environment with what ``memory=auto`` has come to, for ranks that this process starts."""
 
 
 def main() -> None:
@@ -74,17 +80,11 @@ def start(config: DictConfig, run_dir: Path) -> None:
         RunError: the run has ended early, and does not start again by itself.
     """
     typed = typed_config(config)
+    typed.ckpt_path = checkpoint_to_resume(typed.ckpt_path, run_dir)
     check(typed)
     world = plan_world(typed.cp.grid, typed.dp, typed.trainer.num_nodes, typed.trainer.accelerator)
     if typed.memory.auto:
-        from cpfold_train.plan.propose import choose_memory
-        from cpfold_train.plan.report import typed_levers
-
-        # Every rank comes to the same.
-        with Console(stderr=True).status("memory=auto: planning") if is_first_rank() else nullcontext():
-            typed.memory = choose_memory(typed, world.grid, device_here(typed.trainer.accelerator))
-        if is_first_rank():
-            print(f"memory=auto: {' '.join(typed_levers(typed.memory))}", file=sys.stderr)
+        typed.memory = _chosen_memory(typed, world)
         config.memory = OmegaConf.structured(typed.memory)
     if is_first_rank():
         if note := world.note():
@@ -101,6 +101,23 @@ def start(config: DictConfig, run_dir: Path) -> None:
         if again is not None:
             again.after_out_of_memory()
         raise
+
+
+def _chosen_memory(config: TrainConfig, world: World) -> MemoryConfig:
+    """The levers that the planner chooses. Ranks that this process starts take its choice from the environment; those
+    of a launcher all come to the same."""
+    if chosen := os.environ.get(CHOSEN_MEMORY):
+        return MemoryConfig(**json.loads(chosen))
+    from cpfold_train.plan.propose import choose_memory
+    from cpfold_train.plan.report import typed_levers
+
+    with Console(stderr=True).status("memory=auto: planning") if is_first_rank() else nullcontext():
+        largest = replace(config, crop_size=config.largest_crop)
+        memory = choose_memory(largest, world.grid, device_here(config.trainer.accelerator))
+    if is_first_rank():
+        print(f"memory=auto: {' '.join(typed_levers(memory))}", file=sys.stderr)
+    os.environ[CHOSEN_MEMORY] = json.dumps(asdict(memory))
+    return memory
 
 
 def typed_config(config: DictConfig) -> TrainConfig:

@@ -7,6 +7,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from cpfold_train.errors import RunError
+from cpfold_train.parallel.sharded_checkpoint import remove_unfinished
 from cpfold_train.training.watched import OUT_OF_MEMORY, is_out_of_memory
 from cpfold_train.whole_file import disk_full_sentence, is_disk_full, remove_partial_files
 
@@ -24,6 +25,7 @@ class TellFaults(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.is_global_zero:
             remove_partial_files(self._checkpoints)
+            remove_unfinished(self._checkpoints)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         trainer.strategy.note(exception)

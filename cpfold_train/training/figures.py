@@ -65,7 +65,9 @@ class StepFigures(Callback):
     def _start_step(self, trainer: Trainer) -> None:
         self._step, self._batches, self._worked = trainer.global_step, [], 0.0
         self._waited_before = trainer.train_dataloader.waited_s
-        self._before_step = self._communicated(trainer)
+        if self._due(trainer, self._step + 1):
+            # On GPUs asking waits for what is under way.
+            self._before_step = self._communicated(trainer)
 
     def _communicated(self, trainer: Trainer) -> Tensor:
         """(2,): MiB that this rank has sent, and seconds it has waited, in training since the start."""

@@ -14,7 +14,7 @@ from cpfold_train.training.lora import add_adapters
 from cpfold_train.training.patterns import matching
 
 
-def choose_trained(model: nn.Module, config: FinetuneConfig, judged: bool) -> None:
+def choose_trained(model: nn.Module, config: FinetuneConfig, judged: bool) -> bool:
     """Freeze what is not to be trained and add LoRA where it is asked for.
 
     Trained is everything; or, where there is ``train`` or LoRA, what ``train`` names. ``freeze`` is taken from that.
@@ -24,6 +24,9 @@ def choose_trained(model: nn.Module, config: FinetuneConfig, judged: bool) -> No
         model: a :class:`~cpfold_train.model.cofolding.CoFolding` that has its weights.
         config: the patterns.
         judged: whether the confidence module has a loss.
+
+    Returns:
+        Whether it has one and is trained.
 
     Raises:
         ConfigError: a pattern names nothing, or nothing is left that has a loss.
@@ -44,7 +47,9 @@ def choose_trained(model: nn.Module, config: FinetuneConfig, judged: bool) -> No
         parameters[name].requires_grad_(False)
     # A layer may have two names.
     add_adapters({id(layer): layer for layer in adapted.values()}.values(), config.lora.rank, config.lora.alpha)
-    _require_loss(model, judged)
+    trained = {boltz_name(name).partition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    _require_loss(trained, judged)
+    return judged and "confidence_module" in trained
 
 
 def require_same(config: FinetuneConfig, checkpoint: dict[str, Any]) -> None:
@@ -65,8 +70,7 @@ def _named(key: str, patterns: list[str], names: list[str]) -> list[str]:
     return [name for pattern in patterns for name in matching(key, pattern, names)]
 
 
-def _require_loss(model: nn.Module, judged: bool) -> None:
-    trained = {boltz_name(name).partition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+def _require_loss(trained: set[str], judged: bool) -> None:
     if not trained:
         raise ConfigError("finetune.freeze and finetune.train leave nothing to train: type fewer patterns")
     if trained == {"confidence_module"} and not judged:

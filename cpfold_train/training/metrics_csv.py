@@ -39,6 +39,10 @@ COLUMNS = (
     "val/contact_precision",
     "val/distance_lddt",
     "val/structure_lddt",
+    "val/plddt",
+    "val/resolved",
+    "val/pde",
+    "val/pae",
 )
 
 

@@ -27,7 +27,14 @@ from cpfold_train.training.validation import score_distances, score_structures
 Batch = dict[str, Tensor | DTensor | list[str]]
 CONFIDENCE = ("plddt", "resolved", "pde", "pae")
 """Losses of the confidence heads, which need sampled structures."""
-VALIDATION = ("val/loss", "val/distogram", "val/contact_precision", "val/distance_lddt", "val/structure_lddt")
+VALIDATION = (
+    "val/loss",
+    "val/distogram",
+    "val/contact_precision",
+    "val/distance_lddt",
+    "val/structure_lddt",
+    *(f"val/{name}" for name in CONFIDENCE),
+)
 
 
 class CoFoldingModule(LightningModule):
@@ -43,7 +50,8 @@ class CoFoldingModule(LightningModule):
         finetune: how fast which part learns; None: all at one rate.
 
     Attributes:
-        judged: whether structures are sampled in training, for the confidence module to be trained.
+        judged: whether the confidence module is trained: on structures that are sampled in training, and measured on
+            those of validation.
         bad_losses: micro-batches whose share of the loss was not finite on this rank.
         too_large: whether the step at hand is to be skipped on all ranks, because one has no memory for it.
         validation: means of the last validation by metric name; equal on all ranks.
@@ -122,14 +130,19 @@ class CoFoldingModule(LightningModule):
         """
         draws = Draws(batch["sample_key"])
         out, losses = self._losses(batch, self._recycling, draws)
-        shares = torch.stack([self._weighted(losses), losses["distogram"]], 1)
-        structure = shares.new_full((len(shares), 1), torch.nan)
+        absent = torch.full_like(losses["distogram"], torch.nan)
+        structure, confidence = absent, {}
         if steps := self._diffusion.validation_steps:
             coords = self.model.sample(out, batch, self.cp, sampling_steps=steps, samples=1, draws=draws)
-            structure = score_structures(coords, batch, self.cp)[:, None]
-        losses = all_reduce(shares, self.cp, self.cp.all, "metrics")
+            structure = score_structures(coords, batch, self.cp)
+            if self.judged:
+                logits = self.model.judge(out, coords, batch, self.cp, None)
+                confidence = confidence_losses(logits, coords, batch, self.cp)
+        judged = [confidence.get(name, absent) for name in CONFIDENCE]
+        shares = torch.stack([self._weighted(losses | confidence), losses["distogram"], *judged], 1)
+        reduced = all_reduce(shares, self.cp, self.cp.all, "metrics")
         distances = score_distances(out["pdistogram"], batch, self.cp)
-        parts = losses, distances, structure, torch.ones_like(structure)
+        parts = reduced[:, :2], distances, structure[:, None], reduced[:, 2:], torch.ones_like(structure)[:, None]
         scores = torch.cat([part.double().cpu() for part in parts], 1)
         # Replicas have equally many batches; what fills the last one up has been counted already.
         self._sums += scores[~batch["filler"].cpu()].sum(0)

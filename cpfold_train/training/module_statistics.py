@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from cpfold_train.parallel.sharding import whole
 from cpfold_train.training.boltz_checkpoint import boltz_name
 from cpfold_train.training.metrics_csv import MetricsCSV, read_metrics
+from cpfold_train.whole_file import whole_file
 
 COLUMNS = ("step", "module", "gradient_norm", "weight_norm", "update_ratio", "non_finite")
 Named = dict[str, nn.Parameter]
@@ -71,7 +72,7 @@ class ModuleStatistics(Callback):
         if not self._begun:
             # What an earlier run in the directory did beyond the checkpoint that this one resumes from.
             kept = [row for row in read_metrics(self._path) if int(row["step"]) < self._rows[0]["step"]]
-            with self._path.open("w", newline="") as file:
+            with whole_file(self._path) as file:
                 writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(kept)

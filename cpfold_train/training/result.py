@@ -79,7 +79,9 @@ class Result(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(trainer, {"status": "completed"})
         if trainer.is_global_zero:
-            _print_summary(self._run_dir, trainer.global_step)
+            _print_summary(self._run_dir)
+            if not self._worked:
+                print(f"the run is at step {trainer.global_step} already: type a larger trainer.max_steps to go on")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         status = "interrupted" if isinstance(exception, (KeyboardInterrupt, SystemExit)) else "failed"
@@ -116,18 +118,16 @@ def _last_figures(path: Path) -> dict[str, Any]:
     return {"train/loss": losses[-1] if losses else None, "last_losses": losses[-10:], **validation}
 
 
-def _print_summary(run_dir: Path, step: int) -> None:
+def _print_summary(run_dir: Path) -> None:
     """What the run did, from its first to its last figures, and where to look further."""
     rows = read_metrics(run_dir / "metrics.csv")
-    if not rows:
-        print(f"no step was logged: the run is at step {step} already; type a larger trainer.max_steps to go on")
-        return
     table = Table("figure", "first", "last", title="training")
     for name in ("train/loss", "train/diffusion", "train/distogram", *VALIDATION):
         if values := [float(row[name]) for row in rows if row.get(name)]:
             table.add_row(name, f"{values[0]:.4f}", f"{values[-1]:.4f}")
     console = Console()
-    console.print(table)
+    if rows:
+        console.print(table)
     for name in ("checkpoints/last.ckpt", "metrics.csv", "result.json", "quarantine.jsonl", "pictures"):
         if (run_dir / name).exists():
             console.print(str(run_dir / name), soft_wrap=True, highlight=False)

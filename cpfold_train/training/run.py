@@ -45,7 +45,7 @@ def run(
     """Train, on this rank and on those that it starts.
 
     Args:
-        config: what the user asked for.
+        config: what the user asked for; ``ckpt_path`` is a path or None.
         world: the ranks.
         run_dir: receives checkpoints, figures and pictures.
         record: the configuration as plain containers, for W&B.
@@ -54,7 +54,6 @@ def run(
     Raises:
         RunError: the run could not go on.
     """
-    config = dataclasses.replace(config, ckpt_path=_checkpoint(config.ckpt_path, run_dir))
     quiet_lightning()
     return_large_tensors()
     chunk_mib = config.memory.chunk_mib
@@ -95,7 +94,7 @@ def run(
         module.double()
     if config.model.init_from and not config.ckpt_path:
         initialise(module.model, Path(config.model.init_from), config.model.init_weights, config.model.init_skip)
-    choose_trained(module.model, config.finetune, module.judged)
+    module.judged = choose_trained(module.model, config.finetune, module.judged)
     accumulate = config.trainer.accumulate_grad_batches
     quarantine = run_dir / "quarantine.jsonl"
     data = TileData(config.data, config.crop_size, config.batch_size, accumulate, config.seed, quarantine)
@@ -112,14 +111,6 @@ def run(
             import wandb
 
             wandb.finish()
-
-
-def _checkpoint(ckpt_path: str | None, run_dir: Path) -> str | None:
-    """What to resume from; ``last`` is what an earlier start of the same command has left, if any."""
-    if ckpt_path != "last":
-        return ckpt_path
-    last = run_dir / "checkpoints" / "last.ckpt"
-    return str(last) if last.exists() else None
 
 
 def _callbacks(config: TrainConfig, run_dir: Path, again: StartAgain | None) -> list[Callback]:
@@ -158,5 +149,5 @@ def _loggers(config: TrainConfig, run_dir: Path, record: dict[str, Any]) -> list
     if config.wandb.enabled:
         from cpfold_train.training.dashboard import wandb_logger
 
-        loggers.append(wandb_logger(config.wandb, run_dir, record))
+        loggers.append(wandb_logger(config.wandb, run_dir, record, resumes=config.ckpt_path is not None))
     return loggers
