@@ -36,12 +36,12 @@ class SaveLast(Checkpoint):
         self._saved = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.fast_dev_run:
-            self.save(trainer)
+        self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Save, on all ranks together, where there are steps that are in no checkpoint of this run."""
-        if trainer.global_step > self._saved:
+        """Save, on all ranks together, where there are steps that are in no checkpoint of this run; not in a
+        ``fast_dev_run``."""
+        if trainer.global_step > self._saved and not trainer.fast_dev_run:
             trainer.save_checkpoint(self.path)
             self._saved = trainer.global_step
 
