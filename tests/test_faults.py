@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from cpfold_train.errors import DiskFullError
+from cpfold_train.parallel.sharded_checkpoint import INDEX, remove_unfinished
 from cpfold_train.training.checkpoint_io import WholeCheckpointIO
 from cpfold_train.training.restart import StartAgain
 from cpfold_train.training.save_last import SaveLast
@@ -271,6 +272,21 @@ def test_what_starts_again(typed_again, tmp_path, monkeypatch):
     assert typed_again(sigterm) is None, "somebody has asked the run to end"
 
 
+def test_cleaning_a_sharded_checkpoint_does_not_make_it_one_of_this_start(typed_again, tmp_path):
+    """It is a directory, which has changed when what a killed run had left in it is removed."""
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    (last / "shards-0").mkdir(parents=True)
+    torch.save({"shards": "shards-1"}, last / INDEX)
+
+    def out_of_memory(again: StartAgain) -> None:
+        remove_unfinished(last.parent)
+        (tmp_path / "out_of_memory.txt").write_text("3\n")
+
+    command, _ = typed_again(out_of_memory)
+    assert not any(word.startswith("ckpt_path") for word in command)
+    assert not (last / "shards-0").exists()
+
+
 def test_a_loss_that_is_not_finite_on_one_rank(run, tmp_path):
     process = run(2, "not_finite", "data.val=[]")
     assert process.returncode == 0, process.stderr
@@ -338,6 +354,36 @@ def test_a_checkpoint_is_of_whole_steps_and_their_validation(run, tmp_path):
     assert count == count_expected == 1
     assert found == pytest.approx(expected, rel=1e-8)
     assert moments_of(last_checkpoint(parts)) == {5.0}, "the last step is saved, though no checkpoint was due"
+
+
+VAL = "data.val=[tests/data/*.tar]"
+ENDS = {
+    "with an epoch": ("trainer.max_steps=2",),
+    "with an epoch that is validated": ("trainer.max_steps=2", VAL, "trainer.val_check_interval=3"),
+    "amidst an epoch": ("trainer.max_steps=3",),
+    "after an epoch, without a limit to steps": ("trainer.max_steps=-1", "trainer.max_epochs=1"),
+    "amidst an epoch, by an early stop amidst a step": (
+        *("trainer.max_steps=-1", "trainer.max_epochs=9", VAL, "trainer.val_check_interval=2"),
+        *("early_stop.monitor=val/distogram", "early_stop.patience=1", "early_stop.min_delta=1e9"),
+    ),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_run_that_has_ended_goes_on_where_more_is_asked_for(run, tmp_path, end):
+    """Three micro-batches an epoch, which are two steps, the second of one micro-batch."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    given = ("data.samples_per_epoch=3", "checkpoint.every_n_steps=100", "ckpt_path=last", "data.val=[]",
+             "data.crop_schedule={0: 12, 2: 14, 3: 16}")  # fmt: skip
+    validated = tuple(setting for setting in ENDS[end] if setting.startswith(("data.val", "trainer.val")))
+    assert run(1, None, *given, *validated, run_dir=whole).returncode == 0
+    first = run(1, None, *given, *ENDS[end], run_dir=parts)
+    assert first.returncode == 0, first.stderr
+    made = result_of(parts)["steps"]
+    assert 2 <= made <= 3 and last_checkpoint(parts)["global_step"] == made
+    assert run(1, None, *given, *validated, run_dir=parts).returncode == 0
+    assert_same_rows(rows_of(parts), rows_of(whole))
+    assert [row["crop_size"] for row in rows_of(parts) if row["train/loss"]] == ["12", "12", "14", "16"]
 
 
 def validated(checkpoint: dict) -> tuple[float, int]:

@@ -14,7 +14,7 @@ from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.training.boltz_checkpoint import boltz_name, weights_of
 from cpfold_train.training.check import check
-from cpfold_train.training.check_finetune import HIGHER_IS_BETTER, LOWER_IS_BETTER
+from cpfold_train.training.check_finetune import HIGHER_IS_BETTER, LOWER_IS_BETTER, require_metric
 from cpfold_train.training.config import FinetuneConfig, LoRAConfig
 from cpfold_train.training.freeze import choose_trained, require_same
 from cpfold_train.training.learning_rates import learning_rate_factors
@@ -294,6 +294,13 @@ def test_another_selection_cannot_resume():
 )
 def test_wrong_input_gets_one_sentence(monkeypatch, capsys, argument, words):
     assert_refused(monkeypatch, capsys, argument, words)
+
+
+def test_a_frozen_confidence_module_cannot_be_watched():
+    require_metric("val/plddt", judged=True)
+    require_metric("val/loss", judged=False)
+    with pytest.raises(ConfigError, match=r"early_stop\.monitor=val/plddt .* do not freeze it"):
+        require_metric("val/plddt", judged=False)
 
 
 def test_early_stop_needs_its_metric():

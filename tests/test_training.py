@@ -160,8 +160,16 @@ def test_metrics_file(tmp_path):
     resumed.log_metrics({"train/loss": 9.0}, 2)
     assert [(row["step"], row["train/loss"]) for row in read_metrics(path)] == [("1", "1.0"), ("2", "9.0")]
 
+    amid_step = MetricsCSV(path)
+    amid_step.log_metrics({"val/loss": 0.2}, 2)
+    amid_step.log_metrics({"train/loss": 8.0}, 3)
+    rows = [(row["train/loss"], row["val/loss"]) for row in read_metrics(path)]
+    assert rows == [("1.0", ""), ("9.0", "0.2"), ("8.0", "")]
 
-def test_a_resumed_run_is_the_same_one_in_wandb(tmp_path):
+
+def test_a_resumed_run_is_the_same_one_in_wandb(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+
     def begun(resumes: bool) -> str:
         return wandb_logger(WandbConfig(True, "p", None, None), tmp_path, {}, resumes)._wandb_init["id"]
 

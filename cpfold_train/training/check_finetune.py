@@ -61,8 +61,18 @@ def _early_stop(config: TrainConfig) -> None:
         )
     if monitor in ("val/structure_lddt", *CONFIDENCE) and not steps:
         raise ConfigError(f"early_stop.monitor={monitor} needs sampled structures: type diffusion.validation_steps=20")
-    if monitor in CONFIDENCE and not any(vars(config.loss)[name.removeprefix("val/")] for name in CONFIDENCE):
+    require_metric(monitor, any(vars(config.loss)[name.removeprefix("val/")] for name in CONFIDENCE))
+
+
+def require_metric(monitor: str | None, judged: bool) -> None:
+    """Raise ConfigError where a metric of the confidence module is watched, and the module has no loss or is frozen.
+
+    Args:
+        monitor: the metric.
+        judged: whether the confidence module is trained.
+    """
+    if monitor in CONFIDENCE and not judged:
         raise ConfigError(
-            f"early_stop.monitor={monitor} is of the confidence module, which has no loss: "
-            "type loss.plddt=1e-4 loss.resolved=1e-4 loss.pde=1e-4 loss.pae=1e-4"
+            f"early_stop.monitor={monitor} is of the confidence module, which is not trained: type loss.plddt=1e-4 "
+            "loss.resolved=1e-4 loss.pde=1e-4 loss.pae=1e-4 and do not freeze it, or watch val/loss"
         )

@@ -25,7 +25,7 @@ def require_wandb() -> None:
 def wandb_logger(config: WandbConfig, run_dir: Path, record: dict[str, Any], resumes: bool) -> WandbLogger:
     """A logger that writes into the run directory; offline where there is no key and ``WANDB_MODE`` is not set.
 
-    A run that resumes in its directory goes on as the same run of W&B.
+    A run that resumes in its directory goes on as the same run of W&B, but offline, where W&B cannot.
 
     Args:
         config: project, name and entity.
@@ -41,8 +41,8 @@ def wandb_logger(config: WandbConfig, run_dir: Path, record: dict[str, Any], res
         save_dir=run_dir,
         offline=offline,
         config=record,
-        id=_run_id(run_dir / "wandb_id", resumes),
-        resume="allow",
+        id=None if offline else _run_id(run_dir / "wandb_id", resumes),
+        resume=None if offline else "allow",
     )
 
 

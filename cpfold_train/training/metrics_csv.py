@@ -50,7 +50,8 @@ class MetricsCSV(Logger):
     """Writes the columns above and leaves out every other metric.
 
     Rows of the file from the first step logged on are dropped: what an earlier run in the directory did beyond the
-    checkpoint that this one resumes from. Metrics of one step that come in several calls share a row.
+    checkpoint that this one resumes from. Metrics of one step that come in several calls share a row; so does a
+    validation that a resumed run makes before its first step.
 
     Args:
         path: the file.
@@ -76,7 +77,7 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if not self._row:
-            self._begin(step)
+            self._begin(step, metrics)
         if self._row.get("step") == step:
             self._row |= metrics
         else:
@@ -87,11 +88,14 @@ class MetricsCSV(Logger):
             file.write(_line([self._row.get(column, "") for column in COLUMNS]))
             file.truncate()
 
-    def _begin(self, step: int) -> None:
-        earlier = read_metrics(self._path) if self._path.exists() else []
+    def _begin(self, step: int, metrics: dict[str, float]) -> None:
+        earlier = read_metrics(self._path)
         kept = [[row.get(column, "") for column in COLUMNS] for row in earlier if int(row["step"]) < step]
         with whole_file(self._path) as file:
             file.write("".join(map(_line, [COLUMNS, *kept])))
+        made = [row for row in earlier if int(row["step"]) == step and row.get("train/loss")]
+        if made and "train/loss" not in metrics:
+            self._row, self._start = made[0] | {"step": step}, self._path.stat().st_size
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

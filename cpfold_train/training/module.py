@@ -152,7 +152,11 @@ class CoFoldingModule(LightningModule):
         # All ranks of a replica hold the same sums: one of them speaks for it.
         sums = gather_figures(self.cp, self._sums.tolist())[:: self.cp.grid.cp_size].sum(0)
         means = (sums[:-1] / sums[-1].clamp(min=1)).tolist()
-        self.validation = {name: mean for name, mean in zip(VALIDATION, means) if not np.isnan(mean)}
+        sampled = bool(self._diffusion.validation_steps)
+        absent = set() if sampled else {"val/structure_lddt"}
+        absent |= set() if sampled and self.judged else {f"val/{name}" for name in CONFIDENCE}
+        # What is there and not a number is told, so that whoever watches it knows.
+        self.validation = {name: mean for name, mean in zip(VALIDATION, means) if name not in absent}
         # For the callbacks that watch a metric. The values are equal on all ranks, and so is their mean.
         self.log_dict(self.validation, logger=False, sync_dist=True)
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from cpfold_train.parallel.sharded_checkpoint import INDEX
+
 OUT_OF_MEMORY_FILE = "out_of_memory.txt"
 """In the run directory: the steps for which a rank had no memory, one a line, counted from 1."""
 
@@ -74,7 +76,9 @@ class StartAgain:
         os.execve(sys.executable, [sys.executable, *_typed_again(sys.orig_argv[1:], overrides)], self._env)
 
     def _written(self) -> int | None:
-        return self._last.stat().st_mtime_ns if self._last.exists() else None
+        # Of FSDP it is a directory, whose index says when it was complete.
+        file = self._last / INDEX if self._last.is_dir() else self._last
+        return file.stat().st_mtime_ns if file.exists() else None
 
     def _end_children(self) -> None:
         """Data workers and others that this start has begun: they look for the end of a process that does not end."""

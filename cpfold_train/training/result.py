@@ -81,7 +81,8 @@ class Result(Callback):
         if trainer.is_global_zero:
             _print_summary(self._run_dir)
             if not self._worked:
-                print(f"the run is at step {trainer.global_step} already: type a larger trainer.max_steps to go on")
+                limits = "trainer.max_steps, max_epochs or max_time"
+                print(f"no step was made: step {trainer.global_step} is at a limit; type a larger {limits} to go on")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         status = "interrupted" if isinstance(exception, (KeyboardInterrupt, SystemExit)) else "failed"

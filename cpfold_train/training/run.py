@@ -15,6 +15,7 @@ from cpfold_train.errors import RunError
 from cpfold_train.memory import return_large_tensors
 from cpfold_train.ops.by_rows import set_block_bytes
 from cpfold_train.training.boltz_checkpoint import initialise
+from cpfold_train.training.check_finetune import require_metric
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.datamodule import TileData
 from cpfold_train.training.early_stop import EarlyStop
@@ -95,6 +96,7 @@ def run(
     if config.model.init_from and not config.ckpt_path:
         initialise(module.model, Path(config.model.init_from), config.model.init_weights, config.model.init_skip)
     module.judged = choose_trained(module.model, config.finetune, module.judged)
+    require_metric(config.early_stop.monitor, module.judged)
     accumulate = config.trainer.accumulate_grad_batches
     quarantine = run_dir / "quarantine.jsonl"
     data = TileData(config.data, config.crop_size, config.batch_size, accumulate, config.seed, quarantine)

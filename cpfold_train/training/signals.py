@@ -68,7 +68,8 @@ class SaveOnSigterm(Callback):
         if self._worked:
             self._last.save(trainer)
         if trainer.is_global_zero:
-            saved = f"saved {self._last.path} at step {step}" if self._worked else f"nothing to save at step {step}"
+            kept = self._worked and not trainer.fast_dev_run
+            saved = f"saved {self._last.path} at step {step}" if kept else f"nothing to save at step {step}"
             print(f"asked to end: {saved}; the same command with ckpt_path=last goes on there", file=sys.stderr)
         if on_any_rank(trainer.strategy.cp, self._asked == signal.SIGUSR1) and trainer.is_global_zero:
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import Grid
+from cpfold_train.parallel.sharded_checkpoint import INDEX
 from cpfold_train.training.checkpoint_io import WholeCheckpointIO
 from cpfold_train.training.watched import Watched
 
@@ -73,5 +74,7 @@ class GridStrategy(Watched, DDPStrategy):
         written = path.with_name(f"{path.name}.new")
         super().save_checkpoint(checkpoint, written, storage_options)
         if self.is_global_zero:
+            # It is complete as long as it has that.
+            (path / INDEX).unlink(missing_ok=True)
             shutil.rmtree(path)
             written.rename(path)
