@@ -13,6 +13,7 @@ from cpfold_train.ops import biased_attention as blocks
 from cpfold_train.ops.token_attention import OP, token_attention
 from cpfold_train.parallel.context import fake_world
 from cpfold_train.parallel.grid import Grid
+from cpfold_train.parallel.ledger import Entry
 
 B, M, HEADS, WIDTH, LENGTHS = 2, 5, 3, 4, (13, 9)
 GRIDS = [(1, 1), (1, 3), (3, 1), (2, 3), (3, 3)]
@@ -42,7 +43,7 @@ def attend(cp) -> tuple[list[Tensor], int]:
     original, blocks.rows_per_block = blocks.rows_per_block, lambda *_: 2
     try:
         out = token_attention(*local, cp)
-        sent = cp.ledger.by_op()[OP].sent_bytes
+        sent = cp.ledger.by_op().get(OP, Entry()).sent_bytes
         return [out.detach(), *torch.autograd.grad((out * weight[:, own]).sum(), local)], sent
     finally:
         blocks.rows_per_block = original
