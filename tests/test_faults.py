@@ -359,6 +359,11 @@ def test_a_checkpoint_is_of_whole_steps_and_their_validation(run, tmp_path):
 VAL = "data.val=[tests/data/*.tar]"
 ENDS = {
     "with an epoch": ("trainer.max_steps=2",),
+    "with an epoch that is cut short": (
+        "trainer.max_steps=2",
+        "data.samples_per_epoch=5",
+        "trainer.limit_train_batches=3",
+    ),
     "with an epoch that is validated": ("trainer.max_steps=2", VAL, "trainer.val_check_interval=3"),
     "amidst an epoch": ("trainer.max_steps=3",),
     "after an epoch, without a limit to steps": ("trainer.max_steps=-1", "trainer.max_epochs=1"),
@@ -375,13 +380,13 @@ def test_a_run_that_has_ended_goes_on_where_more_is_asked_for(run, tmp_path, end
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     given = ("data.samples_per_epoch=3", "checkpoint.every_n_steps=100", "ckpt_path=last", "data.val=[]",
              "data.crop_schedule={0: 12, 2: 14, 3: 16}")  # fmt: skip
-    validated = tuple(setting for setting in ENDS[end] if setting.startswith(("data.val", "trainer.val")))
-    assert run(1, None, *given, *validated, run_dir=whole).returncode == 0
+    both = tuple(setting for setting in ENDS[end] if setting.startswith(("data.", "trainer.val", "trainer.limit")))
+    assert run(1, None, *given, *both, run_dir=whole).returncode == 0
     first = run(1, None, *given, *ENDS[end], run_dir=parts)
     assert first.returncode == 0, first.stderr
     made = result_of(parts)["steps"]
     assert 2 <= made <= 3 and last_checkpoint(parts)["global_step"] == made
-    assert run(1, None, *given, *validated, run_dir=parts).returncode == 0
+    assert run(1, None, *given, *both, run_dir=parts).returncode == 0
     assert_same_rows(rows_of(parts), rows_of(whole))
     assert [row["crop_size"] for row in rows_of(parts) if row["train/loss"]] == ["12", "12", "14", "16"]
 

@@ -39,10 +39,15 @@ class SaveLast(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved = trainer.global_step
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Where the last one was cut short by ``trainer.limit_train_batches`` the loader is still in it.
+        trainer.train_dataloader.set_epoch(trainer.current_epoch)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step > self._saved:
             # The run has ended with an epoch. Lightning does not resume that well, but it does the start of the next.
             loop = trainer.fit_loop
+            trainer.train_dataloader.set_epoch(trainer.current_epoch)
             loop.epoch_progress.increment_ready()
             loop.epoch_progress.increment_started()
             loop.epoch_loop.reset()
