@@ -19,21 +19,13 @@ from cpfold_train.training import entry
 
 def exception() -> None:
     """Rank 1 raises in its third step."""
-
-    def fail(batch: dict) -> None:
-        raise ArithmeticError("a fault on one rank")
-
-    _on_rank_1_in_step(2, fail)
+    _on_rank_1_in_step(2, _fail)
     entry.main()
 
 
 def exception_in_second_micro_batch() -> None:
     """Rank 1 raises in its third step, whose first micro-batch is done."""
-
-    def fail(batch: dict) -> None:
-        raise ArithmeticError("a fault on one rank")
-
-    _in_step(1, 2, fail, micro_batch=1)
+    _in_step(1, 2, _fail, micro_batch=1)
     entry.main()
 
 
@@ -135,6 +127,10 @@ def sigterm_in_step_3() -> None:
     """SIGTERM comes to rank 1 in the first step of an epoch, in the first of its two micro-batches."""
     _on_rank_1_in_step(2, lambda batch: os.kill(os.getpid(), signal.SIGTERM))
     entry.main()
+
+
+def _fail(batch: dict) -> None:
+    raise ArithmeticError("a fault on one rank")
 
 
 def _losses_on_rank_1(change: Callable[[int, dict], dict]) -> None:

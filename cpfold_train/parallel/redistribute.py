@@ -183,7 +183,10 @@ class Route:
 
 
 def _in_turn(boxes: dict[int, Box], me: int) -> Iterator[tuple[int, Box]]:
-    """The ranks that ``me`` exchanges boxes with, itself included, in their order on the axis."""
+    """The ranks that ``me`` exchanges boxes with, itself included, in their order on the axis.
+
+    All loops over messages are this one, so that a plan, to which those of one shape are alike, can cut it short.
+    """
     yield from boxes.items()
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from cpfold_train.errors import ConfigError
-from cpfold_train.training.config import TrainConfig
+from cpfold_train.training.config import CONFIDENCE, TrainConfig
 
-CONFIDENCE = ("val/plddt", "val/resolved", "val/pde", "val/pae")
-LOWER_IS_BETTER = ("val/loss", "val/distogram", *CONFIDENCE)
+OF_CONFIDENCE = tuple(f"val/{name}" for name in CONFIDENCE)
+LOWER_IS_BETTER = ("val/loss", "val/distogram", *OF_CONFIDENCE)
 HIGHER_IS_BETTER = ("val/contact_precision", "val/distance_lddt", "val/structure_lddt")
 
 
@@ -59,9 +59,9 @@ def _early_stop(config: TrainConfig) -> None:
         raise ConfigError(
             f"early_stop.monitor={monitor} needs validation: type data.val=[...] or early_stop.monitor=null"
         )
-    if monitor in ("val/structure_lddt", *CONFIDENCE) and not steps:
+    if monitor in ("val/structure_lddt", *OF_CONFIDENCE) and not steps:
         raise ConfigError(f"early_stop.monitor={monitor} needs sampled structures: type diffusion.validation_steps=20")
-    require_metric(monitor, any(vars(config.loss)[name.removeprefix("val/")] for name in CONFIDENCE))
+    require_metric(monitor, config.loss.of_confidence)
 
 
 def require_metric(monitor: str | None, judged: bool) -> None:
@@ -71,7 +71,7 @@ def require_metric(monitor: str | None, judged: bool) -> None:
         monitor: the metric.
         judged: whether the confidence module is trained.
     """
-    if monitor in CONFIDENCE and not judged:
+    if monitor in OF_CONFIDENCE and not judged:
         raise ConfigError(
             f"early_stop.monitor={monitor} is of the confidence module, which is not trained: type loss.plddt=1e-4 "
             "loss.resolved=1e-4 loss.pde=1e-4 loss.pae=1e-4 and do not freeze it, or watch val/loss"

@@ -55,6 +55,10 @@ class DataConfig:
     num_workers: int = MISSING
 
 
+CONFIDENCE = ("plddt", "resolved", "pde", "pae")
+"""Losses of the confidence heads, which need sampled structures."""
+
+
 @dataclass
 class LossConfig:
     """Weights of the losses; see ``conf/train.yaml``."""
@@ -67,6 +71,11 @@ class LossConfig:
     resolved: float = MISSING
     pde: float = MISSING
     pae: float = MISSING
+
+    @property
+    def of_confidence(self) -> bool:
+        """Whether the confidence module has a loss."""
+        return any(getattr(self, name) for name in CONFIDENCE)
 
 
 @dataclass

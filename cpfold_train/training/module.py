@@ -18,22 +18,21 @@ from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.gather import gather_figures
 from cpfold_train.parallel.random import Draws
 from cpfold_train.parallel.redistribute import all_reduce
-from cpfold_train.training.config import DiffusionRunConfig, FinetuneConfig, LossConfig, OptimConfig
+from cpfold_train.training.check_finetune import OF_CONFIDENCE
+from cpfold_train.training.config import CONFIDENCE, DiffusionRunConfig, FinetuneConfig, LossConfig, OptimConfig
 from cpfold_train.training.freeze import require_same
 from cpfold_train.training.learning_rates import learning_rate_factors
 from cpfold_train.training.optim import adamw_with_schedule, warmup_then_steps
 from cpfold_train.training.validation import score_distances, score_structures
 
 Batch = dict[str, Tensor | DTensor | list[str]]
-CONFIDENCE = ("plddt", "resolved", "pde", "pae")
-"""Losses of the confidence heads, which need sampled structures."""
 VALIDATION = (
     "val/loss",
     "val/distogram",
     "val/contact_precision",
     "val/distance_lddt",
     "val/structure_lddt",
-    *(f"val/{name}" for name in CONFIDENCE),
+    *OF_CONFIDENCE,
 )
 
 
@@ -74,7 +73,7 @@ class CoFoldingModule(LightningModule):
         self.validation: dict[str, float] = {}
         self._recycling, self._optim, self._diffusion, self._seed = model.recycling_steps, optim, diffusion, seed
         self._weights: dict[str, float] = asdict(loss)
-        self.judged = any(self._weights[name] for name in CONFIDENCE)
+        self.judged = loss.of_confidence
         self.bad_losses = torch.zeros((), dtype=torch.int64)
         self.too_large = False
         self._sums = torch.zeros(len(VALIDATION) + 1, dtype=torch.float64)
@@ -154,7 +153,7 @@ class CoFoldingModule(LightningModule):
         means = (sums[:-1] / sums[-1].clamp(min=1)).tolist()
         sampled = bool(self._diffusion.validation_steps)
         absent = set() if sampled else {"val/structure_lddt"}
-        absent |= set() if sampled and self.judged else {f"val/{name}" for name in CONFIDENCE}
+        absent |= set() if sampled and self.judged else {*OF_CONFIDENCE}
         # What is there and not a number is told, so that whoever watches it knows.
         self.validation = {name: mean for name, mean in zip(VALIDATION, means) if name not in absent}
         # For the callbacks that watch a metric. The values are equal on all ranks, and so is their mean.

@@ -64,9 +64,7 @@ class SaveOnSigterm(Callback):
 
     def _end(self, trainer: Trainer) -> None:
         step = trainer.global_step
-        # Before the first batch, what is saved is what the run began with.
-        if self._worked:
-            self._last.save(trainer)
+        self._last.save(trainer)
         if trainer.is_global_zero:
             kept = self._worked and not trainer.fast_dev_run
             saved = f"saved {self._last.path} at step {step}" if kept else f"nothing to save at step {step}"
