@@ -11,7 +11,6 @@ import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -71,11 +70,12 @@ def serve() -> None:
 
 
 def _run(ranks: int, arguments: list[str], main: str, out: int, err: int) -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": port, "GROUP_RANK": 0}
-    common |= {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    from cpfold_train.training.launcher import listen
+
+    # A port that is only looked for can be taken by others before the ranks come to it.
+    store = listen()
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    common |= {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "TORCHELASTIC_RUN_ID": store.port, "GROUP_RANK": 0}
     processes = set()
     for rank in range(ranks):
         process = os.fork()

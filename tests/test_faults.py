@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,10 +17,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
+from torch.distributed import TCPStore
 
 from cpfold_train.errors import DiskFullError
 from cpfold_train.parallel.sharded_checkpoint import INDEX, remove_unfinished
 from cpfold_train.training.checkpoint_io import WholeCheckpointIO
+from cpfold_train.training.launcher import RankLauncher
 from cpfold_train.training.restart import StartAgain
 from cpfold_train.training.save_last import SaveLast
 from cpfold_train.training.signals import SaveOnSigterm
@@ -230,6 +234,27 @@ def test_out_of_memory_counts_against_the_limit(tmp_path):
     assert process.returncode == 1, told
     assert told.count("the run starts again") == 1
     assert "error: 1 of the last 100 steps were skipped, the last one step 3, because there was no memory" in told
+
+
+def test_the_port_of_the_ranks_is_held_before_they_are_started(monkeypatch):
+    """Nobody can take it between its choice and the start of rank 0, which shares it."""
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != "MASTER_PORT"})
+    environment = LightningEnvironment()
+    launcher = RankLauncher(environment, 2, 1)
+
+    def start() -> None:
+        with pytest.raises(OSError, match="in use"), socket.socket() as other:
+            other.bind(("127.0.0.1", environment.main_port))
+        launcher.procs = []
+
+    launcher._call_children_scripts = start
+
+    def rank_0() -> str:
+        launcher._meeting_point.set("from", "launcher")
+        store = TCPStore("127.0.0.1", environment.main_port, is_master=True, multi_tenant=True, wait_for_workers=False)
+        return store.get("from").decode()
+
+    assert launcher.launch(rank_0) == "launcher"
 
 
 @pytest.fixture

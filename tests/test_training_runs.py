@@ -156,7 +156,7 @@ def test_torchrun_with_replicas_equals_accumulation(rows_2x2, tmp_path):
         "trainer.accumulate_grad_batches=1",
         "trainer.val_check_interval=2",
         run_dir=tmp_path,
-        launcher=(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29611"),
+        launcher=(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"),
     )
     assert_same_curve(rows, rows_2x2, "train/loss", "grad_norm", "lr", "tokens")
     result = json.loads((tmp_path / "result.json").read_text())

@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--against boltz compares ops of the trunk: type one of {', '.join(TRUNK)}")
 
     with tempfile.TemporaryDirectory() as folder:
-        job = {**vars(args), "sizes": sizes, "threads": threads, "folder": folder, "port": _free_port()}
+        job = {**vars(args), "sizes": sizes, "threads": threads, "folder": folder}
         # Ranks must not start with more threads than they get: OpenMP reads this once.
         os.environ["OMP_NUM_THREADS"] = str(threads)
         mp.spawn(_rank, (grid.rows, grid.cols, job), grid.cp_size)
@@ -143,19 +143,13 @@ def _grid(args: argparse.Namespace) -> Grid:
     return Grid(rows, cols, 1, args.rank)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def _rank(rank: int, rows: int, cols: int, job: dict) -> None:
     """One rank of the benchmark, in a process of its own."""
     torch.set_num_threads(job["threads"])
     return_large_tensors()
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(rows * cols)}
     device = torch.device(job["device"], rank) if job["device"] == "cuda" else torch.device("cpu")
+    store = dist.FileStore(f"{job['folder']}/ranks", rows * cols)
+    dist.init_process_group(dist.get_default_backend_for_device(device), store=store, rank=rank, world_size=rows * cols)
     cp = ContextParallel(Grid(rows, cols, 1, rank), device.type, algorithm=job["algorithm"], kernels=job["kernels"])
 
     torch.manual_seed(rank)

@@ -79,7 +79,7 @@ class ContextParallel:
             kernels: ``torch`` or ``cuequivariance``; see :mod:`cpfold_train.ops.biased_attention`.
         """
         if not dist.is_initialized():
-            backend = "nccl" if device_type == "cuda" else "gloo"
+            backend = dist.get_default_backend_for_device(device_type)
             alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if grid.world_size == 1 else {}
             dist.init_process_group(backend, timeout=timeout, **alone)
         if dist.get_world_size() != grid.world_size:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
@@ -19,10 +20,12 @@ _PATIENCE = 25.0
 
 
 class RankLauncher(_SubprocessScriptLauncher):
-    """Lightning's launcher, but for what it does when a rank has ended.
+    """Lightning's launcher, but for what it does when a rank has ended, and for how the ranks find each other.
 
     Lightning kills all ranks, itself included, within five seconds: too soon for them to say why, and a run that ends
     on SIGTERM would look like one that crashed. Here they get time to tell what they know first.
+
+    Lightning looks for a free port, starts the ranks, and listens on the port later, when somebody else may have it.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -32,6 +35,9 @@ class RankLauncher(_SubprocessScriptLauncher):
     def launch(self, function: Callable, *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally:
+            if "MASTER_PORT" not in os.environ:
+                self._meeting_point = listen()
+                os.environ["MASTER_PORT"] = str(self._meeting_point.port)
             self._call_children_scripts()
             threading.Thread(target=_guard, args=(self.procs, self._ending), daemon=True, name="ranks").start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
@@ -47,6 +53,14 @@ class RankLauncher(_SubprocessScriptLauncher):
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def listen() -> dist.TCPStore:
+    """The store at which ranks meet, on a free port that is held from now on, for as long as the store lives.
+
+    The store that ``init_process_group`` makes on rank 0 shares it, if in the same process.
+    """
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
 
 
 def _guard(processes: list[subprocess.Popen], ending: threading.Event) -> None:
