@@ -18,12 +18,13 @@ from cpfold_train.model.pair_stack import (
 )
 from cpfold_train.model.pairformer import AttentionPairBias, PairformerLayer, PairformerModule
 from cpfold_train.model.trunk import DistogramModule, Trunk
+from cpfold_train.ops import offload, triangle_attention
 from cpfold_train.ops import outer_product_mean as opm
 from cpfold_train.ops import pair_weighted_averaging as pwa
-from cpfold_train.ops import triangle_attention
 from cpfold_train.ops.attention_pair_bias import all_tokens
 from cpfold_train.ops.outer_product_mean import pair_counts
 from cpfold_train.ops.pair_mask import pair_mask
+from cpfold_train.ops.recompute import recompute
 from cpfold_train.parallel.context import TILED, ContextParallel
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.random import Draws
@@ -261,6 +262,34 @@ def test_what_is_kept_between_blocks_changes_no_gradient(ranks, memory, tiles):
     for (found, kept), (expected, _) in zip(ranks.run(blocks_with, 1, 2, memory), kept_all):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
         assert kept == tiles
+
+
+def test_what_is_kept_on_the_host_comes_back_once_and_one_boundary_ahead(monkeypatch):
+    """Of blocks that have two representations of four dims, as those of the MSA module."""
+    fetched, on_the_way = [], []
+
+    class Kept(offload._Kept):
+        def fetch(self):
+            if self._coming is None:
+                fetched.append(self)
+            super().fetch()
+
+    monkeypatch.setattr(offload, "_Kept", Kept)
+    z, m = (torch.ones(1, 2, 2, 2, dtype=torch.float64).requires_grad_() for _ in range(2))
+    boundary, boundaries = None, []
+
+    def block(z, m):
+        if fetched:
+            on_the_way.append(len(fetched))
+        return z + m.square(), m * z
+
+    for _ in range(4):
+        with offload.kept_on_host(boundary) as boundary:
+            z, m = recompute(block, z, m)
+        boundaries.append(boundary)
+    (z + m).sum().backward()
+    assert on_the_way == [4, 6, 8, 8]
+    assert set(fetched) == {kept for boundary in boundaries for kept in boundary.kept}
 
 
 def test_residual_stream_in_bf16(ranks):

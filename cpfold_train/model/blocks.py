@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cpfold_train.model.config import MemoryConfig
-from cpfold_train.ops.offload import kept_on_host
+from cpfold_train.ops.offload import Boundary, kept_on_host
 from cpfold_train.ops.recompute import recompute
 
 
@@ -44,16 +44,22 @@ def run_blocks(
             z, other = run(rounded, i, z, other)
         return z, other
 
+    boundary: Boundary | None = None
+
+    def kept(function: Callable, *args) -> tuple[Tensor, Tensor]:
+        nonlocal boundary
+        with kept_on_host(boundary) if memory.offload else nullcontext() as boundary:
+            return recompute(function, *args)
+
     z, every = z.to(between), range(count)
-    with kept_on_host() if memory.offload else nullcontext():
-        if not memory.recompute:
-            z, other = in_turn(_call, every, z, other)
-        elif memory.blocks_at_once == 1:
-            z, other = in_turn(recompute, every, z, other)
-        else:
-            for first in range(0, count, memory.blocks_at_once):
-                group = every[first : first + memory.blocks_at_once]
-                z, other = recompute(in_turn, recompute, group, z, other)
+    if not memory.recompute:
+        z, other = in_turn(_call, every, z, other)
+    elif memory.blocks_at_once == 1:
+        z, other = in_turn(kept, every, z, other)
+    else:
+        for first in range(0, count, memory.blocks_at_once):
+            group = every[first : first + memory.blocks_at_once]
+            z, other = kept(in_turn, recompute, group, z, other)
     return z.to(wide), other
 
 

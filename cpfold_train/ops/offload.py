@@ -11,39 +11,59 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 
+class Boundary:
+    """What is kept of one boundary between blocks.
+
+    Args:
+        before: the boundary before it, if any.
+    """
+
+    def __init__(self, before: Boundary | None) -> None:
+        self.before = before
+        self.kept: list[_Kept] = []
+
+    def fetch(self) -> None:
+        """Start the way back of all of it."""
+        for kept in self.kept:
+            kept.fetch()
+
+
 @contextmanager
-def kept_on_host() -> Iterator[None]:
+def kept_on_host(before: Boundary | None) -> Iterator[Boundary]:
     """Within it, tiles and MSA blocks (B, ., ., c) that are saved for the backward pass go to the host.
 
-    There they come back one ahead: while the backward pass works on a block, the boundary of the one before it is under
-    way. On a GPU both ways run beside the computation, on a stream of their own, from and to pinned memory. On CPU the
-    host is where they are already, and it costs a copy of each.
+    There they come back one boundary ahead: while the backward pass works on a block, what the one before it needs is
+    under way. On a GPU both ways run beside the computation, on a stream of their own, from and to pinned memory. On
+    CPU the host is where they are already, and it costs a copy of each.
 
-    To be wrapped around calls of :func:`~cpfold_train.ops.recompute.recompute`, which saves its arguments; what is
-    saved inside of them is not touched.
+    To be wrapped around one call of :func:`~cpfold_train.ops.recompute.recompute`, which saves its arguments; what is
+    saved inside of it is not touched.
+
+    Args:
+        before: what this gave for the call before.
     """
-    last: _Kept | None = None
+    boundary = Boundary(before)
 
     def keep(x: Tensor) -> Tensor | _Kept:
-        nonlocal last
         if x.dim() != 4:
             return x
-        last = _Kept(x, last)
-        return last
+        boundary.kept.append(_Kept(x, before))
+        return boundary.kept[-1]
 
     def bring_back(kept: Tensor | _Kept) -> Tensor:
         return kept.take() if isinstance(kept, _Kept) else kept
 
     with saved_tensors_hooks(keep, bring_back):
-        yield
+        yield boundary
 
 
 class _Kept:
-    """One tensor on the host, which knows the one that was kept before it."""
+    """One tensor on the host, which knows the boundary before its own."""
 
-    def __init__(self, x: Tensor, before: _Kept | None) -> None:
+    def __init__(self, x: Tensor, before: Boundary | None) -> None:
         self._device, self._before = x.device, before
         self._coming: Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
         self._host = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
         with _beside(x.device, waits=True):
             self._host.copy_(x, non_blocking=True)
@@ -56,13 +76,16 @@ class _Kept:
         if self._coming is None:
             with _beside(self._device, waits=False):
                 self._coming = self._host.to(self._device, non_blocking=True, copy=True)
+            if self._coming.is_cuda:
+                # What is fetched after it need not be waited for.
+                self._arrived = _stream(self._device).record_event()
 
     def take(self) -> Tensor:
-        """The tensor on its device, and the one before it started on its way."""
+        """The tensor on its device, and those of the boundary before it started on their way."""
         self.fetch()
         x, self._coming = self._coming, None
         if x.is_cuda:
-            torch.cuda.current_stream(x.device).wait_stream(_stream(x.device))
+            torch.cuda.current_stream(x.device).wait_event(self._arrived)
             x.record_stream(torch.cuda.current_stream(x.device))
         if self._before is not None:
             self._before.fetch()
