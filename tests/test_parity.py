@@ -11,6 +11,7 @@ from cpfold_train.losses.distogram import distogram_loss
 from cpfold_train.model.config import AtomConfig, MemoryConfig, ModelConfig, MSAConfig, PairformerConfig
 from cpfold_train.model.msa import MSALayer, OuterProductMean, PairWeightedAveraging
 from cpfold_train.model.pair_stack import (
+    PairStack,
     TriangleAttentionEndingNode,
     TriangleAttentionStartingNode,
     TriangleMultiplicationIncoming,
@@ -206,10 +207,10 @@ def template_features() -> dict[str, torch.Tensor]:
     }
 
 
-def train_step(cp: ContextParallel) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict]:
+def train_step(cp: ContextParallel, memory: MemoryConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict]:
     """Loss shares, gradients and placements of a small trunk: dropout on, one recycling, blocks recomputed."""
     config = ModelConfig(C_S, C_Z, 8, 1, MSA, PairformerConfig(1, 4, 0.25, 6, 2), AtomConfig(8, 4, 2, 2))
-    trunk = Trunk(config, MemoryConfig()).double()
+    trunk = Trunk(config, memory).double()
     randomise(trunk)
     feats = features(cp.grid)
     out = trunk(feats, cp, recycling_steps=1, draws=draws())
@@ -221,8 +222,8 @@ def train_step(cp: ContextParallel) -> tuple[torch.Tensor, dict[str, torch.Tenso
 
 @pytest.mark.parametrize("grid", [(1, 2), (2, 3), (3, 3), (5, 1)], ids=lambda g: f"{g[0]}x{g[1]}")
 def test_training_step_of_the_trunk(ranks, grid):
-    ((loss, grads, _),) = ranks.run(train_step, 1, 1)
-    parts = ranks.run(train_step, *grid)
+    ((loss, grads, _),) = ranks.run(train_step, 1, 1, MemoryConfig())
+    parts = ranks.run(train_step, *grid, MemoryConfig())
     torch.testing.assert_close(sum(part[0] for part in parts), loss, rtol=1e-10, atol=0)
     assert len(grads) > 50
     for name, grad in grads.items():
@@ -231,6 +232,39 @@ def test_training_step_of_the_trunk(ranks, grid):
     n = Grid(*grid).pad_tokens(N)
     for placements, shape in (parts[0][2][name] for name in ("z", "pdistogram")):
         assert placements == TILED and shape[1:3] == (n, n)
+
+
+LEVERS = (
+    MemoryConfig(recompute=False),
+    MemoryConfig(recompute_updates=True, blocks_at_once=2),
+    MemoryConfig(recompute_updates=True, offload=True),
+)
+
+
+@pytest.mark.parametrize("memory", LEVERS, ids=["all kept", "updates", "updates, on the host"])
+def test_what_the_trunk_keeps_changes_no_gradient(ranks, memory):
+    for (loss, grads, _), (expected, others, _) in zip(
+        ranks.run(train_step, 1, 2, memory), ranks.run(train_step, 1, 2, MemoryConfig())
+    ):
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(grads, others, rtol=1e-9, atol=1e-12)
+
+
+def test_recomputed_updates_keep_z_before_each_of_them(ranks):
+    """Four updates and the transition; else there are many more."""
+    assert ranks.run(tiles_kept, 1, 2, True) == [5, 5]
+    assert min(ranks.run(tiles_kept, 1, 2, False)) > 9
+
+
+def tiles_kept(cp: ContextParallel, recompute_updates: bool) -> int:
+    """Tensors of a tile's size that a pair stack keeps."""
+    stack = PairStack(C_Z, 0.0, 6, 2, recompute_updates).double()
+    z, mask = (cut(pad(x, kind, cp.grid), kind, cp.grid) for x, kind in (INPUTS["z"], INPUTS["token_mask"]))
+    kept = set()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.add((x.data_ptr(), x.numel())) or x, lambda x: x):
+        updated = stack.update_pairs(z.clone().requires_grad_(), mask, cp, None)
+    assert updated.shape == z.shape
+    return sum(size == z.numel() for _, size in kept)
 
 
 def blocks_with(cp: ContextParallel, memory: MemoryConfig) -> tuple[list[torch.Tensor], int]:
@@ -252,10 +286,11 @@ def blocks_with(cp: ContextParallel, memory: MemoryConfig) -> tuple[list[torch.T
     [
         (MemoryConfig(), 5),
         (MemoryConfig(blocks_at_once=2), 3),
+        (MemoryConfig(recompute_updates=True), 5),
         (MemoryConfig(offload=True), 0),
         (MemoryConfig(blocks_at_once=2, offload=True), 0),
     ],
-    ids=["recomputed", "two at once", "on the host", "two at once on the host"],
+    ids=["recomputed", "two at once", "updates", "on the host", "two at once on the host"],
 )
 def test_what_is_kept_between_blocks_changes_no_gradient(ranks, memory, tiles):
     kept_all = ranks.run(blocks_with, 1, 2, MemoryConfig(recompute=False))

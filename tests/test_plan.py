@@ -188,7 +188,12 @@ def test_what_is_proposed_fits_and_is_the_cheapest(monkeypatch):
 def test_what_fits_is_not_ruled_out_before_it_is_planned(monkeypatch, precision):
     """With a device that has just the memory for the plan."""
     settings = [*TINY, f"trainer.precision={precision}", "cp.grid=1x1", "crop_size=48", "model.pairformer.num_blocks=8"]
-    for lever in ("memory.recompute=true", "memory.recompute=false", "memory.residual=bf16"):
+    for lever in (
+        "memory.recompute=true",
+        "memory.recompute=false",
+        "memory.recompute_updates=true",
+        "memory.residual=bf16",
+    ):
         config = compose([*settings, lever])
         found = traced_plan(config)
         device = SimpleNamespace(memory=found / (1 - MEMORY_MARGIN))
@@ -296,9 +301,10 @@ def test_levers_are_planned_each_alone_and_together(monkeypatch, capsys):
     assert main(["plan", *settings, "--levers"]) == 0
     memories = [config.memory for config in taken]
     assert memories[0] == MemoryConfig() and memories[1] == MemoryConfig(recompute=False)
-    assert memories[2] == MemoryConfig(blocks_at_once=2) and memories[5] == MemoryConfig(samples_at_once=2)
+    assert memories[2] == MemoryConfig(blocks_at_once=2) and memories[6] == MemoryConfig(samples_at_once=2)
     assert [config.parallel.fsdp for config in taken].count(True) == 2
-    assert memories[-1] == MemoryConfig(residual="bf16", offload=True, samples_at_once=2) and taken[-1].parallel.fsdp
+    together = MemoryConfig(recompute_updates=True, residual="bf16", offload=True, samples_at_once=2)
+    assert memories[-1] == together and taken[-1].parallel.fsdp
     assert "parallel.fsdp=true" in capsys.readouterr().out
     assert main(["plan", *TINY, "--levers"]) == 2
     assert "type cp.grid=2x2" in capsys.readouterr().err

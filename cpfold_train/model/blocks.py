@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.ops.offload import Boundary, kept_on_host
-from cpfold_train.ops.recompute import recompute
+from cpfold_train.ops.recompute import call, recompute
 
 
 def run_blocks(
@@ -53,7 +53,7 @@ def run_blocks(
 
     z, every = z.to(between), range(count)
     if not memory.recompute:
-        z, other = in_turn(_call, every, z, other)
+        z, other = in_turn(call, every, z, other)
     elif memory.blocks_at_once == 1:
         z, other = in_turn(kept, every, z, other)
     else:
@@ -61,7 +61,3 @@ def run_blocks(
             group = every[first : first + memory.blocks_at_once]
             z, other = kept(in_turn, recompute, group, z, other)
     return z.to(wide), other
-
-
-def _call(function: Callable, *args) -> tuple[Tensor, Tensor]:
-    return function(*args)

@@ -16,8 +16,10 @@ class MemoryConfig:
         recompute: compute each block again in the backward pass, so that only z, s and m between blocks are kept.
         blocks_at_once: so many blocks of the MSA module or of a Pairformer are also recomputed as one: of n blocks,
             n / g + g pairs of z and s are kept instead of n, for one more forward pass.
+        recompute_updates: of a block that is recomputed keep z and m before each of their updates, and recompute each
+            update once more.
         residual: ``fp32``, or ``bf16`` for z between blocks.
-        offload: keep z between blocks in the memory of the host.
+        offload: keep z and m between blocks in the memory of the host.
         chunk_mib: size of the widest intermediate of what is computed a few rows at a time; None is 4 on CPU and 256
             on GPUs.
         samples_at_once: diffusion samples that go through the diffusion module together; None is all.
@@ -26,6 +28,7 @@ class MemoryConfig:
     auto: bool = False
     recompute: bool = True
     blocks_at_once: int = 1
+    recompute_updates: bool = False
     residual: str = "fp32"
     offload: bool = False
     chunk_mib: float | None = None

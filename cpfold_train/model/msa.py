@@ -13,6 +13,7 @@ from cpfold_train.model.pair_stack import PairStack
 from cpfold_train.ops import outer_product_mean as opm
 from cpfold_train.ops.dropout import drop_rows
 from cpfold_train.ops.pair_weighted_averaging import pair_weighted_averaging
+from cpfold_train.ops.recompute import call, recompute
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.random import Draws
 
@@ -62,13 +63,14 @@ class OuterProductMean(nn.Module):
 class MSALayer(nn.Module):
     """One block: m from z, transition of m, z from m, pair stack."""
 
-    def __init__(self, config: MSAConfig, token_z: int) -> None:
+    def __init__(self, config: MSAConfig, token_z: int, recompute_updates: bool = False) -> None:
         super().__init__()
+        self.run = recompute if recompute_updates else call
         self.msa_dropout = config.msa_dropout
         self.msa_transition = Transition(config.msa_s, 4 * config.msa_s)
         self.pair_weighted_averaging = PairWeightedAveraging(config.msa_s, token_z)
         self.pairformer_layer = PairStack(
-            token_z, config.z_dropout, config.pairwise_head_width, config.pairwise_num_heads
+            token_z, config.z_dropout, config.pairwise_head_width, config.pairwise_num_heads, recompute_updates
         )
         self.outer_product_mean = OuterProductMean(config.msa_s, token_z)
 
@@ -94,10 +96,17 @@ class MSALayer(nn.Module):
             draws: dropout of this block; None in evaluation.
         """
         sequences = cp.grid.msa_rows(m.shape[1] * cp.grid.rows)
-        update = self.pair_weighted_averaging(m, z, token_mask, cp)
-        m = m + drop_rows(update, self.msa_dropout, sequences, None if draws is None else draws.at("msa"))
+
+        def averaged(m: Tensor, z: Tensor) -> Tensor:
+            update = self.pair_weighted_averaging(m, z, token_mask, cp)
+            return m + drop_rows(update, self.msa_dropout, sequences, None if draws is None else draws.at("msa"))
+
+        def multiplied(z: Tensor, m: Tensor) -> Tensor:
+            return z + self.outer_product_mean(m, msa_mask, count, cp).to(z.dtype)
+
+        m = self.run(averaged, m, z)
         m = m + self.msa_transition(m)
-        z = z + self.outer_product_mean(m, msa_mask, count, cp).to(z.dtype)
+        z = self.run(multiplied, z, m)
         return self.pairformer_layer.update_pairs(z, token_mask, cp, draws), m
 
 
@@ -109,7 +118,9 @@ class MSAModule(nn.Module):
         self.memory = memory
         self.s_proj = linear(token_s, config.msa_s, "default")
         self.msa_proj = linear(NUM_TOKENS + 3, config.msa_s, "default")
-        self.layers = nn.ModuleList(MSALayer(config, token_z) for _ in range(config.msa_blocks))
+        self.layers = nn.ModuleList(
+            MSALayer(config, token_z, memory.recompute_updates) for _ in range(config.msa_blocks)
+        )
 
     def forward(
         self, z: Tensor, s_inputs: Tensor, feats: dict[str, Tensor], cp: ContextParallel, draws: Draws | None

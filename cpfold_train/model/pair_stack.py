@@ -15,7 +15,9 @@ from cpfold_train.ops import triangle_attention as attention
 from cpfold_train.ops import triangle_multiplication as multiplication
 from cpfold_train.ops.dropout import drop_cols, drop_rows
 from cpfold_train.ops.pair_mask import pair_mask
+from cpfold_train.ops.recompute import call, recompute
 from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.parallel.grid import Interval
 from cpfold_train.parallel.random import Draws
 
 
@@ -113,9 +115,17 @@ class TriangleAttentionEndingNode(TriangleAttention):
 class PairStack(nn.Module):
     """Triangle updates and transition of z, each added to it; the whole of Boltz's PairformerNoSeqLayer."""
 
-    def __init__(self, token_z: int, dropout: float, pairwise_head_width: int, pairwise_num_heads: int) -> None:
+    def __init__(
+        self,
+        token_z: int,
+        dropout: float,
+        pairwise_head_width: int,
+        pairwise_num_heads: int,
+        recompute_updates: bool = False,
+    ) -> None:
         super().__init__()
         self.dropout = dropout
+        self.run = recompute if recompute_updates else call
         self.tri_mul_out = TriangleMultiplicationOutgoing(token_z)
         self.tri_mul_in = TriangleMultiplicationIncoming(token_z)
         self.tri_att_start = TriangleAttentionStartingNode(token_z, pairwise_head_width, pairwise_num_heads)
@@ -135,11 +145,14 @@ class PairStack(nn.Module):
         rows, cols = cp.grid.row_tokens(n), cp.grid.col_tokens(n)
         mask = pair_mask(token_mask, cp.grid)
 
-        def at(site: str) -> Draws | None:
-            return None if draws is None else draws.at(site)
+        def updated(
+            z: Tensor, site: str, mask: Tensor, drop: Callable = drop_rows, positions: Interval = rows
+        ) -> Tensor:
+            update = getattr(self, site)(z, mask, cp)
+            return z + drop(update, self.dropout, positions, None if draws is None else draws.at(site))
 
-        z = z + drop_rows(self.tri_mul_out(z, mask, cp), self.dropout, rows, at("tri_mul_out"))
-        z = z + drop_rows(self.tri_mul_in(z, mask, cp), self.dropout, rows, at("tri_mul_in"))
-        z = z + drop_rows(self.tri_att_start(z, token_mask, cp), self.dropout, rows, at("tri_att_start"))
-        z = z + drop_cols(self.tri_att_end(z, token_mask, cp), self.dropout, cols, at("tri_att_end"))
+        z = self.run(updated, z, "tri_mul_out", mask)
+        z = self.run(updated, z, "tri_mul_in", mask)
+        z = self.run(updated, z, "tri_att_start", token_mask)
+        z = self.run(updated, z, "tri_att_end", token_mask, drop_cols, cols)
         return z + self.transition_z(z)

@@ -60,8 +60,9 @@ class PairformerLayer(PairStack):
         dropout: float,
         pairwise_head_width: int,
         pairwise_num_heads: int,
+        recompute_updates: bool = False,
     ) -> None:
-        super().__init__(token_z, dropout, pairwise_head_width, pairwise_num_heads)
+        super().__init__(token_z, dropout, pairwise_head_width, pairwise_num_heads, recompute_updates)
         self.pre_norm_s = nn.LayerNorm(token_s)
         self.attention = AttentionPairBias(token_s, token_z, num_heads)
         self.transition_s = Transition(token_s, 4 * token_s)
@@ -103,6 +104,7 @@ class PairformerModule(nn.Module):
                 config.dropout,
                 config.pairwise_head_width,
                 config.pairwise_num_heads,
+                memory.recompute_updates,
             )
             for _ in range(config.num_blocks)
         )

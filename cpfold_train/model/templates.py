@@ -22,10 +22,11 @@ from cpfold_train.parallel.random import Draws
 class TemplateStack(nn.Module):
     """The pair stacks that each template goes through."""
 
-    def __init__(self, config: TemplateConfig) -> None:
+    def __init__(self, config: TemplateConfig, recompute_updates: bool) -> None:
         super().__init__()
+        widths = config.pairwise_head_width, config.pairwise_num_heads
         self.layers = nn.ModuleList(
-            PairStack(config.template_dim, config.dropout, config.pairwise_head_width, config.pairwise_num_heads)
+            PairStack(config.template_dim, config.dropout, *widths, recompute_updates)
             for _ in range(config.template_blocks)
         )
 
@@ -49,7 +50,7 @@ class TemplateV2Module(nn.Module):
         self.z_proj = linear(token_z, dim, "default")
         self.a_proj = linear(self.NUM_BINS + 5 + 2 * NUM_TOKENS, dim, "default")
         self.u_proj = linear(dim, token_z, "default")
-        self.pairformer = TemplateStack(config)
+        self.pairformer = TemplateStack(config, memory.recompute_updates)
 
     def forward(self, z: Tensor, feats: dict[str, Tensor], cp: ContextParallel, draws: Draws | None) -> Tensor:
         """The change of z.
@@ -74,7 +75,8 @@ class TemplateV2Module(nn.Module):
             args = z, template, feats["token_pad_mask"], cp, at
             v = recompute(self._look_at, *args) if self.memory.recompute else self._look_at(*args)
             total = total + v * given[:, t, None, None, None]
-        return self.u_proj(F.relu(total))
+        # The sum is in the precision of the weights; of what is kept for the projection z's is enough.
+        return self.u_proj(F.relu(total.to(z.dtype)))
 
     def _look_at(
         self, z: Tensor, template: dict[str, Tensor], token_mask: Tensor, cp: ContextParallel, draws: Draws | None

@@ -6,6 +6,8 @@ those of a Boltz-2 checkpoint.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -17,6 +19,7 @@ from cpfold_train.model.layers import linear, normed_linear
 from cpfold_train.model.msa import MSAModule
 from cpfold_train.model.pairformer import PairformerModule
 from cpfold_train.model.templates import TemplateV2Module
+from cpfold_train.ops.offload import kept_on_host
 from cpfold_train.ops.transpose import transpose
 from cpfold_train.parallel.context import ContextParallel, to_local
 from cpfold_train.parallel.random import Draws
@@ -51,6 +54,7 @@ class Trunk(nn.Module):
     def __init__(self, config: ModelConfig, memory: MemoryConfig) -> None:
         super().__init__()
         token_s, token_z = config.token_s, config.token_z
+        self.memory = memory
         self.input_embedder = InputEmbedder(config.atoms, token_s, token_z, memory)
         self.s_init = linear(token_s, token_s, "default")
         self.z_init_1 = linear(token_s, token_z, "default")
@@ -97,8 +101,9 @@ class Trunk(nn.Module):
                     torch.clear_autocast_cache()
                 at = None if draws is None else draws.at("recycling", cycle)
                 s = s_init + self.s_recycle(self.s_norm(s))
-                z = z_init + normed_linear(z, self.z_norm, self.z_recycle)
-                z = z + self.template_module(z, feats, cp, at)
+                with kept_on_host(None) if self.memory.offload else nullcontext():
+                    z = z_init + normed_linear(z, self.z_norm, self.z_recycle)
+                    z = z + self.template_module(z, feats, cp, at)
                 # The MSA module returns all of z, so z doubles here: checkpoints are trained so.
                 z = z + self.msa_module(z, s_inputs, feats, cp, at)
                 s, z = self.pairformer_module(s, z, feats["token_pad_mask"], cp, at)

@@ -1,4 +1,4 @@
-"""What lies between recomputed blocks, kept in the memory of the host until the backward pass comes to it."""
+"""What lies between recomputed parts, kept in the memory of the host until the backward pass comes to it."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def kept_on_host(before: Boundary | None) -> Iterator[Boundary]:
     under way. On a GPU both ways run beside the computation, on a stream of their own, from and to pinned memory. On
     CPU the host is where they are already, and it costs a copy of each.
 
-    To be wrapped around one call of :func:`~cpfold_train.ops.recompute.recompute`, which saves its arguments; what is
+    To be wrapped around a call of :func:`~cpfold_train.ops.recompute.recompute`, which saves its arguments; what is
     saved inside of it is not touched.
 
     Args:
-        before: what this gave for the call before.
+        before: what this gave for the block before; None for the first.
     """
     boundary = Boundary(before)
 

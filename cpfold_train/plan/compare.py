@@ -30,6 +30,7 @@ CONFIGURATIONS = (
     "memory.residual=bf16",
     "cp.grid=1x3 crop_size=384 model.token_z=32 model.msa.msa_blocks=2 diffusion.multiplicity=8 "
     "memory.samples_at_once=2",
+    "cp.grid=1x2 crop_size=768 model.token_z=32 memory.recompute_updates=true",
     "cp.grid=2x2 crop_size=512 trainer.precision=bf16-true",
     "cp.grid=1x2 crop_size=384 model.token_z=64 model.token_s=256 model.pairformer.num_blocks=6 parallel.fsdp=true",
 )

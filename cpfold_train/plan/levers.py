@@ -31,6 +31,7 @@ def levers(config: TrainConfig, chunk_mib: int) -> dict[str, tuple[str, ...]]:
     single = (
         "memory.recompute=false",
         f"memory.blocks_at_once={group_size(config.model.pairformer.num_blocks)}",
+        "memory.recompute_updates=true",
         "memory.residual=bf16",
         "memory.offload=true",
         samples,
@@ -38,7 +39,8 @@ def levers(config: TrainConfig, chunk_mib: int) -> dict[str, tuple[str, ...]]:
         "parallel.fsdp=true",
         "trainer.precision=bf16-true",
     )
-    together = ("memory.residual=bf16", "memory.offload=true", samples, "parallel.fsdp=true")
+    exact = "memory.recompute_updates=true", "memory.offload=true", samples, "parallel.fsdp=true"
+    together = (*exact, "memory.residual=bf16")
     return {AS_IT_IS: ()} | {setting: (setting,) for setting in single} | {" ".join(together): together}
 
 

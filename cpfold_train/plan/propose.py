@@ -20,6 +20,8 @@ LEAST_SIDE = 32
 """Tokens that a rank should have of a tile's side at least: below, a grid costs more than it helps."""
 HELD_TILES = 6
 """Tiles of z that a block of the Pairformer holds at least, for its backward pass."""
+HELD_BETWEEN_UPDATES = 5
+"""Of these, where each update is recomputed."""
 
 
 def choose_memory(config: TrainConfig, grid: Grid, device: str) -> MemoryConfig:
@@ -80,6 +82,7 @@ def ladder(blocks: int, multiplicity: int) -> list[MemoryConfig]:
         {"blocks_at_once": group_size(blocks)},
         {"samples_at_once": max(1, multiplicity // 4), "chunk_mib": 64.0},
         {"offload": True},
+        {"recompute_updates": True},
         # The only one that rounds.
         {"residual": "bf16"},
     ):
@@ -120,10 +123,11 @@ def may_fit(config: TrainConfig, grid: Grid, device: str) -> bool:
     n, blocks, memory = grid.pad_tokens(config.crop_size), config.model.pairformer.num_blocks, config.memory
     item = {"bf16-true": 2, "64-true": 8}.get(config.trainer.precision, 4)
     tile = item * config.batch_size * (n // grid.rows) * (n // grid.cols) * config.model.token_z
+    held = HELD_BETWEEN_UPDATES if memory.recompute_updates else HELD_TILES
     if not memory.recompute:
-        kept = HELD_TILES * blocks
+        kept = held * blocks
     elif memory.offload:
         kept = 0
     else:
         kept = blocks / memory.blocks_at_once * (2 / item if memory.residual == "bf16" else 1)
-    return (kept + HELD_TILES) * tile <= (1 - MEMORY_MARGIN) * find_device(device, grid.world_size).memory
+    return (kept + held) * tile <= (1 - MEMORY_MARGIN) * find_device(device, grid.world_size).memory
