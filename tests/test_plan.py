@@ -184,6 +184,21 @@ def test_what_is_proposed_fits_and_is_the_cheapest(monkeypatch):
         propose.choose_memory(replace(config, crop_size=100_000), Grid(), "h100-80gb")
 
 
+def test_what_would_fit_with_fsdp_is_told(monkeypatch):
+    """On a device that is full without it."""
+
+    def full(config: TrainConfig, grid: Grid, device: str) -> Plan:
+        found = planned(config, grid, device)
+        return replace(found, memory=found.peak * (2 if config.parallel.fsdp else 1))
+
+    monkeypatch.setattr(propose, "plan", full)
+    config = compose([*TINY, "crop_size=256"])
+    with pytest.raises(ConfigError, match="type parallel\\.fsdp=true"):
+        propose.choose_memory(config, Grid(1, 2), "h100-80gb")
+    with pytest.raises(ConfigError, match="type a grid of more ranks"):
+        propose.choose_memory(config, Grid(), "h100-80gb")
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_what_fits_is_not_ruled_out_before_it_is_planned(monkeypatch, precision):
     """With a device that has just the memory for the plan."""

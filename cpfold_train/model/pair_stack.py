@@ -113,7 +113,14 @@ class TriangleAttentionEndingNode(TriangleAttention):
 
 
 class PairStack(nn.Module):
-    """Triangle updates and transition of z, each added to it; the whole of Boltz's PairformerNoSeqLayer."""
+    """Triangle updates and transition of z, each added to it; the whole of Boltz's PairformerNoSeqLayer.
+
+    Args:
+        token_z: channels of z.
+        dropout: of rows or columns of each triangle update.
+        pairwise_head_width, pairwise_num_heads: of the triangle attention.
+        recompute_updates: compute each triangle update again in the backward pass, by itself.
+    """
 
     def __init__(
         self,

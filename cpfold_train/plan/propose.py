@@ -37,12 +37,15 @@ def choose_memory(config: TrainConfig, grid: Grid, device: str) -> MemoryConfig:
         ConfigError: nothing fits.
     """
     best = first_that_fits(config, grid, device)
-    if best is None:
-        raise ConfigError(
-            f"memory=auto finds nothing that fits crop_size={config.crop_size} on cp.grid={grid} of {device}: "
-            "type a grid of more ranks or a smaller crop_size"
-        )
-    return best.config.memory
+    if best is not None:
+        return best.config.memory
+    most = ladder(config.model.pairformer.num_blocks, config.diffusion.multiplicity)[-1:]
+    shared_out = replace(config, parallel=replace(config.parallel, fsdp=True))
+    fits = grid.world_size > 1 and not config.parallel.fsdp and first_that_fits(shared_out, grid, device, most)
+    raise ConfigError(
+        f"memory=auto finds nothing that fits crop_size={config.crop_size} on cp.grid={grid} of {device}: type "
+        + ("parallel.fsdp=true" if fits else "a grid of more ranks or a smaller crop_size")
+    )
 
 
 def propose(config: TrainConfig, device: str, gpus: int, dp: int, choose: bool) -> list[Plan]:
