@@ -416,6 +416,18 @@ def test_a_run_that_has_ended_goes_on_where_more_is_asked_for(run, tmp_path, end
     assert [row["crop_size"] for row in rows_of(parts) if row["train/loss"]] == ["12", "12", "14", "16"]
 
 
+def test_an_epoch_goes_on_with_other_replicas(run, tmp_path):
+    """Two replicas make the step that one makes of two micro-batches, three of them an epoch."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    given = ("data.samples_per_epoch=6", "data.val=[]", "ckpt_path=last")
+    assert run(1, None, *given, "trainer.max_steps=5", run_dir=whole).returncode == 0
+    replicas = ("cp.grid=1x1", "dp=2", "trainer.accumulate_grad_batches=1")
+    for ranks, steps, grid in ((1, 1, ()), (2, 4, replicas), (1, 5, ())):
+        done = run(ranks, None, *given, f"trainer.max_steps={steps}", *grid, run_dir=parts)
+        assert done.returncode == 0, done.stderr
+    assert_same_rows(rows_of(parts), rows_of(whole))
+
+
 def validated(checkpoint: dict) -> tuple[float, int]:
     """The best loss of validation so far, and how many since did not improve on it."""
     states = {name.partition("{")[0]: state for name, state in checkpoint["callbacks"].items()}

@@ -166,9 +166,14 @@ class TileLoader:
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next iteration continue where :meth:`state_dict` was taken; samples before it are not read."""
+        """Let the next iteration continue where :meth:`state_dict` was taken; samples before it are not read.
+
+        With other replicas or batches that may lie within an optimizer step, which is then made as a whole.
+        """
         self.epoch = state["epoch"]
-        self.position = state["position"] // (self.batch_size * self.grid.dp)
+        self.position = min(state["position"] // (self.batch_size * self.grid.dp), self.batches)
+        if self.position < self.batches:
+            self.position -= self.position % self.accumulate
         self._steps_before = state["step"] - self.position // self.accumulate
         self._bad_in_epoch = 0
         self.resumed = True

@@ -38,6 +38,12 @@ class SaveLast(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved = trainer.global_step
+        if trainer.train_dataloader.resumed:
+            # With other replicas the epoch has other batches, of which Lightning keeps count by itself.
+            done = trainer.fit_loop.epoch_loop.batch_progress.current
+            moved = trainer.train_dataloader.position - done.ready
+            for count in ("ready", "started", "processed", "completed"):
+                setattr(done, count, getattr(done, count) + moved)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Where the last one was cut short by ``trainer.limit_train_batches`` the loader is still in it.
