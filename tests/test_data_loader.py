@@ -154,7 +154,7 @@ def test_crop_sizes_by_optimizer_step():
     list(stopped)
     list(itertools.islice(iter(stopped), 2))
     state = stopped.state_dict()
-    assert state == {"epoch": 1, "position": 2, "step": 4}
+    assert state == {"epoch": 1, "position": 2, "step": 4, "between_steps": True}
     resumed = loader(batch_size=1, **schedule)
     resumed.load_state_dict(state)
     assert [batch["crop_size"] for batch in resumed] == expected[7:]
@@ -187,6 +187,10 @@ def test_resume_with_other_replicas():
         resumed.load_state_dict(state)
         parts.append(draws(resumed))
     assert [draw for turn in zip(*parts) for draw in turn] == draws(loader(batch_size=1))[8:]
+    # Six samples are a step and a half of two replicas with two batches each.
+    resumed = loader(Grid(1, 1, 2), batch_size=1, accumulate=2)
+    resumed.load_state_dict(state | {"position": 6})
+    assert resumed.position == 2
 
 
 def test_epochs():

@@ -156,23 +156,25 @@ class TileLoader:
         if epoch != self.epoch:
             self._begin(epoch)
 
-    def state_dict(self) -> dict[str, int]:
-        """Epoch, position of the next sample over all replicas, and the optimizer steps made so far."""
+    def state_dict(self) -> dict[str, int | bool]:
+        """Epoch, position of the next sample over all replicas, the optimizer steps made so far, and whether the next
+        batch is the first of one."""
         position = self.position * self.batch_size * self.grid.dp
         return {
             "epoch": self.epoch,
             "position": position,
             "step": self._steps_before + self.position // self.accumulate,
+            "between_steps": self.position % self.accumulate == 0,
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, int | bool]) -> None:
         """Let the next iteration continue where :meth:`state_dict` was taken; samples before it are not read.
 
-        With other replicas or batches that may lie within an optimizer step, which is then made as a whole.
+        Between two optimizer steps of other replicas or batches may be amidst one, which is then made as a whole.
         """
         self.epoch = state["epoch"]
         self.position = min(state["position"] // (self.batch_size * self.grid.dp), self.batches)
-        if self.position < self.batches:
+        if state.get("between_steps") and self.position < self.batches:
             self.position -= self.position % self.accumulate
         self._steps_before = state["step"] - self.position // self.accumulate
         self._bad_in_epoch = 0
