@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import gc
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 from torch.optim import AdamW
 
 from cpfold_train.__main__ import main
+from cpfold_train.data.shards import pack_arrays, write_shard
+from cpfold_train.data.templates import Template, pack_templates
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.config import MemoryConfig, ModelConfig
@@ -24,7 +28,7 @@ from cpfold_train.training.boltz_checkpoint import read_checkpoint
 from cpfold_train.training.check_checkpoint import check_checkpoints, checkpoint_to_resume
 from cpfold_train.training.fsdp import shard_model
 from tests.test_config import compose
-from tests.test_training_runs import TINY, assert_same_curve, rows_of
+from tests.test_training_runs import ROOT, TINY, assert_same_curve, rows_of
 
 LAST = "checkpoints/last.ckpt"
 LOSSES = ("train/loss", "train/diffusion", "train/distogram", "train/pae", "grad_norm")
@@ -85,6 +89,32 @@ def test_replicas_and_untrained_parts(forked, tmp_path):
     assert_same_curve(rows, expected[1:], *LOSSES[:3], "grad_norm", "tokens")
     (optimizer,) = load_sharded(tmp_path / "c" / LAST, None)["optimizer_states"]
     assert 0 < len(optimizer["state"]) < sum(len(group["params"]) for group in optimizer["param_groups"])
+
+
+def test_replicas_with_different_numbers_of_templates(forked, tmp_path):
+    """They gather equally often nevertheless: one sample of two has three templates, the other none."""
+    draw = np.random.default_rng(0)
+
+    def template() -> Template:
+        n = 20
+        vectors = draw.normal(size=(5, n, 3)).astype(np.float32)
+        frames, known = vectors[:3].transpose(1, 0, 2), np.ones(n, bool)
+        types = draw.integers(2, 20, n).astype(np.int8)
+        return Template(np.arange(n, dtype=np.int32), types, frames, known, *vectors[3:], known)
+
+    samples = {}
+    with tarfile.open(ROOT / "tests/data/train-000000.tar") as tar:
+        for member in tar:
+            key, _, kind = member.name.partition(".")
+            samples.setdefault(key, {})[kind] = tar.extractfile(member).read()
+    second = list(samples.values())[1]
+    second["templates.npz"] = pack_arrays(pack_templates([template() for _ in range(3)]))
+    write_shard(tmp_path / "with-000000.tar", samples.items())
+    given = (f"data.train=[{tmp_path}/with-*.tar]", "data.max_templates=4", "data.augmentation.random_templates=false",
+             "data.val=[]", "trainer.max_steps=2")  # fmt: skip
+    expected = forked(1, tmp_path / "one", *given, "cp.grid=1x1", "trainer.accumulate_grad_batches=2")
+    replicas = ("cp.grid=1x1", "dp=2", "trainer.accumulate_grad_batches=1", "parallel.fsdp=true")
+    assert_same_curve(forked(2, tmp_path / "two", *given, *replicas), expected, *LOSSES)
 
 
 def held(cp: ContextParallel, config: ModelConfig) -> tuple[int, int, int]:

@@ -15,16 +15,15 @@ from cpfold_train.parallel.sharding import mesh_of, shard, shard_parameters
 from cpfold_train.training.strategy import GridStrategy
 
 BLOCKS = PairformerLayer, MSALayer, DiffusionTransformerLayer
-"""What is gathered as one, beside the blocks of the template module."""
+"""What is gathered as one. The small blocks of the template module are not among them: they run once for each template,
+of which replicas have different numbers, and all ranks must gather as often."""
 _STATES = "state_dict", "current_model_state"
 
 
 def shard_model(model: CoFolding, cp: ContextParallel) -> None:
     """Share out the parameters of a model, one block of a stack at a time."""
-    templates = list(model.trunk.template_module.pairformer.layers)
-    blocks = [module for module in model.modules() if isinstance(module, BLOCKS)] + templates
-    entrances = [(model, "sample"), (model, "judge"), *((block, "update_pairs") for block in templates)]
-    shard_parameters(model, blocks, entrances, cp)
+    blocks = [module for module in model.modules() if isinstance(module, BLOCKS)]
+    shard_parameters(model, blocks, [(model, "sample"), (model, "judge")], cp)
 
 
 class ShardedGridStrategy(GridStrategy):
