@@ -21,7 +21,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from torch.distributed import TCPStore
 
 from cpfold_train.errors import DiskFullError
-from cpfold_train.parallel.sharded_checkpoint import INDEX, remove_unfinished
+from cpfold_train.parallel.sharded_checkpoint import INDEX, load_sharded, remove_unfinished
 from cpfold_train.training.checkpoint_io import WholeCheckpointIO
 from cpfold_train.training.launcher import RankLauncher
 from cpfold_train.training.restart import StartAgain
@@ -225,6 +225,29 @@ def test_out_of_memory_in_a_job_of_a_sweep(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "job.json").read_text())["exit_code"] == 0
     assert loss == float(rows_of(tmp_path)[-1]["train/loss"])
     assert [row["skipped"] for row in rows_of(tmp_path)] == ["0", "0", "1", "1"]
+
+
+SAVES_FIRST = """
+import signal, sys, time
+from pathlib import Path
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(Path("saved").touch()))
+Path("started").touch()
+time.sleep(60)
+"""
+
+
+def test_a_sweep_that_is_to_end_ends_its_job_first(tmp_path):
+    (tmp_path / "train.py").write_text(SAVES_FIRST)
+    code = "from pathlib import Path; from cpfold_train.training.sweep import run_job; "
+    code += "run_job(Path('train.py'), [], Path('job'))"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env) as sweep:
+        while not (tmp_path / "started").exists():
+            time.sleep(0.1)
+        sweep.terminate()
+        assert sweep.wait(timeout=30) == 128 + signal.SIGTERM
+    assert (tmp_path / "saved").exists()
 
 
 @pytest.mark.slow
@@ -450,17 +473,23 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], capture_output=True, check=False)
 
 
-def test_a_full_disk(run, tmp_path, small_disk):
+@pytest.mark.parametrize("shared", ["parallel.fsdp=false", "parallel.fsdp=true"])
+def test_a_full_disk(run, tmp_path, small_disk, shared):
     """There is room for one checkpoint, and not for the next one beside it."""
-    assert run(1, None, "data.val=[]", "trainer.max_steps=1").returncode == 0
-    size = (tmp_path / "checkpoints" / "last.ckpt").stat().st_size
+    assert run(1, None, "data.val=[]", "trainer.max_steps=1", shared).returncode == 0
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    size = sum(file.stat().st_size for file in (last.rglob("*") if last.is_dir() else [last]))
     run_dir = small_disk(int(1.6 * size)) / "run"
-    process = run(2, None, "data.val=[]", run_dir=run_dir)
+    process = run(2, None, "data.val=[]", shared, run_dir=run_dir)
     assert process.returncode == 1
     assert f"error: the disk is full: {run_dir}/checkpoints/last.ckpt could not be written" in process.stderr
     assert "make room, or type another hydra.run.dir" in process.stderr
     assert "Traceback" not in process.stderr
-    assert last_checkpoint(run_dir)["global_step"] == 1
+    if shared == "parallel.fsdp=true":
+        assert load_sharded(run_dir / "checkpoints" / "last.ckpt", None)["global_step"] == 1
+        assert len(list((run_dir / "checkpoints" / "last.ckpt").iterdir())) == 2
+    else:
+        assert last_checkpoint(run_dir)["global_step"] == 1
     assert not list(run_dir.rglob("*" + PARTIAL))
     assert result_of(run_dir)["status"] == "failed"
 

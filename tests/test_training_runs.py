@@ -164,14 +164,16 @@ def test_torchrun_with_replicas_equals_accumulation(rows_2x2, tmp_path):
 
 
 def test_sweep_survives_a_failing_job(tmp_path):
-    process = train("batch_size=0,1", "cp.grid=1x1", "data.val=[]", f"hydra.sweep.dir={tmp_path}", "-m")
+    """The values that set the jobs apart have brackets, which mean colours to tables."""
+    given = ("finetune.freeze=[/x],[msa_module]", "cp.grid=1x1", "data.val=[]", "hydra.sweep.subdir=a/${hydra.job.num}")
+    process = train(*given, f"hydra.sweep.dir={tmp_path}", "-m")
     assert process.returncode == 1, process.stderr[-2000:]
-    assert "error: batch_size=0 is too small" in process.stderr
+    assert "error: finetune.freeze has /x" in process.stderr
     assert "1 of 2 jobs failed" in process.stderr
     table = process.stdout
-    assert "failed (2)" in table
-    assert "completed" in table
-    assert json.loads((tmp_path / "1" / "result.json").read_text())["status"] == "completed"
+    assert "failed (2)" in table and "finetune.freeze=[/x]" in table
+    assert "completed" in table and "finetune.freeze=[msa_module]" in table
+    assert json.loads((tmp_path / "a" / "1" / "result.json").read_text())["status"] == "completed"
 
 
 def test_sweep_as_submitted_jobs(tmp_path):

@@ -22,7 +22,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from cpfold_train.errors import DiskFullError, RunError
 from cpfold_train.parallel.sharding import sharded_empty
+from cpfold_train.whole_file import disk_full_sentence, is_disk_full
 
 INDEX = "meta.pt"
 
@@ -38,19 +40,30 @@ def save_sharded(checkpoint: dict[str, Any], path: Path) -> None:
     Args:
         checkpoint: nested dicts and lists. What in them is no DTensor is written as the first rank has it.
         path: the directory, on a file system that all ranks share.
+
+    Raises:
+        DiskFullError: where there is no room, on all ranks.
+        RunError: where it cannot be written for another reason.
     """
     shards: dict[str, Tensor] = {}
+    first_names: dict[int, str] = {}
+    same: dict[str, str] = {}
 
     def take(name: str, value: Any) -> Any:
         if not isinstance(value, DTensor):
             return value
-        shards[name] = value
+        first = first_names.setdefault(id(value), name)
+        if first == name:
+            shards[name] = value
+        else:
+            # Weights that are not trained are their own average.
+            same[name] = first
         return torch.empty(value.shape, dtype=value.dtype, device="meta")
 
     # Here and below: the import takes half as long as torch's, and checks ask for no more than whether there is one.
     import torch.distributed.checkpoint as dcp
 
-    index = {"checkpoint": _replaced(checkpoint, take)}
+    index = {"checkpoint": _replaced(checkpoint, take), "same": same}
     agreed = [(str(path), f"shards-{uuid.uuid4().hex[:8]}")]
     dist.broadcast_object_list(agreed, src=0)
     folder, index["shards"] = Path(agreed[0][0]), agreed[0][1]
@@ -58,7 +71,15 @@ def save_sharded(checkpoint: dict[str, Any], path: Path) -> None:
     if folder.is_file():
         # Of a run that did not share its parameters out: a directory cannot replace it in one step.
         target = folder.with_name(f"{folder.name}.new")
-    dcp.save(shards, storage_writer=dcp.FileSystemWriter(target / index["shards"]))
+    try:
+        dcp.save(shards, storage_writer=dcp.FileSystemWriter(target / index["shards"]))
+    except dcp.api.CheckpointException as error:
+        # It is no Exception, and all ranks have it.
+        shutil.rmtree(target / index["shards"], ignore_errors=True)
+        failures = [failure for failure, _ in error.failures.values()]
+        if any(map(is_disk_full, failures)):
+            raise DiskFullError(disk_full_sentence(folder)) from failures[0]
+        raise RunError(f"{folder} could not be written: {failures[0]!r}") from failures[0]
     if dist.get_rank() == 0:
         _publish(index, target)
         if target != folder:
@@ -102,10 +123,14 @@ def load_sharded(path: Path, mesh: DeviceMesh | None) -> dict[str, Any]:
 
     index = torch.load(path / INDEX, map_location="cpu", weights_only=False)
     wanted: dict[str, Tensor] = {}
+    # Earlier versions wrote every tensor by its own name.
+    same = index.get("same", {})
 
     def allocate(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_meta:
             return value
+        if name in same:
+            return wanted[same[name]]
         wanted[name] = torch.empty_like(value, device="cpu") if mesh is None else sharded_empty(value, mesh)
         return wanted[name]
 

@@ -17,6 +17,7 @@ from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.config import MemoryConfig, ModelConfig, MSAConfig, PairformerConfig
 from cpfold_train.model.embedding import ContactConditioning
 from cpfold_train.training.boltz_checkpoint import WEIGHTS, boltz_name, read_checkpoint, weights_of
+from cpfold_train.whole_file import whole_file
 
 LIGHTNING_VERSION = "2.5.0"
 """That of the package; Lightning reads it from a checkpoint to bring older ones up to date."""
@@ -35,14 +36,18 @@ def run(args: argparse.Namespace) -> None:
     """Write the checkpoint and say what was written.
 
     Raises:
-        ConfigError: the run has no checkpoint, or the checkpoint not all weights of the model.
+        ConfigError: the run has no checkpoint, or the checkpoint not all weights of the model; or OUT is a directory.
+        DiskFullError: where there is no room.
     """
     source = args.run / "checkpoints" / "last.ckpt" if (args.run / "checkpoints").is_dir() else args.run
+    if args.out.is_dir():
+        raise ConfigError(f"{args.out} is a directory: type the name of a file, as {args.out / 'boltz.ckpt'}")
     checkpoint = read_checkpoint(source)
     config = model_config(checkpoint, source)
     exported = boltz_checkpoint(config, checkpoint, args.weights, source)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(exported, args.out)
+    # The tensors are those of the file that was read, which OUT may be.
+    with whole_file(args.out, "wb") as file:
+        torch.save(exported, file)
     print(f"{args.out}: {args.weights} weights of {source}, step {exported['global_step']}")
     if predicts(config):
         print(f"Type: boltz predict INPUT --checkpoint {args.out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 
 from cpfold_train.data.features import NUM_BINS
@@ -36,6 +37,9 @@ def check(config: TrainConfig) -> None:
         ("diffusion.sampling_steps", config.diffusion.sampling_steps, 2),
         ("diffusion.validation_steps", config.diffusion.validation_steps or 2, 2),
         ("optim.decay_every", config.optim.decay_every, 1),
+        ("optim.weight_decay", config.optim.weight_decay, 0),
+        ("seed", config.seed, 0),
+        ("trainer.num_nodes", config.trainer.num_nodes, 1),
         ("data.max_templates", config.data.max_templates, 0),
         ("trainer.accumulate_grad_batches", config.trainer.accumulate_grad_batches, 1),
         ("trainer.log_every_n_steps", config.trainer.log_every_n_steps, 1),
@@ -46,7 +50,8 @@ def check(config: TrainConfig) -> None:
         ("early_stop.min_delta", config.early_stop.min_delta, 0),
         ("module_statistics.every_n_steps", config.module_statistics.every_n_steps, 0),
     ):
-        if value is not None and value < least:
+        # Not "less", which what is not a number never is.
+        if value is not None and not value >= least:
             raise ConfigError(f"{name}={value} is too small: type {name}={least} or more")
     _one_of("cp.algorithm", config.cp.algorithm, ALGORITHMS)
     _one_of("model.init_weights", config.model.init_weights, WEIGHTS)
@@ -65,8 +70,21 @@ def check(config: TrainConfig) -> None:
     _divides("model.atoms.atom_s", atoms.atom_s, atoms.atom_decoder_heads)
     if config.cp.timeout_s <= 0:
         raise ConfigError(f"cp.timeout_s={config.cp.timeout_s} leaves no time: type a number of seconds above 0")
-    if not 0 <= config.data.max_bad_share <= 1:
-        raise ConfigError(f"data.max_bad_share={config.data.max_bad_share} is not a share: type a number from 0 to 1")
+    drawn = config.data.augmentation
+    for name, value in (
+        ("data.max_bad_share", config.data.max_bad_share),
+        ("data.augmentation.single_sequence", drawn.single_sequence),
+        ("data.augmentation.pocket", drawn.pocket),
+        ("data.augmentation.contact", drawn.contact),
+    ):
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{name}={value} is not a share: type a number from 0 to 1")
+    if max(drawn.contact, drawn.pocket) == 1:
+        raise ConfigError(
+            "data.augmentation.contact and data.augmentation.pocket are also how likely another one follows, and with "
+            "1 there would be no end: type 0.9 or less"
+        )
+    _optimizer(config)
     check_finetune(config)
     _crop_schedule(config.data.crop_schedule)
     for source in training_sources(config.data):
@@ -77,6 +95,22 @@ def check(config: TrainConfig) -> None:
         from cpfold_train.training.dashboard import require_wandb
 
         require_wandb()
+
+
+def _optimizer(config: TrainConfig) -> None:
+    """Raise ConfigError for what AdamW, the average or Lightning's clipping does not take, or goes wrong with."""
+    optim, clip = config.optim, config.trainer.gradient_clip_algorithm
+    for name, value in (("optim.lr", optim.lr), ("optim.eps", optim.eps), ("optim.decay", optim.decay)):
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name}={value} is not a number above 0: type for example {name}=1e-4")
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        raise ConfigError(f"optim.betas={list(optim.betas)} are not two numbers from 0 on below 1: type [0.9,0.95]")
+    if not 0 <= optim.ema_decay < 1:
+        raise ConfigError(
+            f"optim.ema_decay={optim.ema_decay} is no decay: type a number below 1, as 0.999, or 0 for none"
+        )
+    if clip is not None:
+        _one_of("trainer.gradient_clip_algorithm", clip, ("norm", "value"))
 
 
 def _crop_schedule(schedule: object) -> None:

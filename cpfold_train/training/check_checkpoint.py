@@ -25,7 +25,7 @@ def check_checkpoints(ckpt_path: str | None, init_from: str | None, fsdp: bool) 
 
     Args:
         ckpt_path: to resume from: a file, or with FSDP the directory that a run with it has written.
-        init_from: of weights, a file.
+        init_from: of weights, a file, which is not read where a run resumes.
         fsdp: whether the run shares its parameters out.
     """
     if ckpt_path is not None and not (fsdp and is_sharded_checkpoint(Path(ckpt_path))):
@@ -35,7 +35,7 @@ def check_checkpoints(ckpt_path: str | None, init_from: str | None, fsdp: bool) 
             "leave it out",
             " and resume from OUT.ckpt, or parallel.fsdp=true",
         )
-    if init_from is not None:
+    if init_from is not None and ckpt_path is None:
         _require_file(
             f"model.init_from={init_from}", Path(init_from), "model.init_from=null", " and model.init_from=OUT.ckpt"
         )

@@ -28,7 +28,8 @@ def _groups(groups: object) -> None:
     """The schema cannot: Hydra sets no new key in one."""
     if groups is None:
         return
-    if not isinstance(groups, dict) or not all(type(f) in (int, float) and f > 0 for f in groups.values()):
+    factors = groups.items() if isinstance(groups, dict) else [(groups, None)]
+    if not all(isinstance(name, str) and type(f) in (int, float) and f > 0 for name, f in factors):
         raise ConfigError(
             f"finetune.lr_groups={groups} does not map patterns to factors above 0: type for example "
             "finetune.lr_groups={structure_module: 0.1}, and finetune.freeze for what is not to be trained"

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from cpfold_train.errors import ConfigError
+from cpfold_train.whole_file import whole_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,10 +33,8 @@ def run(args: argparse.Namespace) -> None:
     if args.out.is_dir():
         raise ConfigError(f"{args.out} is a directory: type the name of a file, as {args.out / 'last.ckpt'}")
     checkpoint = load_sharded(args.checkpoint, None)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    written = args.out.with_name(f"{args.out.name}.new")
-    torch.save(checkpoint, written)
-    written.replace(args.out)
+    with whole_file(args.out, "wb") as file:
+        torch.save(checkpoint, file)
     print(f"{args.out}: all of {args.checkpoint}, step {checkpoint['global_step']}")
     print(
         "predict and export-boltz read it, and a run resumes from it with ckpt_path, on any grid, with FSDP or without"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
@@ -22,6 +24,10 @@ class EarlyStop(EarlyStopping):
     def __init__(self, monitor: str, patience: int, min_delta: float) -> None:
         mode = "min" if monitor in LOWER_IS_BETTER else "max"
         super().__init__(monitor, min_delta, patience, mode=mode, check_on_train_epoch_end=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The count of a checkpoint, and the patience that is typed now."""
+        super().load_state_dict(state_dict | {"patience": self.patience})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # That of a checkpoint is why an earlier run ended.

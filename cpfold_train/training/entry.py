@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -47,6 +48,8 @@ def main() -> None:
         _composed()
     except (HydraException, OmegaConfBaseException) as error:
         _refuse(explain(error))
+    except KeyboardInterrupt:
+        _refuse("interrupted", code=128 + signal.SIGINT)
 
 
 def register() -> None:
@@ -59,8 +62,8 @@ def register() -> None:
 def _composed(config: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     if hydra_config.mode is RunMode.MULTIRUN:
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            _refuse("each rank of torchrun would run the whole sweep: type python train.py -m, which starts the ranks")
+        if "TORCHELASTIC_RUN_ID" in os.environ or (started_by_slurm() and int(os.environ["SLURM_NTASKS"]) > 1):
+            _refuse("each rank would run the whole sweep: type python train.py -m alone, which starts the ranks")
         job_dir = Path(hydra_config.runtime.output_dir)
         return sweep.run_job(ROOT / "train.py", list(hydra_config.overrides.task), job_dir)
     try:
@@ -149,6 +152,9 @@ def explain(error: Exception) -> str:
     if unknown := re.search(r"Could not override '([^']+)'", text):
         key = unknown[1]
         schema = OmegaConf.structured(TrainConfig)
+        if key in list(_keys(schema)):
+            # Hydra adds to a mapping that a recipe has made, and only what it knows.
+            return f"{key} has other keys already: type {key}=null before it to replace them"
         near = difflib.get_close_matches(key, list(_keys(schema)), n=1, cutoff=0.5)
         return f"there is no key {key}: " + (f"did you mean {near[0]}?" if near else "conf/train.yaml lists them all")
     cause = error.__cause__ or error

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from cpfold_train.errors import ConfigError
 from cpfold_train.training.boltz_checkpoint import boltz_name
@@ -64,6 +65,17 @@ def require_same(config: FinetuneConfig, checkpoint: dict[str, Any]) -> None:
             f"ckpt_path was written with other values of {' and '.join(changed)}: type the same as there, or "
             "model.init_from with that path instead of ckpt_path, which starts from its weights with a new optimizer"
         )
+
+
+def require_fit(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Raise ConfigError unless a checkpoint to resume from has just the weights of the model, in their shapes."""
+    for name in sorted(own.keys() | given.keys()):
+        shapes = [tuple(state[name].shape) if name in state else "nothing" for state in (own, given)]
+        if shapes[0] != shapes[1]:
+            raise ConfigError(
+                f"ckpt_path was written with another model: {name} is {shapes[1]} there and {shapes[0]} here: type the "
+                "sizes that resolved.yaml of that run has, or model.init_from with model.init_skip instead of ckpt_path"
+            )
 
 
 def _named(key: str, patterns: list[str], names: list[str]) -> list[str]:

@@ -20,8 +20,9 @@ from cpfold_train.parallel.random import Draws
 from cpfold_train.parallel.redistribute import all_reduce
 from cpfold_train.training.check_finetune import OF_CONFIDENCE
 from cpfold_train.training.config import CONFIDENCE, DiffusionRunConfig, FinetuneConfig, LossConfig, OptimConfig
-from cpfold_train.training.freeze import require_same
+from cpfold_train.training.freeze import require_fit, require_same
 from cpfold_train.training.learning_rates import learning_rate_factors
+from cpfold_train.training.moving_average import MovingAverage
 from cpfold_train.training.optim import adamw_with_schedule, warmup_then_steps
 from cpfold_train.training.validation import score_distances, score_structures
 
@@ -169,8 +170,14 @@ class CoFoldingModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise ConfigError where other weights are trained than in the checkpoint, or in other groups."""
+        """Raise ConfigError where the checkpoint is of another model, or other weights are trained than in it, or in
+        other groups."""
         require_same(self._finetune, checkpoint)
+        require_fit(self.state_dict(), checkpoint["state_dict"])
+        averages = any(isinstance(callback, MovingAverage) for callback in self.trainer.callbacks)
+        if "current_model_state" in checkpoint and not averages:
+            # Without an average of its own the run goes on from the weights under training.
+            checkpoint["state_dict"] = checkpoint["current_model_state"]
 
     def _losses(self, batch: Batch, recycling: int, draws: Draws) -> tuple[dict[str, DTensor], dict[str, Tensor]]:
         """What the model returns, and this rank's shares (B,) of the losses of its structures."""

@@ -22,8 +22,14 @@ def schedule_start(config: TrainConfig, run_dir: Path) -> int | None:
         return None
     if start == "checkpoint":
         # Together with ckpt_path, model.init_from is where that run began.
-        return None if config.ckpt_path else read_checkpoint(Path(config.model.init_from)).get("global_step", 0)
+        return None if config.ckpt_path else _place_in_schedule(read_checkpoint(Path(config.model.init_from)))
     return start
+
+
+def _place_in_schedule(checkpoint: dict[str, Any]) -> int:
+    """Where in its schedule the run was that wrote a checkpoint; where nothing says so, how many steps it had made."""
+    schedules = checkpoint.get("lr_schedulers") or [{}]
+    return schedules[0].get("last_epoch", checkpoint.get("global_step", 0))
 
 
 class StartSchedule(Callback):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cpfold_train.data.crop import CROPS
@@ -36,7 +36,9 @@ def _source(given: Any, data: DataConfig, name: str) -> Source:
         raise ConfigError(f"{name}={given} is not a data set: type {{shards: [my/shards/*.tar], weight: 0.5}}")
     if unknown := sorted(set(given) - set(KEYS)):
         raise ConfigError(f"{name} has a key {unknown[0]}: type only {', '.join(KEYS)}")
-    shards = [given["shards"]] if isinstance(given["shards"], str) else list(given["shards"])
+    shards = [given["shards"]] if isinstance(given["shards"], str) else given["shards"]
+    if not isinstance(shards, Sequence) or not all(isinstance(pattern, str) for pattern in shards):
+        raise ConfigError(f"{name}={given['shards']} does not list shards: type their paths, as [my/shards/*.tar]")
     weight, sampling = given.get("weight", 1.0), given.get("sampling", data.sampling)
     if not _positive(weight):
         raise ConfigError(f"{name}.weight={weight} is not a number above 0: type for example weight: 0.5")
@@ -44,7 +46,7 @@ def _source(given: Any, data: DataConfig, name: str) -> Source:
         raise ConfigError(
             f"data.sampling={sampling} is not supported: type data.sampling=" + " or data.sampling=".join(SAMPLINGS)
         )
-    return Source(shards, float(weight), sampling, crop_kinds(given.get("crop", data.crop)))
+    return Source(list(shards), float(weight), sampling, crop_kinds(given.get("crop", data.crop)))
 
 
 def crop_kinds(crop: Any) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -50,7 +51,21 @@ def run_job(train: Path, overrides: list[str], job_dir: Path) -> float:
     print(f"job {job_dir.name}: {' '.join(overrides)}", flush=True)
     # A recipe may itself ask for a sweep; the job must not start it again.
     command = [sys.executable, str(train), *overrides, "hydra.mode=RUN", f"hydra.run.dir='{job_dir}'"]
-    code = subprocess.run(command, env=env, check=False).returncode
+    process = subprocess.Popen(command, env=env)
+    asked: list[int] = []
+
+    def end(signum: int, frame: object) -> None:
+        asked.append(signum)
+        process.send_signal(signum)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        code = process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if asked:
+        # The job has saved, and there is no next one.
+        sys.exit(128 + asked[0])
     job = {"overrides": overrides, "exit_code": code, "seconds": round(time.time() - started, 1)}
     job_dir.mkdir(parents=True, exist_ok=True)
     (job_dir / _JOB).write_text(json.dumps(job) + "\n")
@@ -63,18 +78,19 @@ class Summary(Callback):
     """Hydra callback: a table of all jobs at the end of a sweep, and a failing exit code where one of them failed."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        for job in Path(config.hydra.sweep.dir).glob(f"*/{_JOB}"):
+        for job in Path(config.hydra.sweep.dir).rglob(_JOB):
             job.unlink()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from rich.console import Console
+        from rich.markup import escape
         from rich.table import Table
 
         folder = Path(config.hydra.sweep.dir)
-        dirs = sorted((path.parent for path in folder.glob(f"*/{_JOB}")), key=lambda path: (len(path.name), path.name))
+        dirs = sorted((path.parent for path in folder.rglob(_JOB)), key=lambda path: (len(path.name), str(path)))
         jobs = [json.loads((job_dir / _JOB).read_text()) for job_dir in dirs]
         shared = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
-        table = Table("job", "overrides", "status", "loss", "seconds", "peak MiB a rank", title=str(folder))
+        table = Table("job", "overrides", "status", "loss", "seconds", "peak MiB a rank", title=escape(str(folder)))
         failed = 0
         for job_dir, job in zip(dirs, jobs):
             result = read_result(job_dir)
@@ -82,8 +98,8 @@ class Summary(Callback):
             failed += not good
             loss, peaks = result.get("train/loss"), result.get("peak_memory_mib")
             table.add_row(
-                job_dir.name,
-                " ".join(override for override in job["overrides"] if override not in shared),
+                escape(str(job_dir.relative_to(folder))),
+                escape(" ".join(override for override in job["overrides"] if override not in shared)),
                 "[green]completed" if good else f"[red]failed ({job['exit_code']})",
                 "" if loss is None else f"{loss:.4f}",
                 f"{job['seconds']:.0f}",
