@@ -56,7 +56,8 @@ def refusal(monkeypatch, capsys, *arguments: str) -> str:
 
 def assert_refused(monkeypatch, capsys, argument: str, words: list[str]) -> None:
     """One sentence that has all the words."""
-    told = refusal(monkeypatch, capsys, argument)
+    recipe, _, rest = argument.partition(" ") if argument.startswith("recipe=") else ("", "", argument)
+    told = refusal(monkeypatch, capsys, *filter(None, (recipe, rest)))
     assert told.startswith("error: ")
     assert told.count("\n") == 1
     for word in words:
@@ -110,6 +111,18 @@ def test_recipe_beats_the_defaults_and_the_command_line_beats_the_recipe():
         ("diffusion.samples=0", ["diffusion.samples=1"]),
         ("optim.decay_every=0", ["optim.decay_every=1"]),
         ("trainer.accumulate_grad_batches=0", ["trainer.accumulate_grad_batches=1"]),
+        ("optim.lr=nan", ["optim.lr=1e-4"]),
+        ("optim.betas=[0.9,1.0]", ["[0.9,0.95]"]),
+        ("optim.weight_decay=-1", ["optim.weight_decay=0"]),
+        ("optim.ema_decay=1", ["a number below 1"]),
+        ("trainer.gradient_clip_algorithm=foo", ["trainer.gradient_clip_algorithm=norm"]),
+        ("trainer.num_nodes=0", ["trainer.num_nodes=1"]),
+        ("seed=-1", ["seed=0"]),
+        ("data.augmentation.contact=1", ["there would be no end"]),
+        ("data.augmentation.pocket=-1", ["from 0 to 1"]),
+        ("data.val=[{shards: [a.tar]}]", ["data.val", "type their paths"]),
+        ("data.train=[{shards: 5}]", ["data.train[0]", "type their paths"]),
+        ("recipe=finetune_boltz2_large_crop data.crop_schedule={500: 768}", ["data.crop_schedule=null before it"]),
         ("data.crop=round", ["data.crop=spatial", "data.crop=contiguous"]),
         ("data.max_msa_rows=0", ["data.max_msa_rows=1"]),
         ("trainer.precision=16-mixed", ["trainer.precision=bf16-mixed"]),

@@ -16,6 +16,7 @@ from cpfold_train.training.boltz_checkpoint import boltz_name, weights_of
 from cpfold_train.training.check import check
 from cpfold_train.training.check_finetune import HIGHER_IS_BETTER, LOWER_IS_BETTER, require_metric
 from cpfold_train.training.config import FinetuneConfig, LoRAConfig
+from cpfold_train.training.early_stop import EarlyStop
 from cpfold_train.training.freeze import choose_trained, require_same
 from cpfold_train.training.learning_rates import learning_rate_factors
 from cpfold_train.training.lora import LowRank, add_adapters, merged
@@ -265,6 +266,8 @@ def test_where_the_schedule_starts(tmp_path):
     assert start(9) == 9
     assert start(0, str(own)) is None, "a run that goes on in its directory has started already"
     assert start("checkpoint", init_from=str(tmp_path / "a.ckpt")) == 70
+    torch.save({"state_dict": {}, "global_step": 2, "lr_schedulers": [{"last_epoch": 102}]}, tmp_path / "b.ckpt")
+    assert start("checkpoint", init_from=str(tmp_path / "b.ckpt")) == 102, "it started at 100 itself"
     assert start("checkpoint", str(own), str(tmp_path / "a.ckpt")) is None
 
 
@@ -284,6 +287,7 @@ def test_another_selection_cannot_resume():
         ("finetune.lora.alpha=0", ["finetune.lora.alpha"]),
         ("finetune.lr_groups=[structure_module]", ["finetune.lr_groups={structure_module: 0.1}"]),
         ("finetune.lr_groups={structure_module: 0}", ["finetune.freeze"]),
+        ("finetune.lr_groups={0: 0.1}", ["finetune.lr_groups={structure_module: 0.1}"]),
         ("finetune.frozen=[s_init]", ["finetune.freeze"]),
         ("optim.start_step=-1", ["optim.start_step", "from 0 on"]),
         ("optim.start_step=checkpoint", ["model.init_from"]),
@@ -301,6 +305,13 @@ def test_a_frozen_confidence_module_cannot_be_watched():
     require_metric("val/loss", judged=False)
     with pytest.raises(ConfigError, match=r"early_stop\.monitor=val/plddt .* do not freeze it"):
         require_metric("val/plddt", judged=False)
+
+
+def test_patience_is_that_which_is_typed():
+    earlier, later = EarlyStop("val/loss", 1, 0.0), EarlyStop("val/loss", 5, 0.0)
+    earlier.wait_count = 1
+    later.load_state_dict(earlier.state_dict())
+    assert (later.wait_count, later.patience) == (1, 5)
 
 
 def test_early_stop_needs_its_metric():

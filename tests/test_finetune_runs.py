@@ -119,6 +119,21 @@ def test_what_is_exported_is_what_was_validated(start, forked_runs, lora, tmp_pa
     assert all(torch.equal(x, expected[name].float()) for name, x in exported.items())
 
 
+def test_a_checkpoint_may_be_exported_onto_itself(forked_runs, base, tmp_path):
+    checkpoint, file = read(base), tmp_path / "self.ckpt"
+    for key in ("state_dict", "current_model_state"):
+        checkpoint[key] = {name: x.float() for name, x in checkpoint[key].items()}
+    torch.save(checkpoint, file)
+    done = forked_runs.run(1, [str(file), str(file)], "tests.test_finetune_runs:export")
+    assert done.returncode == 0, done.stderr
+    exported = read(file)["state_dict"]
+    assert all(
+        torch.equal(exported[boltz_name(n.removeprefix("model."))], x) for n, x in checkpoint["state_dict"].items()
+    )
+    done = forked_runs.run(1, [str(base), str(tmp_path)], "tests.test_finetune_runs:export")
+    assert done.returncode == 2 and "is a directory: type the name of a file" in done.stderr
+
+
 def export() -> int:
     """``python -m cpfold_train export-boltz`` with the arguments of this process."""
     import sys
@@ -171,6 +186,36 @@ def test_the_schedule_starts_where_it_is_told(start, base, tmp_path):
     assert rates("run", f"ckpt_path={base}", start_again, "trainer.max_steps=3") == pytest.approx([1e-4])
     own = f"ckpt_path={tmp_path}/run/checkpoints/last.ckpt"
     assert rates("run", own, start_again, "trainer.max_steps=4") == pytest.approx([1e-4, 2e-4])
+
+
+def test_a_run_without_an_average_goes_on_from_the_weights_under_training(start, base, tmp_path):
+    given = ("cp.grid=1x1", "data.val=[]", "trainer.max_steps=4", f"ckpt_path={base}")
+    rows = {
+        decay: rows_of(start(1, tmp_path / decay, *given, f"optim.ema_decay={decay}"), tmp_path / decay)
+        for decay in ("0", "0.9")
+    }
+    losses, expected = ([float(row["train/loss"]) for row in rows[decay]] for decay in ("0", "0.9"))
+    assert losses == pytest.approx(expected, rel=1e-12)
+
+
+def test_what_cannot_be_resumed_is_told_in_a_sentence(start, base, tmp_path):
+    whole, exported = base.read_bytes(), read(base)
+    del exported["optimizer_states"]
+    files = {"empty": b"", "text": b"no checkpoint", "half": whole[: len(whole) // 2]}
+    for name, content in files.items():
+        (tmp_path / f"{name}.ckpt").write_bytes(content)
+    torch.save(exported, tmp_path / "weights.ckpt")
+    told = {name: f"error: ckpt_path={tmp_path}/{name}.ckpt " for name in (*files, "weights")}
+    cases = [(tmp_path / f"{name}.ckpt", sentence) for name, sentence in told.items()]
+    cases.append((base, "error: ckpt_path was written with another model: model."))
+    for path, sentence in cases:
+        other = ["model.token_z=12"] if path == base else []
+        process = start(1, tmp_path / "run", "cp.grid=1x1", "data.val=[]", f"ckpt_path={path}", *other)
+        assert process.returncode == 2, process.stderr
+        assert process.stderr.splitlines()[-1].startswith(sentence) and "Traceback" not in process.stderr
+    # Where a run resumes nothing is read from elsewhere.
+    given = ("cp.grid=1x1", "data.val=[]", "trainer.max_steps=3", f"ckpt_path={base}", "model.init_from=gone.ckpt")
+    assert start(1, tmp_path / "run", *given).returncode == 0
 
 
 def test_another_selection_does_not_resume(start, base, tmp_path):

@@ -157,8 +157,11 @@ def checkpoints(cp: ContextParallel, path: Path) -> list[list[float]]:
     for value, stopped in ((1.0, False), (2.0, True), (3.0, False)):
         x = shard(torch.arange(3.0) * value, mesh)
         sharded_checkpoint._publish = (lambda *_: None) if stopped else publish
-        save_sharded({"state": [{"x": x, 7: value}], "global_step": 0}, path)
-        read = load_sharded(path, mesh)["state"][0]
+        save_sharded({"state": [{"x": x, 7: value}], "average": {"x": x}, "global_step": 0}, path)
+        read = load_sharded(path, mesh)
+        assert torch.load(path / INDEX, weights_only=False)["same"] == {"/average/x": "/state/0/x"}
+        assert read["average"]["x"] is read["state"][0]["x"]
+        read = read["state"][0]
         found.append([*whole(read["x"]).tolist(), read[7]])
     return found
 
