@@ -70,7 +70,7 @@ def disk_full_sentence(path: Path) -> str:
     usage = shutil.disk_usage(path.parent)
     return (
         f"the disk is full: {path} could not be written, {usage.free / 2**30:.2f} of {usage.total / 2**30:.2f} GiB are "
-        f"free in {path.parent}: make room, or type another hydra.run.dir"
+        f"free in {path.parent}: make room, or write to another disk"
     )
 
 

@@ -483,7 +483,7 @@ def test_a_full_disk(run, tmp_path, small_disk, shared):
     process = run(2, None, "data.val=[]", shared, run_dir=run_dir)
     assert process.returncode == 1
     assert f"error: the disk is full: {run_dir}/checkpoints/last.ckpt could not be written" in process.stderr
-    assert "make room, or type another hydra.run.dir" in process.stderr
+    assert "make room, or write to another disk" in process.stderr
     assert "Traceback" not in process.stderr
     if shared == "parallel.fsdp=true":
         assert load_sharded(run_dir / "checkpoints" / "last.ckpt", None)["global_step"] == 1

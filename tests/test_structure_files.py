@@ -124,6 +124,33 @@ def test_round_trip(name):
     assert {each: residue[chain == each].tolist() for each in polymers} == sequences
 
 
+def pdb_lines(residues, step=1.0):
+    """ATOM records; each atom is ``step`` Angstrom from the one before it."""
+    lines = []
+    for number, residue in residues:
+        for atom in ATOMS.get(residue, PROTEIN_ATOMS):
+            serial = len(lines) + 1
+            lines.append(
+                f"ATOM  {serial:5d}  {atom:<3s} {residue} A{number:4d}    {step * serial:8.3f}{0.5:8.3f}{-1.25:8.3f}"
+                f"  1.00 20.50          {atom[0]:>2s}"
+            )
+    return lines
+
+
+def test_pdb_files_of_other_programs(tmp_path):
+    """Residues are named by their protonation, a number is left out where nothing is missing, and the date is none."""
+    lines = pdb_lines([(1, "HIE"), (2, "CYX"), (4, "HSE"), (1500, "ASH")], step=0.5)
+    head = "REVDAT   1   unknown"
+    (tmp_path / "md.pdb").write_bytes("\n".join(["REMARK \xe9", head, *lines, "END", ""]).encode("latin-1"))
+    found, left_out = read_structure(tmp_path / "md.pdb")
+    assert names_of(found)[0].tolist() == ["HIS", "CYS", "HIS", "ASP"]
+    assert not sum(left_out.values()) and found.meta["release_date"] is None
+    # Homoserine has an atom that histidine has not.
+    lines = [line.replace("  CB  HSE", "  OD  HSE") for line in lines]
+    (tmp_path / "homoserine.pdb").write_text("\n".join([*lines, "END", ""]))
+    assert "HSE" in names_of(read_structure(tmp_path / "homoserine.pdb")[0])[0].tolist()
+
+
 def test_formats_agree(tiny, tmp_path):
     """The same molecule as BinaryCIF, and as PDB with the sequence in SEQRES or left to the observed residues."""
     expected, _ = read_structure(tiny)
@@ -139,17 +166,10 @@ def test_formats_agree(tiny, tmp_path):
     np.testing.assert_array_equal(read.coords, expected.coords)
     assert names_of(read)[0].tolist() == names_of(expected)[0].tolist()
 
-    lines, serial = [], 0
-    for number, residue in [(7, "GLY"), (8, "ALA"), (11, "SER")]:
-        for atom in ATOMS.get(residue, PROTEIN_ATOMS):
-            serial += 1
-            lines.append(
-                f"ATOM  {serial:5d}  {atom:<3s} {residue} A{number:4d}    {serial:8.3f}{0.5:8.3f}{-1.25:8.3f}"
-                f"  1.00 20.50          {atom[0]:>2s}"
-            )
+    lines = pdb_lines([(7, "GLY"), (8, "ALA"), (11, "SER")])
     (tmp_path / "bare.pdb").write_text("\n".join([*lines, "END", ""]))
     bare, _ = read_structure(tmp_path / "bare.pdb")
-    assert names_of(bare)[0].tolist() == ["GLY", "ALA", "SER"]
+    assert names_of(bare)[0].tolist() == ["GLY", "ALA", "UNK", "UNK", "SER"]
     seqres = "SEQRES   1 A    6  MET GLY ALA GLY LEU SER"
     (tmp_path / "full.pdb").write_text("\n".join([seqres, *lines, "END", ""]))
     full, _ = read_structure(tmp_path / "full.pdb")

@@ -12,18 +12,21 @@ from __future__ import annotations
 import csv
 import gzip
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 
 from cpfold_train.data.align import align
 from cpfold_train.data.alignment import UNPAIRED, Alignment
-from cpfold_train.data.residues import GAP, letter_table
+from cpfold_train.data.residues import DNA, GAP, RNA, letter_table
 from cpfold_train.errors import DataError
 from cpfold_train.parallel.random import key_of
 
 SUFFIXES = (".a3m", ".csv")
 MIN_IDENTITY = 0.9
+_SAME_BASE = {RNA: str.maketrans("T", "U"), DNA: str.maketrans("U", "T")}
+"""Databases write RNA with the letters of DNA."""
 _SPECIES = (
     re.compile(r"\bOX=(\d+)"),
     re.compile(r"\bTaxID=(\d+)"),
@@ -33,9 +36,18 @@ _SPECIES = (
 _PAIRED_FILE = re.compile(r"(^|[_.-])pair(ed|ing)?([_.-]|$)")
 
 
-def chains_of(path: Path) -> tuple[str, str, str]:
-    """Read ``4hhb_AC_uniref.a3m.gz`` as entry, chain letters and label."""
+def chains_of(path: Path, entries: Collection[str] = ()) -> tuple[str, str, str]:
+    """Read ``4hhb_AC_uniref.a3m.gz`` as entry, chain letters and label.
+
+    Args:
+        entries: ids in lower case; one of them that the name begins with is the entry, which may have ``_`` in it.
+    """
     stem = Path(path.name.removesuffix(".gz")).stem
+    parts = stem.split("_")
+    for end in range(len(parts), 0, -1):
+        entry = "_".join(parts[:end]).lower()
+        if entry in entries:
+            return entry, "".join(parts[end : end + 1]), "_".join(parts[end + 1 :])
     prefix = "pdb_" if stem.lower().startswith("pdb_") else ""  # of PDB ids with more than four characters
     entry, chains, label = [*stem[len(prefix) :].split("_", 2), "", ""][:3]
     return prefix + entry.lower(), chains, label
@@ -103,7 +115,13 @@ def read_alignment(path: Path, mol_type: int, letters: str) -> Alignment:
         DataError: the file's query is another sequence, or a row has another number of columns.
     """
     sequences, keys = read_rows(path)
-    own_query = "".join(c for c in sequences[0] if c.isupper())
+    # Some programs end sequences with a stop, or write a query in lower case.
+    sequences = [sequence.rstrip("*") for sequence in sequences]
+    if sequences[0].islower():
+        sequences[0] = sequences[0].upper()
+    columns = np.frombuffer(_columns(sequences[0]), np.uint8)
+    query_columns = np.flatnonzero(columns != ord("-"))
+    own_query = columns[query_columns].tobytes().decode().translate(_SAME_BASE.get(mol_type, {}))
     place = align(own_query, letters)
     same = sum(own_query[i] == letters[p] for i, p in enumerate(place) if p >= 0)
     identity = same / max(1, min(len(own_query), len(letters)))
@@ -114,7 +132,6 @@ def read_alignment(path: Path, mol_type: int, letters: str) -> Alignment:
         )
     table = letter_table(mol_type)
     tokens, deletions = _encode(path, sequences, table)
-    query_columns = np.flatnonzero(np.frombuffer(_columns(sequences[0]), np.uint8) != ord("-"))
     tokens, deletions = _lay(tokens, deletions, query_columns, place, len(letters))
     tokens[0], deletions[0] = table[np.frombuffer(letters.encode(), np.uint8)], 0
     return Alignment(tokens, deletions, keys)

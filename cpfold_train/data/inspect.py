@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 from collections import Counter
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     """
     if min(args.crop) < 1:
         raise ConfigError("a crop has at least one token: type for example --crop 1024")
-    entries = open_shards([f"{args.shards}/*.tar" if Path(args.shards).is_dir() else args.shards])
+    entries = open_shards([f"{glob.escape(args.shards)}/*.tar" if Path(args.shards).is_dir() else args.shards])
     console = make_console()
     if args.id is None:
         console.print(samples_table(entries))

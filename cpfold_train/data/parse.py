@@ -64,7 +64,7 @@ def read_structure(path: Path, assembly: str | None = None) -> tuple[Structure, 
         elif suffix in (".cif", ".mmcif"):
             entry = read_mmcif(pdbx.CIFFile.read(io.StringIO(data.decode())).block, assembly)
         else:
-            entry = read_pdb(data.decode(), assembly)
+            entry = read_pdb(data.decode(errors="replace"), assembly)
     except DataError as error:
         raise DataError(f"{path.name}: {error}") from error
     except Exception as error:  # a broken file can fail anywhere inside the parsers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from itertools import pairwise
 from typing import Any
 
 import biotite.structure as struc
@@ -11,10 +12,24 @@ import biotite.structure.io.pdb as biotite_pdb
 import numpy as np
 
 from cpfold_train.data.align import align
-from cpfold_train.data.components import polymer_type
+from cpfold_train.data.components import component, polymer_type
 from cpfold_train.data.entry import Chain, Entry, Site, heavy, is_backbone, ligand, majority_type
+from cpfold_train.data.residues import DNA, PROTEIN, RNA
 from cpfold_train.errors import DataError
 
+_DATE = re.compile(r"(\d\d)-([A-Z]{3})-(\d\d)")
+_MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")
+_UNKNOWN = {PROTEIN: "UNK", DNA: "DN", RNA: "N"}
+_MOST_MISSING = 200
+"""Residues that a gap in the numbers stands for; a larger one is more likely where two parts were joined."""
+_BOND = 2.5
+"""Angstrom; longer than any bond between two residues."""
+_FORCE_FIELDS = {
+    **dict.fromkeys(("HIE", "HID", "HIP", "HSD", "HSE", "HSP"), "HIS"),
+    **dict.fromkeys(("CYX", "CYM"), "CYS"),
+    **{"ASH": "ASP", "GLH": "GLU", "LYN": "LYS"},
+}
+"""Residues that force fields name by their protonation."""
 _COVALENT = ("B", "BR", "C", "CL", "F", "I", "N", "O", "P", "S", "SE", "SI")
 """Elements whose bonds are covalent: CONECT lists what coordinates a metal as well."""
 
@@ -30,7 +45,7 @@ def read_pdb(text: str, assembly: str | None = None) -> Entry:
     Raises:
         DataError: no such assembly.
     """
-    atoms = heavy(_atoms(text, assembly))
+    atoms = _standard_names(heavy(_atoms(text, assembly)))
     atoms.set_annotation("row", np.arange(len(atoms)))
     entry = Entry([], _meta(text))
     seqres = _sequences(text)
@@ -44,8 +59,8 @@ def read_pdb(text: str, assembly: str | None = None) -> Entry:
             # Without SEQRES a single residue is a ligand or a free amino acid rather than a chain.
             linked = [i for i, residue in enumerate(names) if polymer_type(residue) is not None]
             linked = linked if len(linked) > 1 else []
-            sequence = [names[i] for i in linked]
-            places = dict(zip(linked, range(len(linked))))
+            sequence, found = _from_numbers(chain, starts, linked)
+            places = dict(zip(linked, found))
         else:
             linked = [i for i, residue in enumerate(names) if residue in sequence]
             matched = _match([names[i] for i in linked], numbers[linked], sequence).tolist()
@@ -77,6 +92,40 @@ def _atoms(text: str, assembly: str | None) -> struc.AtomArray:
     names = [name if copy == 0 else f"{name}-{copy + 1}" for name, copy in zip(atoms.chain_id, atoms.sym_id)]
     atoms.set_annotation("chain_id", np.array(names))
     return atoms
+
+
+def _standard_names(atoms: struc.AtomArray) -> struc.AtomArray:
+    """Residues of force fields under their own names. The dictionary has other components of some of those names,
+    which have other atoms."""
+    starts = struc.get_residue_starts(atoms, add_exclusive_stop=True)
+    for first, end in zip(starts[:-1].tolist(), starts[1:].tolist()):
+        standard = _FORCE_FIELDS.get(str(atoms.res_name[first]))
+        if standard and {*atoms.atom_name[first:end].tolist()} <= {*component(standard).names.astype(str).tolist()}:
+            atoms.res_name[first:end] = standard
+    return atoms
+
+
+def _from_numbers(chain: struc.AtomArray, starts: np.ndarray, linked: list[int]) -> tuple[list[str], list[int]]:
+    """The sequence of residues without SEQRES, and the place of each: numbers that are left out where the chain is
+    broken are residues of an unknown kind."""
+    names, numbers = (values[starts[linked]].tolist() for values in (chain.res_name, chain.res_id))
+    unknown = _UNKNOWN.get(majority_type(names))
+    ordered = all(a < b for a, b in pairwise(numbers)) and not any(chain.ins_code[starts[linked]])
+    sequence, places = [], []
+    for number, i in enumerate(linked):
+        missing = numbers[number] - numbers[number - 1] - 1 if number and ordered and unknown else 0
+        if 0 < missing <= _MOST_MISSING and not _bonded(chain, starts, linked[number - 1], i):
+            sequence += [unknown] * missing
+        places.append(len(sequence))
+        sequence.append(names[number])
+    return sequence, places
+
+
+def _bonded(chain: struc.AtomArray, starts: np.ndarray, first: int, second: int) -> bool:
+    """Whether the backbone goes on from one residue to the other."""
+    end, start = (chain[starts[i] : starts[i + 1]] for i in (first, second))
+    end, start = end[np.isin(end.atom_name, ("C", "O3'"))], start[np.isin(start.atom_name, ("N", "P"))]
+    return len(end) == len(start) == 1 and bool(struc.distance(end[0], start[0]) < _BOND)
 
 
 def _links(atoms: struc.AtomArray, chains: list[Chain]) -> list[tuple[Site, Site]]:
@@ -131,10 +180,11 @@ def _meta(text: str) -> dict[str, Any]:
             found = re.match(r" *(\d+\.?\d*)", line[22:])
             meta["resolution"] = float(found[1]) if found else None
         elif line.startswith("REVDAT   1  "):
-            day, month, year = line[13:22].split("-")
-            months = ["JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC"]
-            century = "19" if int(year) > 70 else "20"
-            meta["release_date"] = f"{century}{year}-{months.index(month) + 1:02d}-{day}"
+            if date := _DATE.fullmatch(line[13:22]):
+                day, month, year = date[1], date[2], int(date[3])
+                century = 1900 if year > 70 else 2000
+                if month in _MONTHS:
+                    meta["release_date"] = f"{century + year}-{_MONTHS.index(month) + 1:02d}-{day}"
         elif line.startswith(("ATOM", "HETATM")):
             break
     meta["title"] = " ".join(title) or None

@@ -13,6 +13,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,10 @@ from cpfold_train.data.structure import (
 from cpfold_train.data.templates import Template, unpack_templates
 from cpfold_train.data.validate import check_sample
 from cpfold_train.errors import ConfigError, DataError
+from cpfold_train.whole_file import whole_file
+
+MAX_NAME = 100
+"""Bytes of a member's name that its header in the tar has room for."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +89,17 @@ _CHAIN = {"entity": np.int16, "length": np.int32, "observed": np.int32}
 
 def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
     """Write samples (key, members by extension) and the index. The same samples give the same bytes."""
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with (
+        whole_file(path, "wb") as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
         for key, members in samples:
             for extension, data in members.items():
                 info = tarfile.TarInfo(f"{key}.{extension}")
                 info.size, info.mode = len(data), 0o644
                 tar.addfile(info, io.BytesIO(data))
-    index_path(path).write_bytes(pack_arrays(scan(path)))
+    with whole_file(index_path(path), "wb") as file:
+        file.write(pack_arrays(scan(path)))
 
 
 def index_path(tar: Path) -> Path:
@@ -120,6 +129,8 @@ def scan(path: Path) -> dict[str, np.ndarray]:
                 places.setdefault(key, {})[extension] = (member.offset_data, member.size)
                 if extension == "json":
                     metas[key] = check_version(json.load(tar.extractfile(member)))
+        if not places:
+            raise DataError("it holds no sample")
         return _columns(path.stat().st_size, metas, places)
     except DataError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
@@ -163,7 +174,9 @@ def read_indices(patterns: Sequence[str]) -> list[tuple[str, dict[str, np.ndarra
     """
     found = []
     for pattern in patterns:
-        tars = sorted(path for path in glob.glob(pattern) if path.endswith(".tar"))
+        # A path may have brackets in it.
+        matching = [pattern] if Path(pattern).is_file() else glob.glob(pattern)
+        tars = sorted(path for path in matching if path.endswith(".tar"))
         if not tars:
             raise ConfigError(
                 f"no shard matches {pattern}: type the path of existing .tar shards, or make them with "
@@ -213,7 +226,8 @@ def _entries(tar: str, index: dict[str, np.ndarray]) -> list[Entry]:
 
 def _index(tar: Path) -> dict[str, np.ndarray]:
     path = index_path(tar)
-    if path.exists():
+    # It can always be made anew, whatever has become of it.
+    with suppress(Exception):
         index = unpack_arrays(path.read_bytes())
         if index["bytes"] == tar.stat().st_size and index["format_version"] == FORMAT_VERSION:
             return index

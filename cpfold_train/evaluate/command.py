@@ -62,6 +62,9 @@ def run(args: argparse.Namespace) -> None:
         ConfigError: there is nothing to score.
         DataError: some could not be scored, after the table of the others.
     """
+    for option, file in (("--json", args.json), ("--csv", args.csv)):
+        if file and not file.parent.is_dir():
+            raise ConfigError(f"{option} {file} is in no folder that exists: make {file.parent}, or type another path")
     files = find_predictions(args.predictions)
     truths = {query.id: query for query in find_queries(args.truth)}
     rows, problems = score_all(files, truths)

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         ConfigError: an option or a path cannot work.
         DataError: inputs could not be read, after all others have been predicted.
     """
-    least = {"samples": 1, "sampling_steps": 1, "recycling_steps": 0, "max_msa_rows": 1, "crop": 1}
+    least = {"samples": 1, "sampling_steps": 2, "recycling_steps": 0, "max_msa_rows": 1, "crop": 1}
     for name, low in least.items():
         value = getattr(args, name)
         if value is not None and value < low:
@@ -57,6 +57,10 @@ def run(args: argparse.Namespace) -> None:
     queries = find_queries(args.inputs, args.msa, args.id)
     # Before the ranks meet, so that none of them has written anything yet and all choose the same.
     left = [query for query in queries if args.overwrite or not is_done(args.out, query.id)]
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {args.out} cannot be made ({error.strerror}): type another folder") from error
     if is_first_rank() and len(left) < len(queries):
         there = len(queries) - len(left)
         print(f"{there} of {len(queries)} are in {args.out} already: --overwrite predicts them again")

@@ -92,8 +92,13 @@ def start(config: DictConfig, run_dir: Path) -> None:
     if is_first_rank():
         if note := world.note():
             print(f"note: {note}", file=sys.stderr)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(config, run_dir / "resolved.yaml", resolve=True)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(config, run_dir / "resolved.yaml", resolve=True)
+        except OSError as error:
+            raise ConfigError(
+                f"hydra.run.dir={run_dir} cannot be written ({error.strerror}): type another hydra.run.dir"
+            ) from error
     again = StartAgain(run_dir) if starts_ranks(world) else None
     # Lightning takes seconds to import; a wrong key is to be told at once.
     from cpfold_train.training.run import run

@@ -16,5 +16,7 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 export OMP_NUM_THREADS=1
+# Since SLURM 22.05 srun does not take --cpus-per-task from sbatch.
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 # When one of the tasks fails, all end.
 srun --kill-on-bad-exit=1 .venv/bin/python train.py trainer.accelerator=gpu ckpt_path=last "$@"

@@ -18,6 +18,8 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 export OMP_NUM_THREADS=1
+# Since SLURM 22.05 srun does not take --cpus-per-task from sbatch.
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 # The network that the machines share, where NCCL does not find the right one by itself:
 # export NCCL_SOCKET_IFNAME=ib0
 # Tasks are numbered machine by machine, and the grid row by row. When one of them fails, all end.

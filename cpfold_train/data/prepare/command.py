@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     absent = sorted(val - {source.key for source in sources})
     if absent:
         raise ConfigError(f"no structure file for {', '.join(absent)}, which --val names: check the ids")
-    alignments = find_alignments(args.msa, args.msa_map)
+    alignments = find_alignments(args.msa, args.msa_map, {source.key for source in sources})
     templates = find_templates(args.templates)
     jobs = [
         Job(source, tuple(alignments.pop(source.key, [])), tuple(templates.pop(source.key, []))) for source in sources

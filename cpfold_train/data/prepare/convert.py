@@ -16,6 +16,7 @@ from cpfold_train.data.prepare.filters import Limits, fit_chains, unfit_entry
 from cpfold_train.data.prepare.msas import AlignmentFile, align_entities, boltz_entities
 from cpfold_train.data.prepare.sources import Source
 from cpfold_train.data.prepare.templates import TemplateFile, lay_templates
+from cpfold_train.data.shards import MAX_NAME
 from cpfold_train.data.structure import Structure, pack_arrays, pack_structure
 from cpfold_train.data.templates import pack_templates
 from cpfold_train.data.validate import check_sample
@@ -73,7 +74,10 @@ def convert(job: Job, options: Options) -> tuple[Result, dict[str, bytes]]:
     """
     result = Result(key=job.source.key, source=job.source.path.name)
     try:
-        return result, _members(job, options, result)
+        members = _members(job, options, result)
+        if any(len(f"{job.source.key}.{extension}".encode()) > MAX_NAME for extension in members):
+            raise DataError(f"{job.source.path.name} has too long a name: rename it to at most 80 letters")
+        return result, members
     except DataError as error:
         result.dropped = str(error)
     except Exception as error:  # an entry that nobody foresaw must not end the run of a hundred thousand others

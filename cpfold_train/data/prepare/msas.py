@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Collection
 from pathlib import Path
 
 from cpfold_train.data.a3m import SUFFIXES, chains_of, merge, read_alignment
@@ -17,11 +18,14 @@ AlignmentFile = tuple[Path, str]
 """An alignment and the chains that it is for: a chain's name, or the letters of several."""
 
 
-def find_alignments(folder: Path | None, table: Path | None) -> dict[str, list[AlignmentFile]]:
+def find_alignments(
+    folder: Path | None, table: Path | None, entries: Collection[str]
+) -> dict[str, list[AlignmentFile]]:
     """Alignment files by entry, from names ``ENTRY_CHAINS_LABEL`` in a folder and from a table.
 
     Args:
         table: tab-separated lines of entry, chain and path, the path as seen from the table.
+        entries: ids that are known; other files get the entry that their names begin with up to the first ``_``.
 
     Raises:
         ConfigError: the folder, the table or a file that it names does not exist.
@@ -34,7 +38,7 @@ def find_alignments(folder: Path | None, table: Path | None) -> dict[str, list[A
             )
         for path in sorted(folder.rglob("*")):
             if path.name.removesuffix(".gz").endswith(SUFFIXES):
-                entry, chains, _ = chains_of(path)
+                entry, chains, _ = chains_of(path, entries)
                 by_entry.setdefault(entry, []).append((path, chains))
     for entry, chains, path in table_rows(table, "--msa-map", ("entry", "chain", "path")):
         by_entry.setdefault(entry, []).append((path, chains))
@@ -83,8 +87,10 @@ def align_entities(
             mol_type = MOL_TYPES.index(structure.meta["chains"][asym_id]["type"])
             try:
                 found.setdefault(entity, []).append(read_alignment(path, mol_type, chain_letters(structure, asym_id)))
-            except (DataError, OSError, EOFError, ValueError) as error:
-                problems.append(str(error) if path.name in str(error) else f"{path.name}: {error}")
+            except DataError as error:
+                problems.append(str(error))
+            except Exception as error:  # a damaged file can fail anywhere in gzip, csv or numpy
+                problems.append(f"{path.name} cannot be read: {type(error).__name__}: {error}")
     return {entity: merge(alignments, depth) for entity, alignments in sorted(found.items()) if alignments}
 
 

@@ -44,8 +44,10 @@ def find_queries(inputs: Sequence[str], msa: Path | None = None, ids: Sequence[s
     Raises:
         ConfigError: there is nothing, or two of them have one name.
     """
-    listed = find_alignments(msa, None)
+    # Filled when all names are known, and looked into when a query is read.
+    listed: dict[str, list[AlignmentFile]] = {}
     queries = [query for given in inputs for query in _found(given, listed)]
+    listed.update(find_alignments(msa, None, {query.id for query in queries}))
     by_id: dict[str, Query] = {}
     for query in queries:
         other = by_id.setdefault(query.id, query)
@@ -76,7 +78,7 @@ def _found(given: str, listed: dict[str, list[AlignmentFile]]) -> Iterator[Query
         if not path.is_file():
             raise ConfigError(f"{given} does not exist: type the path of an input")
         name = entry_id(path)
-        yield Query(name, given, partial(_of_file, path, read, listed.get(name, [])))
+        yield Query(name, given, partial(_of_file, path, read, listed))
 
 
 def _reader(path: Path) -> Callable[[Path], Complex] | None:
@@ -96,10 +98,10 @@ def _of_shard(place: Place) -> Complex:
     return Complex(*read_sample(place))
 
 
-def _of_file(path: Path, read: Callable[[Path], Complex], files: list[AlignmentFile]) -> Complex:
+def _of_file(path: Path, read: Callable[[Path], Complex], listed: dict[str, list[AlignmentFile]]) -> Complex:
     given = read(path)
     problems: list[str] = []
-    alignments = align_entities(given.structure, files, MAX_ROWS, problems)
+    alignments = align_entities(given.structure, listed.get(entry_id(path), []), MAX_ROWS, problems)
     if problems:
         raise DataError(problems[0])
     return Complex(given.structure, alignments | given.alignments, given.templates, given.conditions)

@@ -64,6 +64,8 @@ def read_sequences(path: Path) -> Complex:
         raise DataError(f"{path.name}: {error}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"{path.name} cannot be read: {' '.join(str(error).split())}") from error
+    except Exception as error:  # what a person has written can have any form anywhere
+        raise DataError(f"{path.name} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _fasta(text: str) -> dict[str, Any]:
