@@ -7,7 +7,7 @@ import pytest
 
 from cpfold_train.data.a3m import chains_of, file_key, merge, read_alignment, species_key
 from cpfold_train.data.alignment import UNPAIRED, Alignment
-from cpfold_train.data.residues import GAP, PROTEIN, letter_table
+from cpfold_train.data.residues import GAP, PROTEIN, RNA, letter_table
 from cpfold_train.errors import DataError
 from tests.structures import write_a3m
 
@@ -22,6 +22,18 @@ def test_a3m_insertions(tmp_path):
     alignment = read_alignment(path, PROTEIN, "ACDE")
     np.testing.assert_array_equal(alignment.tokens[1:], [tokens_of("AC-E"), tokens_of("-CDE"), tokens_of("ACDE")])
     assert alignment.deletions.tolist() == [[0, 0, 0, 0], [0, 2, 0, 1], [2, 0, 0, 0], [0, 0, 0, 0]]
+
+
+def test_a3m_of_other_programs(tmp_path):
+    """A stop at the end, a query in lower case, RNA with the letters of DNA."""
+    path = write_a3m(tmp_path / "t_A_x.a3m", ("query", "ACDE*"), ("a", "AC-E*"))
+    assert read_alignment(path, PROTEIN, "ACDE").tokens.tolist() == [
+        tokens_of(row).tolist() for row in ("ACDE", "AC-E")
+    ]
+    path = write_a3m(tmp_path / "t_A_y.a3m", ("query", "acde"), ("a", "AghC-E"))
+    assert read_alignment(path, PROTEIN, "ACDE").deletions.tolist() == [[0, 0, 0, 0], [0, 2, 0, 0]]
+    path = write_a3m(tmp_path / "t_A_z.a3m", ("query", "TTTA"), ("a", "TUTA"))
+    assert len({*map(bytes, read_alignment(path, RNA, "UUUA").tokens)}) == 1
 
 
 def test_a3m_on_a_longer_entity(tmp_path):
@@ -87,3 +99,6 @@ def test_file_names(tmp_path):
     assert chains_of(tmp_path / "4HHB_AC_env.a3m.gz") == ("4hhb", "AC", "env")
     assert chains_of(tmp_path / "pdb_00004hhb_A_x_y.csv") == ("pdb_00004hhb", "A", "x_y")
     assert chains_of(tmp_path / "7a4d-assembly1_AB.a3m") == ("7a4d-assembly1", "AB", "")
+    known = {"my", "my_blank"}
+    assert chains_of(tmp_path / "My_blank_A_x_y.a3m", known) == ("my_blank", "A", "x_y")
+    assert chains_of(tmp_path / "my_B.a3m", known) == ("my", "B", "")

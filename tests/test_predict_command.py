@@ -86,7 +86,11 @@ def test_inputs(folder):
 
 def test_alignments_of_structure_files(folder, tmp_path):
     write_a3m(tmp_path / "tiny_A_own.a3m", ("query", "XMGSAX"), ("other", "XMG-AX"))
-    (query,) = find_queries([str(folder / "tiny.cif")], msa=tmp_path)
+    # Its name ends where the other's goes on.
+    write_a3m(tmp_path / "tiny_2_A_own.a3m", ("query", "XMGSAX"), ("other", "XMG-AX"), ("more", "X-GSAX"))
+    (tmp_path / "tiny_2.cif").write_bytes((folder / "tiny.cif").read_bytes())
+    query, other = find_queries([str(folder / "tiny.cif"), str(tmp_path / "tiny_2.cif")], msa=tmp_path)
+    assert {entity: len(rows) for entity, rows in other.read().alignments.items()} == {0: 3}
     assert {entity: len(rows) for entity, rows in query.read().alignments.items()} == {0: 2}
 
 
@@ -318,6 +322,11 @@ def test_evaluate_refuses_what_has_no_truth(folder, tmp_path, capsys):
 
 
 def test_wrong_options_are_told(capsys):
-    for options, told in ((["--samples", "0"], "--samples 0 is too small"), (["--grid", "2"], "ROWSxCOLUMNS")):
+    for options, told in (
+        (["--samples", "0"], "--samples 0 is too small"),
+        (["--grid", "2"], "ROWSxCOLUMNS"),
+        (["--sampling-steps", "1"], "type 2 or more"),
+        (["--out", SHARD], "cannot be made"),
+    ):
         assert main(["predict", "model.ckpt", SHARD, "--out", "out", "--accelerator", "cpu", *options]) == 2
         assert told in capsys.readouterr().err

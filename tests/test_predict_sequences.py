@@ -1,5 +1,7 @@
 """Sequences to predict, from FASTA and YAML."""
 
+import gzip
+
 import numpy as np
 import pytest
 
@@ -32,7 +34,8 @@ templates:
 
 @pytest.fixture
 def read(tmp_path):
-    write_a3m(tmp_path / "own.a3m", ("query", "MKSAG"), ("other", "MRSA-"))
+    own = write_a3m(tmp_path / "own.a3m", ("query", "MKSAG"), ("other", "MRSA-"))
+    (tmp_path / "cut.a3m.gz").write_bytes(gzip.compress(own.read_bytes())[:-12])
     shown = [(1, "LYS"), (2, "SER"), (3, "ALA")]
     write_mmcif(tmp_path / "shown.cif", [("X", 1, shown)], {1: [name for _, name in shown]}, {1: "polypeptide(L)"})
 
@@ -114,6 +117,8 @@ def test_a_crop_takes_its_conditions_along(read):
         (("templates:", "properties:"), "its section properties is not supported"),
         (("sequence: ACGU", "sequence: AC-U"), "other characters than letters"),
         (("- dna:", "- fat:"), "sequences holds a fat"),
+        (("sequence: ACGU", "sequence: [ACGU]"), "cannot be read: "),
+        (("msa: own.a3m", "msa: cut.a3m.gz"), "cannot be read: EOFError"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(read, change, told):

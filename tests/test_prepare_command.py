@@ -175,6 +175,14 @@ def test_an_unforeseen_entry_is_dropped(folder, tmp_path, monkeypatch):
     assert "dropped" not in entries["tiny"]
 
 
+def test_a_name_too_long_for_a_tar_is_dropped(folder, tmp_path):
+    write_tiny(folder[0] / f"{'a' * 90}.cif")
+    prepare(folder, tmp_path / "out")
+    _, entries = report_of(tmp_path / "out")
+    assert "rename it to at most 80 letters" in entries["a" * 90]["dropped"]
+    assert "dropped" not in entries["tiny"]
+
+
 def test_nothing_is_kept(folder, tmp_path, capsys):
     assert prepare(folder, tmp_path / "out", "--only", "broken,wet") == 2
     assert "error: no entry was kept: " in capsys.readouterr().err

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cpfold_train.__main__ import main
 from cpfold_train.data.shards import index_path, open_shards, read_sample, scan, write_shard
 from cpfold_train.data.structure import unpack_arrays
 from cpfold_train.errors import DataError
@@ -43,12 +44,25 @@ def test_the_index_fits_the_tar(path, tmp_path):
     stored["tokens"] = stored["tokens"] + 1
     np.savez_compressed(index_path(tar), **stored)
     assert open_shards([str(tar)]) == expected
+    for damaged in (b"", index_path(Path(path)).read_bytes()[:200]):
+        index_path(tar).write_bytes(damaged)
+        assert open_shards([str(tar)]) == expected
+
+
+def test_paths_with_brackets(tmp_path):
+    tar = tmp_path / "out [1]" / "train-000000.tar"
+    tar.parent.mkdir()
+    tar.write_bytes(Path(SHARDS[2]).read_bytes())
+    assert len(open_shards([str(tar)])) == len(open_shards([SHARDS[2]]))
+    assert main(["inspect", str(tar.parent)]) == 0
 
 
 def test_samples_of_another_format(tmp_path):
     members = {"json": json.dumps({"format_version": 1}).encode()}
     with pytest.raises(DataError, match=r"old.tar cannot be read: it has format version 1 and this program reads 2"):
         write_shard(tmp_path / "old.tar", [("a", members)])
+    with pytest.raises(DataError, match=r"empty.tar cannot be read: it holds no sample"):
+        write_shard(tmp_path / "empty.tar", [])
     (tmp_path / "no.tar").write_bytes(b"nothing" * 100)
     with pytest.raises(DataError, match=r"no.tar is not a shard that prepare wrote"):
         open_shards([str(tmp_path / "no.tar")])
