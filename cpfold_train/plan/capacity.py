@@ -112,6 +112,6 @@ def draw(cells: list[Cell], title: str, file: Path) -> None:
     axes.set_xticks(ticks, [str(n) for n in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(title="crop_size", fontsize=8)
+    figure.legend(title="crop_size", fontsize=8, loc="outside right upper")
     figure.savefig(file, dpi=110)
     plt.close(figure)
