@@ -103,6 +103,12 @@ def run(
     try:
         # Checkpoints hold optimizer, loops and loader beside tensors: read only those that you trust.
         trainer.fit(module, data, ckpt_path=config.ckpt_path, weights_only=False)
+    except SystemExit as end:
+        if not isinstance(end.__context__, KeyboardInterrupt):
+            raise
+        raise RunError(
+            f"interrupted: ckpt_path=last with hydra.run.dir={run_dir} goes on from its last checkpoint"
+        ) from None
     except Exception as error:
         sentence = strategy.fault or sentence_on(error, run_dir)
         if sentence is None:

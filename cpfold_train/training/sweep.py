@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cpfold_train.training.result_file import read_result
 
@@ -78,7 +78,7 @@ class Summary(Callback):
     """Hydra callback: a table of all jobs at the end of a sweep, and a failing exit code where one of them failed."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        for job in Path(config.hydra.sweep.dir).rglob(_JOB):
+        for job in _jobs(config):
             job.unlink()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -87,7 +87,7 @@ class Summary(Callback):
         from rich.table import Table
 
         folder = Path(config.hydra.sweep.dir)
-        dirs = sorted((path.parent for path in folder.rglob(_JOB)), key=lambda path: (len(path.name), str(path)))
+        dirs = sorted((path.parent for path in _jobs(config)), key=lambda path: (len(path.name), str(path)))
         jobs = [json.loads((job_dir / _JOB).read_text()) for job_dir in dirs]
         shared = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
         table = Table("job", "overrides", "status", "loss", "seconds", "peak MiB a rank", title=escape(str(folder)))
@@ -109,3 +109,9 @@ class Summary(Callback):
         if failed:
             print(f"{failed} of {len(dirs)} jobs failed", file=sys.stderr)
             sys.exit(1)
+
+
+def _jobs(config: DictConfig) -> list[Path]:
+    """What the jobs of a sweep have left: in the sweep's directory, as deep as ``hydra.sweep.subdir`` says."""
+    subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]
+    return list(Path(config.hydra.sweep.dir).glob("/".join(["*"] * len(Path(subdir).parts) + [_JOB])))
