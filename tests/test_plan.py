@@ -199,21 +199,24 @@ def test_what_would_fit_with_fsdp_is_told(monkeypatch):
         propose.choose_memory(config, Grid(), "h100-80gb")
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-def test_what_fits_is_not_ruled_out_before_it_is_planned(monkeypatch, precision):
+@pytest.mark.parametrize(
+    ("precision", "lever"),
+    [
+        ("32-true", "memory.recompute=true"),
+        ("bf16-true", "memory.recompute=true"),
+        ("32-true", "memory.recompute=false"),
+        ("bf16-true", "memory.recompute=false"),
+        ("32-true", "memory.recompute_updates=true"),
+        ("32-true", "memory.residual=bf16"),
+    ],
+)
+def test_what_fits_is_not_ruled_out_before_it_is_planned(monkeypatch, precision, lever):
     """With a device that has just the memory for the plan."""
     settings = [*TINY, f"trainer.precision={precision}", "cp.grid=1x1", "crop_size=48", "model.pairformer.num_blocks=8"]
-    for lever in (
-        "memory.recompute=true",
-        "memory.recompute=false",
-        "memory.recompute_updates=true",
-        "memory.residual=bf16",
-    ):
-        config = compose([*settings, lever])
-        found = traced_plan(config)
-        device = SimpleNamespace(memory=found / (1 - MEMORY_MARGIN))
-        monkeypatch.setattr(propose, "find_device", lambda *_, device=device: device)
-        assert propose.may_fit(config, Grid(), "gpu")
+    config = compose([*settings, lever])
+    device = SimpleNamespace(memory=traced_plan(config) / (1 - MEMORY_MARGIN))
+    monkeypatch.setattr(propose, "find_device", lambda *_: device)
+    assert propose.may_fit(config, Grid(), "gpu")
 
 
 def test_nothing_is_ruled_out_where_parts_are_frozen():
