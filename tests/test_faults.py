@@ -192,6 +192,7 @@ def test_out_of_memory_starts_again_by_itself(run, tmp_path):
     assert_no_process_is_left(parts)
 
 
+@pytest.mark.slow
 def test_out_of_memory_does_not_start_again_in_vain(tmp_path):
     """Rank 1 has no memory for the first step, and none again where it is to be skipped: that ends the run."""
     process = own_ranks("out_of_memory_always", tmp_path, "data.val=[]")

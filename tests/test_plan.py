@@ -203,11 +203,11 @@ def test_what_would_fit_with_fsdp_is_told(monkeypatch):
     ("precision", "lever"),
     [
         ("32-true", "memory.recompute=true"),
-        ("bf16-true", "memory.recompute=true"),
-        ("32-true", "memory.recompute=false"),
-        ("bf16-true", "memory.recompute=false"),
         ("32-true", "memory.recompute_updates=true"),
-        ("32-true", "memory.residual=bf16"),
+        pytest.param("bf16-true", "memory.recompute=true", marks=pytest.mark.slow),
+        pytest.param("32-true", "memory.recompute=false", marks=pytest.mark.slow),
+        pytest.param("bf16-true", "memory.recompute=false", marks=pytest.mark.slow),
+        pytest.param("32-true", "memory.residual=bf16", marks=pytest.mark.slow),
     ],
 )
 def test_what_fits_is_not_ruled_out_before_it_is_planned(monkeypatch, precision, lever):

@@ -176,6 +176,7 @@ def test_sweep_survives_a_failing_job(tmp_path):
     assert json.loads((tmp_path / "a" / "1" / "result.json").read_text())["status"] == "completed"
 
 
+@pytest.mark.slow
 def test_sweep_as_submitted_jobs(tmp_path):
     """Each job goes through the launcher that also submits to SLURM. Both are refused, and the table says so."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
@@ -210,7 +211,11 @@ entry.main()
     ("fault", "told"),
     [
         ("os._exit(9)", "DataLoader worker"),
-        ("raise ArithmeticError('a fault in a worker')", "ArithmeticError: a fault in a worker"),
+        pytest.param(
+            "raise ArithmeticError('a fault in a worker')",
+            "ArithmeticError: a fault in a worker",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_lost_worker_ends_all_ranks(tmp_path, fault, told):
