@@ -70,7 +70,7 @@ def serve() -> None:
 
 
 def _run(ranks: int, arguments: list[str], main: str, out: int, err: int) -> int:
-    from cpfold_train.training.launcher import listen
+    from cpfold_train.parallel.meeting import listen
 
     # A port that is only looked for can be taken by others before the ranks come to it.
     store = listen()

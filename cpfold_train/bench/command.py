@@ -15,7 +15,6 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
@@ -34,6 +33,7 @@ from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.cost import ALGORITHMS
 from cpfold_train.parallel.gather import barrier
 from cpfold_train.parallel.grid import Grid, parse_grid, squarest
+from cpfold_train.parallel.meeting import meet_in
 
 MIB = 2**20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -148,8 +148,7 @@ def _rank(rank: int, rows: int, cols: int, job: dict) -> None:
     torch.set_num_threads(job["threads"])
     return_large_tensors()
     device = torch.device(job["device"], rank) if job["device"] == "cuda" else torch.device("cpu")
-    store = dist.FileStore(f"{job['folder']}/ranks", rows * cols)
-    dist.init_process_group(dist.get_default_backend_for_device(device), store=store, rank=rank, world_size=rows * cols)
+    meet_in(Path(job["folder"]), rank, rows * cols, device)
     cp = ContextParallel(Grid(rows, cols, 1, rank), device.type, algorithm=job["algorithm"], kernels=job["kernels"])
 
     torch.manual_seed(rank)

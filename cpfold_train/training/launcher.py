@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+
+from cpfold_train.parallel.meeting import listen
 
 _PATIENCE = 25.0
 """Seconds after the end of a failed rank in which the others are to end by themselves."""
@@ -53,14 +54,6 @@ class RankLauncher(_SubprocessScriptLauncher):
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
-
-
-def listen() -> dist.TCPStore:
-    """The store at which ranks meet, on a free port that is held from now on, for as long as the store lives.
-
-    The store that ``init_process_group`` makes on rank 0 shares it, if in the same process.
-    """
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
 
 
 def _guard(processes: list[subprocess.Popen], ending: threading.Event) -> None:
