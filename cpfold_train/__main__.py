@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 
-from cpfold_train.errors import ConfigError, DataError
+from cpfold_train.errors import ConfigError, DataError, RunError
 
 SUBCOMMANDS = {
     "prepare": ("cpfold_train.data.prepare.command", "turn structure files and alignments into training shards"),
@@ -38,6 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
