@@ -14,7 +14,7 @@ import psutil
 import torch
 
 LARGE_BYTES = 5 << 20
-"""Tensors from this size on are whole tiles, not blocks of rows (``ops/by_rows.py``): they come and go once."""
+"""Tensors from this size on are whole tiles, not blocks of rows (``kernels/by_rows.py``): they come and go once."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

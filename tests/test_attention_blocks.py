@@ -9,8 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from cpfold_train.kernels import attention as blocks
 from cpfold_train.model.pair_stack import TriangleAttentionStartingNode
-from cpfold_train.ops import biased_attention as blocks
 from cpfold_train.ops.ring_attention import ring_attention
 from cpfold_train.parallel.redistribute import Route
 

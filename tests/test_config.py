@@ -103,7 +103,7 @@ def test_recipe_beats_the_defaults_and_the_command_line_beats_the_recipe():
         ("data.train=[nothing/*.tar]", ["nothing/*.tar"]),
         ("crop_size=0", ["crop_size=1"]),
         ("cp.timeout_s=0", ["cp.timeout_s"]),
-        ("kernels=triton", ["kernels=torch", "kernels=cuequivariance"]),
+        ("kernels=fast", ["kernels=auto", "kernels=triton", "kernels=cuequivariance"]),
         ("data.crop_schedule={-1: 48}", ["data.crop_schedule={1000: 768"]),
         ("data.crop_schedule=768", ["data.crop_schedule={1000: 768"]),
         ("diffusion.sampling_steps=1", ["diffusion.sampling_steps=2"]),
@@ -151,9 +151,9 @@ def test_kernels_that_cannot_run(monkeypatch):
             check(OmegaConf.to_object(compose("kernels=cuequivariance", *overrides)))
         return str(error.value)
 
-    monkeypatch.setattr("cpfold_train.training.check.find_spec", lambda name: None)
+    monkeypatch.setattr("cpfold_train.kernels.choice.find_spec", lambda name: None)
     assert "pip install -e '.[cuequivariance]'" in refused()
-    monkeypatch.setattr("cpfold_train.training.check.find_spec", lambda name: name)
+    monkeypatch.setattr("cpfold_train.kernels.choice.find_spec", lambda name: name)
     assert "type trainer.accelerator=gpu" in refused()
     assert "type trainer.precision=bf16-mixed" in refused("trainer.accelerator=gpu")
     check(

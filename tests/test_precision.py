@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cpfold_train.kernels.by_rows import by_rows
 from cpfold_train.losses.total import structure_losses
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.config import (
@@ -21,7 +22,6 @@ from cpfold_train.model.config import (
     TemplateConfig,
 )
 from cpfold_train.ops import outer_product_mean as opm
-from cpfold_train.ops.by_rows import by_rows
 from cpfold_train.ops.shares import gather_shares
 from cpfold_train.parallel.context import to_local
 from cpfold_train.training.precision import Bf16Precision

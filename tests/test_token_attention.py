@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cpfold_train.bench.simulate import LiveMemory
-from cpfold_train.ops import biased_attention as blocks
+from cpfold_train.kernels import attention as blocks
 from cpfold_train.ops.token_attention import OP, token_attention
 from cpfold_train.parallel.context import fake_world
 from cpfold_train.parallel.grid import Grid

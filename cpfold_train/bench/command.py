@@ -26,9 +26,9 @@ from cpfold_train.bench.measure import machine, measure
 from cpfold_train.bench.simulate import simulate
 from cpfold_train.bench.trunk_cases import TRUNK
 from cpfold_train.errors import ConfigError
+from cpfold_train.kernels.choice import KERNELS
 from cpfold_train.memory import return_large_tensors
 from cpfold_train.model.config import ModelConfig
-from cpfold_train.ops.biased_attention import KERNELS
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.cost import ALGORITHMS
 from cpfold_train.parallel.gather import barrier
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--algorithm", choices=ALGORITHMS, default="auto", help="of the triangle ops (default: auto, by the cost model)"
     )
-    parser.add_argument("--kernels", choices=KERNELS, default="torch", help="of triangle attention (default: torch)")
+    parser.add_argument("--kernels", choices=KERNELS[1:], default="torch", help="of the pair stack (default: torch)")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps, of which the median counts (default: 3)")
     parser.add_argument("--threads", type=int, help="threads a rank (default: cores / ranks, at least 1)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda runs one rank a GPU over NCCL")

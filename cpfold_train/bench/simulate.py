@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_iter
 from cpfold_train.bench.case import Sizes
 from cpfold_train.bench.cases import CASES
 from cpfold_train.bench.inputs import allocate_gradients, make_features, make_inputs
+from cpfold_train.kernels import attention
+from cpfold_train.kernels.by_rows import BLOCK_BYTES
 from cpfold_train.model.config import ModelConfig
-from cpfold_train.ops import biased_attention
-from cpfold_train.ops.by_rows import BLOCK_BYTES
 from cpfold_train.parallel.context import fake_world
 from cpfold_train.parallel.grid import Grid
 
@@ -73,7 +73,7 @@ def simulate(op: str, config: ModelConfig, sizes: Sizes, grid: Grid, dtype: torc
     """
     case, device = CASES[op], torch.device("cpu")
     # Every call is made in Python, block for block, and a real core's cache does not matter here.
-    biased_attention.SCORE_BYTES = BLOCK_BYTES
+    attention.SCORE_BYTES = BLOCK_BYTES
     with torch.device("meta"):
         module = case.build(config).to(dtype)
     # Some of the features decide what travels, so they have values.

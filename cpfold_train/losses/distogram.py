@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from cpfold_train.ops.by_rows import by_rows, rows_per_block
+from cpfold_train.kernels.by_rows import by_rows, rows_per_block
 from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.parallel.context import ContextParallel
 

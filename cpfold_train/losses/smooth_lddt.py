@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from cpfold_train.kernels.by_rows import rows_per_block
 from cpfold_train.model.constants import DNA, RNA
-from cpfold_train.ops.by_rows import rows_per_block
 from cpfold_train.ops.distances import distances
 from cpfold_train.ops.shares import gather_shares
 from cpfold_train.parallel.context import ContextParallel

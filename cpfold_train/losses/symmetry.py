@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cpfold_train.kernels.by_rows import in_blocks, rows_per_block
 from cpfold_train.losses.chain_symmetry import choose_copies, clearly_less, take_copies
-from cpfold_train.ops.by_rows import in_blocks, rows_per_block
 from cpfold_train.ops.distances import distances
 from cpfold_train.ops.shares import gather_shares, own_share
 from cpfold_train.ops.superpose import moments, superposition

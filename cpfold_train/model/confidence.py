@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cpfold_train.kernels.by_rows import by_rows, rows_per_block
 from cpfold_train.model.config import ConfidenceConfig, MemoryConfig, ModelConfig
 from cpfold_train.model.constants import NUM_BOND_TYPES
 from cpfold_train.model.embedding import ContactConditioning, RelativePositionEncoder
 from cpfold_train.model.layers import linear
 from cpfold_train.model.pairformer import PairformerModule
 from cpfold_train.ops.atoms_at import atoms_at
-from cpfold_train.ops.by_rows import by_rows, rows_per_block
 from cpfold_train.ops.distances import distances
 from cpfold_train.ops.transpose import transpose
 from cpfold_train.parallel.context import ContextParallel

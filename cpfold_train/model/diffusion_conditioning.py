@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cpfold_train.kernels.by_rows import by_rows, rows_per_block
 from cpfold_train.model.atom_encoder import AtomEncoder
 from cpfold_train.model.config import AtomConfig, DiffusionConfig
 from cpfold_train.model.layers import Transition, linear, normed_linear, transition
-from cpfold_train.ops.by_rows import by_rows, rows_per_block
 from cpfold_train.ops.pair_bias import pair_bias
 from cpfold_train.parallel.context import ContextParallel
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.functional import layer_norm
 
-from cpfold_train.ops.by_rows import by_rows, rows_per_block
+from cpfold_train.kernels.by_rows import by_rows, rows_per_block
 from cpfold_train.ops.linear import linear as linear_of
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cpfold_train.kernels.by_rows import by_rows, rows_per_block
 from cpfold_train.model.config import MemoryConfig, TemplateConfig
 from cpfold_train.model.constants import NUM_TOKENS
 from cpfold_train.model.layers import linear, without_autocast
 from cpfold_train.model.pair_stack import PairStack
-from cpfold_train.ops.by_rows import by_rows, rows_per_block
 from cpfold_train.ops.recompute import recompute
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.random import Draws

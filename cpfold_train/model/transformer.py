@@ -12,8 +12,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cpfold_train.kernels.by_rows import by_rows, rows_per_block
 from cpfold_train.model.layers import linear
-from cpfold_train.ops.by_rows import by_rows, rows_per_block
 from cpfold_train.ops.recompute import recompute
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from cpfold_train.ops.by_rows import rows_per_block
+from cpfold_train.kernels.by_rows import rows_per_block
 from cpfold_train.ops.recompute import recompute
 from cpfold_train.ops.window_attention import HALO, windows_of_keys, with_halo
 from cpfold_train.parallel.context import ContextParallel

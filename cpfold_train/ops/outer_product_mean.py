@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpfold_train.ops.by_rows import by_rows, rows_per_block
+from cpfold_train.kernels.by_rows import by_rows, rows_per_block
 from cpfold_train.ops.linear import linear
 from cpfold_train.ops.stream import stream
 from cpfold_train.parallel.context import ContextParallel

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from cpfold_train.ops.by_rows import by_rows, rows_per_block
+from cpfold_train.kernels.by_rows import by_rows, rows_per_block
 
 
 def pair_bias(

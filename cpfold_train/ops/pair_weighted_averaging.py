@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpfold_train.ops.by_rows import rows_per_block
+from cpfold_train.kernels.by_rows import rows_per_block
 from cpfold_train.ops.stream import stream
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import Interval, split

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cpfold_train.ops.biased_attention import score_blocks
-from cpfold_train.ops.partial_attention import partial_gradients
+from cpfold_train.kernels.attention import score_blocks
+from cpfold_train.kernels.partial_attention import partial_gradients
 from cpfold_train.ops.stream import Returning, collect, give_back, pieces_in_turn
 from cpfold_train.parallel.redistribute import Route
 

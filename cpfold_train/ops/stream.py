@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cpfold_train.ops.by_rows import autocast_state, block_gradients, in_blocks
+from cpfold_train.kernels.by_rows import autocast_state, block_gradients, in_blocks
 from cpfold_train.parallel.redistribute import Route
 
 Step = Callable[..., Tensor]
@@ -37,7 +37,7 @@ def stream(
         sources: sharded tensors of which pieces are fetched.
         dim: where the parts are joined; None adds them up.
         inputs: tensors (B, r, ...) whose rows each step treats independently; its result has the same rows.
-        rows: how many of them a step gets at a time, as in :func:`~cpfold_train.ops.by_rows.by_rows`.
+        rows: how many of them a step gets at a time, as in :func:`~cpfold_train.kernels.by_rows.by_rows`.
 
     Returns:
         The sum, or the parts joined along ``dim``.

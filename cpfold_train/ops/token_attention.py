@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from cpfold_train.ops.partial_attention import partial_attention, partial_gradients
+from cpfold_train.kernels.partial_attention import partial_attention, partial_gradients
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import Interval, split
 from cpfold_train.parallel.layouts import col_parts

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from cpfold_train.ops.by_rows import rows_per_block
+from cpfold_train.kernels.by_rows import rows_per_block
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import ATOM_WINDOW, split
 from cpfold_train.parallel.layouts import in_one_dim

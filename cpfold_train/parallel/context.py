@@ -57,7 +57,8 @@ class ContextParallel:
         all: every rank of the replica.
         ledger: what this rank sent and waited for.
         algorithm: how the triangle ops communicate.
-        kernels: what computes the attention within complete rows.
+        kernels: what computes attention and the local parts of the pair stack: ``torch``, ``triton`` or
+            ``cuequivariance``.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class ContextParallel:
             device_type: ``"cpu"`` or ``"cuda"``.
             timeout: how long an exchange may take before it is an error.
             algorithm: ``alltoall``, ``ring`` or ``auto`` for the triangle ops; see :mod:`cpfold_train.parallel.cost`.
-            kernels: ``torch`` or ``cuequivariance``; see :mod:`cpfold_train.ops.biased_attention`.
+            kernels: ``torch``, ``triton`` or ``cuequivariance``; see :mod:`cpfold_train.kernels.choice`.
         """
         if not dist.is_initialized():
             backend = dist.get_default_backend_for_device(device_type)

@@ -18,8 +18,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from cpfold_train.kernels import attention, by_rows, partial_attention
 from cpfold_train.losses import smooth_lddt
-from cpfold_train.ops import biased_attention, by_rows, offload, partial_attention, ring_attention, window_attention
+from cpfold_train.ops import offload, ring_attention, window_attention
 from cpfold_train.parallel import redistribute
 from cpfold_train.parallel.redistribute import Box
 from cpfold_train.parallel.sharding import SharedParameter
@@ -53,13 +54,13 @@ def two_blocks_for_all(tracer: Tracer) -> Iterator[None]:
             with tracer.times(left / min(left, rows)):
                 yield next(found)
 
-    _near_pairs, scores = smooth_lddt._near_pairs, shortened(biased_attention.score_blocks)
+    _near_pairs, scores = smooth_lddt._near_pairs, shortened(attention.score_blocks)
     with ExitStack() as stack:
         for module, name, function in (
             (by_rows, "_blocks", shortened(by_rows._blocks)),
             (window_attention, "_blocks", shortened(window_attention._blocks)),
             (smooth_lddt, "_near_pairs", near_pairs),
-            *((module, "score_blocks", scores) for module in (biased_attention, partial_attention, ring_attention)),
+            *((module, "score_blocks", scores) for module in (attention, partial_attention, ring_attention)),
         ):
             stack.enter_context(mock.patch.object(module, name, function))
         yield

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from importlib.util import find_spec
 
 from cpfold_train.data.features import NUM_BINS
 from cpfold_train.data.sampling import open_source
 from cpfold_train.errors import ConfigError
+from cpfold_train.kernels.choice import KERNELS, PACKAGES, is_installed
 from cpfold_train.model.config import RESIDUALS
-from cpfold_train.ops.biased_attention import KERNELS
 from cpfold_train.parallel.cost import ALGORITHMS
 from cpfold_train.training.boltz_checkpoint import WEIGHTS
 from cpfold_train.training.check_checkpoint import check_checkpoints
@@ -58,8 +57,8 @@ def check(config: TrainConfig) -> None:
     _one_of("memory.residual", config.memory.residual, RESIDUALS)
     if config.memory.offload and not config.memory.recompute:
         raise ConfigError("memory.offload=true is for what lies between recomputed blocks: type memory.recompute=true")
-    if config.kernels == "cuequivariance":
-        _require_cuequivariance(config)
+    if config.kernels in ("triton", "cuequivariance"):
+        _require_installed(config)
     check_kernels(config)
     check_precision(config.trainer)
     _one_of("model.num_bins", config.model.num_bins, (NUM_BINS,))
@@ -126,21 +125,22 @@ def _crop_schedule(schedule: object) -> None:
             )
 
 
-def _require_cuequivariance(config: TrainConfig) -> None:
-    """Raise ConfigError where its kernels cannot run on this machine."""
-    if find_spec("cuequivariance_torch") is None:
-        raise ConfigError(
-            "kernels=cuequivariance needs the cuequivariance_torch package: type pip install -e '.[cuequivariance]', "
-            "or kernels=torch"
-        )
+def _require_installed(config: TrainConfig) -> None:
+    """Raise ConfigError where kernels that were asked for cannot run on this machine."""
+    kernels = config.kernels
+    if not is_installed(kernels):
+        how = {"triton": "pip install triton", "cuequivariance": "pip install -e '.[cuequivariance]'"}[kernels]
+        raise ConfigError(f"kernels={kernels} needs the {PACKAGES[kernels]} package: type {how}, or kernels=auto")
     if config.trainer.accelerator == "cpu":
-        raise ConfigError("kernels=cuequivariance needs GPUs: type trainer.accelerator=gpu, or kernels=torch")
+        raise ConfigError(f"kernels={kernels} needs GPUs: type trainer.accelerator=gpu, or kernels=torch")
 
 
 def check_kernels(config: TrainConfig) -> None:
-    """Raise ConfigError for kernels that there are not, and for cuEquivariance's in full fp32: there they have no
-    backward pass."""
+    """Raise ConfigError for kernels that there are not, for cuEquivariance's in full fp32, where they have no backward
+    pass, and for Triton's in fp64, which they do not have."""
     _one_of("kernels", config.kernels, KERNELS)
+    if config.kernels == "triton" and config.trainer.precision == "64-true":
+        raise ConfigError("kernels=triton has no fp64: type trainer.precision=32-true, or kernels=torch")
     if config.kernels == "cuequivariance" and config.trainer.precision not in IN_BF16:
         raise ConfigError(
             f"kernels=cuequivariance does not train in trainer.precision={config.trainer.precision}: "

@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressB
 from lightning.pytorch.loggers import Logger
 
 from cpfold_train.errors import RunError
+from cpfold_train.kernels.by_rows import set_block_bytes
 from cpfold_train.memory import return_large_tensors
-from cpfold_train.ops.by_rows import set_block_bytes
 from cpfold_train.training.boltz_checkpoint import initialise
 from cpfold_train.training.check_finetune import require_metric
 from cpfold_train.training.config import TrainConfig

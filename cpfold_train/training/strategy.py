@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
 
+from cpfold_train.kernels.choice import Choice, capability_of, choose_kernels
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.sharded_checkpoint import INDEX
@@ -30,15 +31,17 @@ class GridStrategy(Watched, DDPStrategy):
         dp: number of replicas.
         timeout: how long a rank may wait for another before that is an error.
         algorithm: how the triangle ops communicate.
-        kernels: what computes the attention within complete rows.
+        kernels: what computes attention and the local parts of the pair stack; see :mod:`cpfold_train.kernels.choice`.
         kwargs: for ``DDPStrategy``.
 
     Attributes:
         grid: its geometry.
         cp: the running grid, from ``setup_distributed`` on.
+        kernels: the kernels that were chosen, and why, from then on.
     """
 
     cp: ContextParallel
+    kernels: Choice
 
     def __init__(
         self, rows: int, cols: int, dp: int, timeout: timedelta, algorithm: str, kernels: str, **kwargs: Any
@@ -55,7 +58,9 @@ class GridStrategy(Watched, DDPStrategy):
     def setup_distributed(self) -> None:
         super().setup_distributed()
         self.grid = replace(self.grid, rank=self.global_rank)
-        self.cp = ContextParallel(self.grid, self.root_device.type, self._timeout, self._algorithm, self._kernels)
+        device, precision = self.root_device, str(self.precision_plugin.precision)
+        self.kernels = choose_kernels(self._kernels, device.type, precision, capability_of(device))
+        self.cp = ContextParallel(self.grid, device.type, self._timeout, self._algorithm, self.kernels.name)
         self.start_watch()
 
     @property

@@ -2,7 +2,7 @@
 
 Over the keys that are at hand, the softmax is complete; with it goes the logarithm of its denominator. Two such results
 merge by these logarithms, and given the merged one the gradients of each part are the part's own affair. As in
-:mod:`cpfold_train.ops.biased_attention`, which is for all keys at once, the scores are never kept.
+:mod:`cpfold_train.kernels.attention`, which is for all keys at once, the scores are never kept.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpfold_train.ops.biased_attention import score_blocks
+from cpfold_train.kernels.attention import score_blocks
 
 
 def partial_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

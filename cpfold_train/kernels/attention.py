@@ -14,9 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cpfold_train.ops.by_rows import rows_per_block
+from cpfold_train.kernels.by_rows import rows_per_block
 
-KERNELS = ("torch", "cuequivariance")
 SCORE_BYTES = 1 << 19
 """Scores that a CPU thread takes at a time: it goes over them ten times, so they should fit in its core's cache."""
 
@@ -28,8 +27,8 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, kernels: str
         q: (B, r, h, M, d) queries, already scaled.
         k, v: (B, r, h, N, d).
         bias: (B, h, M, N), the same for all r rows; very negative where a key is masked.
-        kernels: one of ``KERNELS``. The cuEquivariance package works on CUDA tensors only; its limits on d and dtype
-            are those of ``cuequivariance_torch.triangle_attention``.
+        kernels: ``torch``, ``triton`` or ``cuequivariance``. The cuEquivariance package works on CUDA tensors only; its
+            limits on d and dtype are those of ``cuequivariance_torch.triangle_attention``.
 
     Returns:
         (B, r, h, M, d).

@@ -1,0 +1,46 @@
+"""What each fused kernel computes and moves, for whoever counts a step without running it.
+
+Kernels are operators of torch in the namespace ``cpfold`` (``torch.library.custom_op``), each with a fake
+implementation, so that shapes, memory and order of a step are those of a real one under ``FakeTensorMode``. What torch
+cannot know, their arithmetic, is told here, beside the operator's definition::
+
+    @work("attention")
+    def _(q, k, v, bias, out) -> Work: ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+NAMESPACE = "cpfold"
+
+
+class Work(NamedTuple):
+    """Of one launch.
+
+    Attributes:
+        flops: operations of its matrix products.
+        exps: exponentials; on Hopper they bound attention of narrow heads.
+        moved_bytes: read from and written to the device's memory; None: each argument and each result once.
+        launches: CUDA kernels that it starts.
+    """
+
+    flops: float
+    exps: float = 0.0
+    moved_bytes: float | None = None
+    launches: int = 1
+
+
+WORK: dict[str, Callable[..., Work]] = {}
+"""By name of the operator, without namespace. Functions get the operator's arguments and, last, its result."""
+
+
+def work(name: str) -> Callable[[Callable[..., Work]], Callable[..., Work]]:
+    """Say what the operator ``cpfold::name`` does."""
+
+    def register(function: Callable[..., Work]) -> Callable[..., Work]:
+        WORK[name] = function
+        return function
+
+    return register
