@@ -39,10 +39,12 @@ def wide(x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 
 LAUNCHES = [
-    Launch("product", product, {"a_ptr": "*bf16", "b_ptr": "*bf16", "out_ptr": "*fp32", "n": "i32"}, {"BLOCK": 64}, 4, 3),
+    Launch(
+        "product", product, {"a_ptr": "*bf16", "b_ptr": "*bf16", "out_ptr": "*fp32", "n": "i32"}, {"BLOCK": 64}, 4, 3
+    ),
     Launch("summed", summed, {"x_ptr": "*fp32", "out_ptr": "*fp32"}, {"BLOCK": 256}, 4, 1),
     Launch("wide", wide, {"x_ptr": "*fp32", "out_ptr": "*fp32"}, {"BLOCK": 16384}, 1, 1),
-]  # fmt: skip
+]
 
 if __name__ == "__main__":
     print(json.dumps([asdict(compiled(launch, arch)) for arch in sys.argv[1:] for launch in LAUNCHES]))

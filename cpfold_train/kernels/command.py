@@ -9,7 +9,7 @@ from dataclasses import asdict
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 
 from cpfold_train.kernels.compiled import ARCHITECTURES, KIB, Compiled, compiled, launches, require_compiler
 
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
 def _show(found: list[Compiled], arch: str) -> None:
     limit = ARCHITECTURES[arch].shared_block // KIB
     table = Table(
-        "kernel", "warps", "regs", "spills", "KiB", "blocks", "bound by", "matrix", "exp", "atomics", "loop",
+        Column("kernel", overflow="fold"), "warps", "regs", "spills", "KiB", "blocks", "matrix", "exp", "atomics", "loop",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         title=f"Triton's kernels as compiled for {arch}",
@@ -54,7 +54,6 @@ def _show(found: list[Compiled], arch: str) -> None:
             f"{one.stores_spilled}+{one.loads_spilled}",
             f"{one.shared_bytes / KIB:.0f}",
             str(one.blocks),
-            one.bound,
             ", ".join(f"{count} {name}" for name, count in one.matrix.items()) or "0",
             str(one.exponentials),
             str(one.atomics),
