@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> None:
 def _show(found: list[Compiled], arch: str) -> None:
     limit = ARCHITECTURES[arch].shared_block // KIB
     table = Table(
-        Column("kernel", overflow="fold"), "warps", "regs", "spills", "KiB", "blocks", "matrix", "exp", "atomics", "loop",
+        Column("kernel", overflow="fold"), "warps", "regs", "spills", "KiB", "blocks", "matrix", "exp", "atomics",
+        "loop",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         title=f"Triton's kernels as compiled for {arch}",
