@@ -64,6 +64,7 @@ def trace_step(
     seconds: Seconds,
     on_host: bool,
     large_bytes: int = LARGE_BYTES,
+    device: str = "cpu",
 ) -> Trace:
     """One micro-batch and one step of the optimizer, as they are from the second step on.
 
@@ -74,6 +75,7 @@ def trace_step(
         seconds: what a kernel takes.
         on_host: whether it runs on CPU, where memory of small tensors is kept when they are freed.
         large_bytes: size from which on they are not small; see :mod:`cpfold_train.memory`.
+        device: type of the device that the tensors say they are on.
     """
     chunk_mib = config.memory.chunk_mib
     block_bytes = int(chunk_mib * 2**20) if chunk_mib else None if on_host else GPU_BLOCK_BYTES
@@ -89,7 +91,7 @@ def trace_step(
     tracer = Tracer(seconds, large_bytes if on_host else 0)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with (
-        fake_world(grid, config.cp.algorithm, config.kernels) as cp,
+        fake_world(grid, config.cp.algorithm, config.kernels, device) as cp,
         _shared_out(module, cp) if config.parallel.fsdp else nullcontext(),
         _blocks_of(block_bytes),
         fake,
@@ -102,7 +104,7 @@ def trace_step(
         nullcontext() if on_host else host_is_elsewhere(tracer),
     ):
         with tracer.category("parameters"):
-            module = module.to_empty(device="cpu")
+            module = module.to_empty(device=device)
         trained = [x for x in module.parameters() if x.requires_grad]
         with tracer.category("gradients"):
             # DistributedDataParallel has room for all of them from the start. With FSDP they are there from the step or
@@ -130,9 +132,9 @@ def trace_step(
         )
         tracer.reset()
         with tracer.category("features"):
-            fed = {name: torch.empty_like(x, device="cpu") for name, x in batch.items() if name != ON_HOST}
+            fed = {name: torch.empty_like(x, device=device) for name, x in batch.items() if name != ON_HOST}
         fed[ON_HOST] = batch[ON_HOST]
-        with torch.autocast("cpu", torch.bfloat16) if precision in IN_BF16 else nullcontext():
+        with torch.autocast(device, torch.bfloat16) if precision in IN_BF16 else nullcontext():
             loss = module.micro_batch(fed, recycling)["loss"]
         if config.parallel.fsdp and config.trainer.accumulate_grad_batches == 1:
             optimizer.zero_grad()
