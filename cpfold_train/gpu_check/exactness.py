@@ -22,7 +22,11 @@ def compare_with_cpu(record: Record, scope: Scope) -> None:
     cpu = ContextParallel(Grid(), "cpu")
     own = ContextParallel(Grid(), scope.device)
     for name, case in CASES.items():
-        record.attempt(name, lambda: tell(record, name, case, run(cpu, case), [run(own, case)], Grid()))  # noqa: B023
+        record.attempt(name, _compare, record, name, case, cpu, own)
+
+
+def _compare(record: Record, name: str, case: Case, cpu: ContextParallel, own: ContextParallel) -> None:
+    tell(record, name, case, run(cpu, case), [run(own, case)], Grid())
 
 
 def tell(record: Record, name: str, case: Case, serial: dict, parts: list[dict], grid: Grid) -> None:

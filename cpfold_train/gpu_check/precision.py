@@ -23,7 +23,7 @@ def measure_errors(record: Record, scope: Scope) -> None:
     """Errors of a block's outputs and gradients in each precision, with each of the kernels."""
     cp = ContextParallel(Grid(), scope.device)
     for op in BLOCKS:
-        record.attempt(op, lambda: _block(record, scope, cp, op))  # noqa: B023
+        record.attempt(op, _block, record, scope, cp, op)
 
 
 def _block(record: Record, scope: Scope, cp: ContextParallel, op: str) -> None:
@@ -35,7 +35,7 @@ def _block(record: Record, scope: Scope, cp: ContextParallel, op: str) -> None:
             if kernels == "cuequivariance" and precision == "32-true":
                 continue
             name = f"{op}, {precision}, {kernels}"
-            record.attempt(name, lambda: _compare(record, scope, cp, (op, kernels, precision), exact, limits))  # noqa: B023
+            record.attempt(name, _compare, record, scope, cp, (op, kernels, precision), exact, limits)
 
 
 def _compare(
@@ -58,9 +58,7 @@ def _compare(
             limits[what] = max(WORSE * error, LIMITS[precision] / 10)
 
 
-def _results(
-    scope: Scope, cp: ContextParallel, op: str, kernels: str, precision: str | None
-) -> dict[str, Tensor]:
+def _results(scope: Scope, cp: ContextParallel, op: str, kernels: str, precision: str | None) -> dict[str, Tensor]:
     """Outputs and gradients of a block; ``precision`` None is fp64."""
     cp.kernels = kernels
     module = block(op, scope)

@@ -1,8 +1,8 @@
 """Several ranks: every op and block on a grid of the device against 1x1 on the CPU, in fp64.
 
-Where there are several GPUs, each rank has its own. On a machine with one, four ranks share it: NCCL refuses two ranks on
-a GPU of one host, but takes them for ranks of several hosts when each has an ``NCCL_HOSTID`` of its own, and sends over
-sockets of the loopback device. NVIDIA does not promise that this works. Where it does not, messages go through the
+Where there are several GPUs, each rank has its own. On a machine with one, four ranks share it: NCCL refuses two ranks
+on a GPU of one host, but takes them for ranks of several hosts when each has an ``NCCL_HOSTID`` of its own, and sends
+over sockets of the loopback device. NVIDIA does not promise that this works. Where it does not, messages go through the
 memory of the host over gloo, which proves everything but NCCL.
 """
 
@@ -153,8 +153,7 @@ def _compare(record: Record, way: Way, names: tuple[str, ...], folder: Path) -> 
     cpu = ContextParallel(Grid(), "cpu")
     for i, name in enumerate(names):
         parts = [torch.load(folder / f"{i}-{rank}.pt", weights_only=True) for rank in range(way.grid.world_size)]
-        case = CASES[name]
-        record.attempt(name, lambda: tell(record, name, case, run(cpu, case), parts, way.grid))  # noqa: B023
+        record.attempt(name, tell, record, name, CASES[name], run(cpu, CASES[name]), parts, way.grid)
 
 
 class ThroughHost(Exchange):

@@ -32,10 +32,11 @@ def measure_rates(record: Record, scope: Scope, gpus: int) -> None:
         "host_link_bytes_s, to the host": lambda s: _host_link(s, False),
         "link_bytes_s": lambda s: _link(s) if gpus > 1 else None,
     }.items():
-        record.attempt(name, lambda: _tell(record, name, measure(scope)))  # noqa: B023
+        record.attempt(name, _tell, record, scope, name, measure)
 
 
-def _tell(record: Record, name: str, rate: float | None) -> None:
+def _tell(record: Record, scope: Scope, name: str, measure: Callable[[Scope], float | None]) -> None:
+    rate = measure(scope)
     if rate is not None:
         record.add(name, rate=rate)
 

@@ -37,7 +37,7 @@ class Record:
         """Seconds until the phase is to end."""
         return self._deadline - time.monotonic()
 
-    def add(self, name: str, **figures: Any) -> None:
+    def add(self, name: str, /, **figures: Any) -> None:
         """Write an entry, or add to it."""
         self.found["entries"].setdefault(name, {}).update(figures)
         self._write()
@@ -47,8 +47,8 @@ class Record:
         self.found["failures"].append(f"{name}: {reason}")
         self._write()
 
-    def attempt(self, name: str, call: Callable[[], None], seconds: float = 0.0) -> None:
-        """Do what may fail without harm to what comes after it.
+    def attempt(self, name: str, call: Callable[..., None], *args: Any, seconds: float = 0.0) -> None:
+        """``call(*args)``, which may fail without harm to what comes after it.
 
         Args:
             name: of the entry that it makes.
@@ -62,7 +62,7 @@ class Record:
         self.found["doing"] = name
         self._write()
         try:
-            call()
+            call(*args)
         except Exception as error:
             traceback.print_exc()
             self.fail(name, sentence_of(error))

@@ -13,7 +13,7 @@ from cpfold_train.model.config import AtomConfig, MemoryConfig
 from cpfold_train.ops.window_attention import windows_of_keys, with_halo
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.testing.atoms import atom_features
-from cpfold_train.testing.parity import LENGTHS, TOTALS, Case, placed, random
+from cpfold_train.testing.parity import LENGTHS, TOTALS, Case, placed, random, to_device
 from cpfold_train.testing.trunk_cases import Inputs, double
 
 TOKEN_S, TOKEN_Z, M = 6, 5, 2
@@ -36,7 +36,7 @@ INPUTS = {
 
 def features(cp: ContextParallel) -> Inputs:
     """Those of this rank's atoms, on the grid's device."""
-    return {name: x.to(cp.mesh.device_type) for name, x in atom_features(cp.grid).items()}
+    return to_device(atom_features(cp.grid), cp.mesh.device_type)
 
 
 def encoded(module: nn.Module, x: Inputs, cp: ContextParallel) -> Tensor:

@@ -14,7 +14,7 @@ from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.random import Draws
 from cpfold_train.testing.atoms import atom_features
-from cpfold_train.testing.parity import LENGTHS, TOTALS, Case, placed, random
+from cpfold_train.testing.parity import LENGTHS, TOTALS, Case, placed, random, to_device
 from cpfold_train.testing.trunk_cases import Inputs
 
 TOKEN_S, TOKEN_Z, M = 6, 5, 3
@@ -51,8 +51,7 @@ def features(grid: Grid, coords: Tensor) -> Inputs:
     """Those of a rank, on the device of ``coords``, which are its own."""
     n = grid.pad_tokens(N)
     mask = torch.stack([torch.arange(n) < length for length in LENGTHS]).double()
-    feats = {**atom_features(grid), "token_pad_mask": mask}
-    return {name: x.to(coords.device) for name, x in feats.items()} | {"coords": coords}
+    return to_device({**atom_features(grid), "token_pad_mask": mask}, coords.device) | {"coords": coords}
 
 
 def pairwise() -> PairwiseConditioning:

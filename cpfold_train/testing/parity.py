@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +111,11 @@ def real(x: Tensor, placement: str) -> Tensor:
     for dim, size in enumerate(PLACED[placement](Grid()), start=1):
         x = x.narrow(dim, 0, size)
     return x
+
+
+def to_device(values: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """Tensors on a device; what is none stays where it is."""
+    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in values.items()}
 
 
 def run(cp: ContextParallel, case: Case) -> dict:

@@ -23,7 +23,7 @@ from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.random import Draws
 from cpfold_train.testing.atoms import atom_features
-from cpfold_train.testing.parity import DEPTHS, LENGTHS, Case, cut, pad, placed, random
+from cpfold_train.testing.parity import DEPTHS, LENGTHS, Case, cut, pad, placed, random, to_device
 
 C_S, C_Z, C_M = 16, 10, 12
 N, S, B = max(LENGTHS), max(DEPTHS), len(LENGTHS)
@@ -92,7 +92,7 @@ def pairformer_s(module: nn.Module, x: Inputs, cp: ContextParallel) -> Tensor:
 def distogram_of_trunk(module: nn.Module, x: Inputs, cp: ContextParallel) -> Tensor:
     """Logits of a whole trunk: dropout on, one recycling, blocks recomputed."""
     device = cp.mesh.device_type
-    feats = {name: value.to(device) for name, value in features(cp.grid).items()}
+    feats = to_device(features(cp.grid), device)
     return module(feats, cp, recycling_steps=1, draws=draws(device))["pdistogram"].to_local()
 
 
@@ -178,6 +178,7 @@ TRUNK = {
         partial(double, MSALayer, MSA, C_Z), partial(msa_layer, which=1), ("m", "z", "token_mask", "msa_mask"), "msa"),
     "pairformer block": _case(
         partial(double, PairformerLayer, C_S, C_Z, 4, 0.25, 6, 2), pairformer_s, ("s", "z", "token_mask"), "token"),
+    "trunk": _case(partial(small_trunk, MemoryConfig()), distogram_of_trunk, (), "pair"),
 }  # fmt: skip
 for _way in ("alltoall", "ring"):
     for _cls in (TriangleMultiplicationOutgoing, TriangleMultiplicationIncoming):

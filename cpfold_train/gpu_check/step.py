@@ -1,0 +1,183 @@
+"""Training steps of Boltz-2 on one GPU: at the largest crop that the plan says fits, and at the largest that runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpfold_train.errors import ConfigError
+from cpfold_train.gpu_check.record import Record, release
+from cpfold_train.gpu_check.scope import Scope
+from cpfold_train.gpu_check.timing import seconds_of
+from cpfold_train.memory import now_mib, peak_mib, reset_peak
+from cpfold_train.model.config import MemoryConfig
+from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.parallel.grid import Grid
+from cpfold_train.plan.batch import batches_of_data
+from cpfold_train.plan.compose import compose
+from cpfold_train.plan.estimate import MEMORY_MARGIN
+from cpfold_train.plan.plan import Plan, plan
+from cpfold_train.plan.propose import ladder
+from cpfold_train.testing.parity import to_device
+from cpfold_train.training.check_precision import IN_BF16
+from cpfold_train.training.config import TrainConfig
+from cpfold_train.training.entry import ROOT
+from cpfold_train.training.module import CoFoldingModule
+from cpfold_train.training.watched import is_out_of_memory
+
+ROWS = ("msa", "msa_mask", "has_deletion", "deletion_value", "msa_paired")
+"""Features that the alignment consists of."""
+RECYCLING = 1
+"""Recycling passes of each step."""
+SAMPLES = 8
+"""Samples of the data of which one that is large enough is taken."""
+
+
+def plan_and_measure(record: Record, scope: Scope) -> None:
+    """A step at the largest crop that the plan says fits, with the levers that a run has by default."""
+    config = settings(scope, scope.step_tokens[0])
+    record.found["doing"] = "planning"
+    small = plan(config, Grid(), _plan_device(scope))
+    crop = largest_crop(small, scope)
+    planned = small if crop == config.crop_size else plan(replace(config, crop_size=crop), Grid(), _plan_device(scope))
+    figures = planned.figures()
+    record.add(
+        "planned",
+        crop_size=crop,
+        kernels=config.kernels,
+        peak_gib=figures["peak_memory_gib"],
+        step_s=figures["step_s_estimate"],
+        flops=figures["flops"],
+    )
+    record.attempt("measured", _measure, record, scope, planned)
+
+
+def largest_crop(small: Plan, scope: Scope) -> int:
+    """The largest of the crops that should fit, by one plan: beside weights, memory grows with the crop's square."""
+    fixed = 16.0 * small.parameters
+    per_pair = (small.peak - fixed) / small.config.crop_size**2
+    room = (1 - MEMORY_MARGIN) * small.memory - fixed
+    fitting = [crop for crop in scope.step_tokens if per_pair * crop**2 <= room]
+    return max(fitting, default=scope.step_tokens[0])
+
+
+def _measure(record: Record, scope: Scope, planned: Plan) -> None:
+    figures = timed_step(scope, training_step(scope, planned.config))
+    tokens_s = planned.config.crop_size / figures["step_s"]
+    record.add("measured", **figures, tokens_a_second=tokens_s, planned_step_s=planned.costs.step_s)
+
+
+def find_largest(record: Record, scope: Scope) -> None:
+    """The largest crop of which a step runs, with all levers: doubled while it does, then bisected in the time left.
+
+    Time grows faster than the crop's square: what cannot be done within the time is left out.
+    """
+    leanest = ladder(scope.model.pairformer.num_blocks, 16)[-1]
+    ran, failed, seconds = 0, math.inf, {}
+    crop = scope.step_tokens[0]
+    while crop:
+        needed = (crop / ran) ** 2.5 * seconds[ran] if ran else 0.0
+        if record.time_left < needed:
+            record.add("not tried", crop_size=crop, needed_s=needed)
+            break
+        outcome = _try(record, scope, crop, leanest)
+        if outcome is None:
+            failed = min(failed, crop)
+        else:
+            ran, seconds[crop] = crop, outcome
+        crop = next_crop(ran, failed, scope.step_tokens)
+    record.add("largest", crop_size=ran, does_not_fit=None if failed == math.inf else failed)
+    if not ran:
+        record.fail("largest", f"not even a crop of {scope.step_tokens[0]} tokens runs")
+
+
+def next_crop(ran: int, failed: float, crops: tuple[int, ...]) -> int:
+    """The crop to try next, 0 where there is none: twice the largest that ran, or halfway to the one that did not."""
+    between = [crop for crop in crops if ran < crop < failed]
+    if not between:
+        return 0
+    wanted = 2 * ran if failed == math.inf else (ran + failed) / 2
+    return min(between, key=lambda crop: abs(crop - wanted))
+
+
+def _try(record: Record, scope: Scope, crop: int, memory: MemoryConfig) -> float | None:
+    """Seconds of a step, both of it and of what is before it; None where there is no memory for it."""
+    name = f"{crop} tokens"
+    started = record.time_left
+    try:
+        record.add(name, **timed_step(scope, training_step(scope, replace(settings(scope, crop), memory=memory))))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        record.add(name, out_of_memory=str(error).splitlines()[0][:200])
+        return None
+    finally:
+        release()
+    return started - record.time_left
+
+
+def settings(scope: Scope, crop: int) -> TrainConfig:
+    """The configuration of a step, on the data that come with the project."""
+    shards = ROOT / "data" / ("large" if scope.device == "cuda" else "shards") / "train-*.tar"
+    kernels, *_ = scope.backends()
+    typed = [*scope.step, f"crop_size={crop}", f"data.train=[{shards}]", "data.val=[]", f"kernels={kernels}"]
+    config = compose(typed)
+    return config if scope.device == "cuda" else replace(config, model=scope.model)
+
+
+def training_step(scope: Scope, config: TrainConfig) -> Callable[[], None]:
+    """A whole step on real data as a call: forward and backward pass and optimizer, as Lightning would do it."""
+    device = torch.device(scope.device)
+    cp = ContextParallel(Grid(), scope.device, kernels=config.kernels)
+    torch.manual_seed(0)
+    module = CoFoldingModule(config.model, config.memory, config.optim, config.loss, config.diffusion, config.seed)
+    module.trainer = SimpleNamespace(strategy=SimpleNamespace(cp=cp), global_step=0)
+    module.to(device)
+    optimizer = module.configure_optimizers()["optimizer"]
+    batch = to_device(sample(config), device)
+
+    def step() -> None:
+        with torch.autocast(scope.device, torch.bfloat16, enabled=config.trainer.precision in IN_BF16):
+            loss = module.micro_batch(batch, RECYCLING)["loss"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), config.trainer.gradient_clip_val)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+    return step
+
+
+def sample(config: TrainConfig) -> dict[str, Any]:
+    """A sample of as many tokens as a crop has, with as many alignment rows as may be: those that it has, repeated.
+
+    Raises:
+        ConfigError: the data have none so large.
+    """
+    batches = batches_of_data(config, Grid(), SAMPLES)
+    batch = next((batch for batch in batches if int(batch["num_tokens"]) == config.crop_size), None)
+    if batch is None:
+        raise ConfigError(f"no sample of the data has {config.crop_size} tokens")
+    return batch | {name: _repeated(batch[name], config.data.max_msa_rows) for name in ROWS}
+
+
+def _repeated(rows: Tensor, count: int) -> Tensor:
+    return rows.repeat(1, -(-count // rows.shape[1]), 1)[:, :count].contiguous()
+
+
+def timed_step(scope: Scope, step: Callable[[], None]) -> dict[str, float]:
+    """Seconds of the second step, and GiB at the fullest moment of both."""
+    device = torch.device(scope.device)
+    before = 0.0 if scope.device == "cuda" else now_mib(device)
+    reset_peak(device)
+    seconds = seconds_of(step, scope.device, 1)
+    return {"step_s": seconds, "peak_gib": (peak_mib(device) - before) / 1024}
+
+
+def _plan_device(scope: Scope) -> str:
+    return "gpu" if scope.device == "cuda" else "cpu"
