@@ -40,8 +40,6 @@ OVER_LOOPBACK = {
     "NCCL_P2P_DISABLE": "1",
     "NCCL_SHM_DISABLE": "1",
 }
-FEW = ("pairformer block", "TriangleAttentionEndingNode, ring", "atoms to tokens")
-"""Cases of a CPU, whose ranks other tests try with all of them."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +72,12 @@ def compare_ranks(record: Record, scope: Scope, gpus: int) -> None:
         gpus: of this machine.
     """
     for way in _ways(scope, gpus):
-        names = FEW if scope.device == "cpu" else tuple(CASES)
         with tempfile.TemporaryDirectory() as folder:
             started = time.monotonic()
-            fault = _start(way, names, Path(folder), way.share * record.time_left)
+            fault = _start(way, scope.cases, Path(folder), way.share * record.time_left)
             record.add(way.name, grid=str(way.grid), seconds=time.monotonic() - started, fault=fault)
             if fault is None:
-                _compare(record, way, names, Path(folder))
+                _compare(record, way, scope.cases, Path(folder))
                 return
     record.fail("ranks", f"no way works, {way.name} for this reason: {fault}")
 

@@ -18,6 +18,8 @@ from cpfold_train.model.config import (
     TemplateConfig,
 )
 from cpfold_train.parallel.grid import Grid
+from cpfold_train.testing.cases import CASES
+from cpfold_train.training.config import CONFIDENCE
 
 PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}
 """Dtype of z and m by precision. In the last two, products run under autocast to bf16."""
@@ -33,6 +35,7 @@ class Scope:
         block_tokens, block_rows: N and S of a block on the grid that is simulated.
         stock_tokens: N of a block on one rank beside the stock package's, which holds all scores of attention.
         exact_tokens: N of a block whose errors are compared with fp64.
+        cases: of the comparison with 1x1 on the CPU.
         step: settings of the training step.
         step_tokens: crops among which the planner's largest is looked for.
         edge: rows of the square matrices whose product is timed.
@@ -46,6 +49,7 @@ class Scope:
     block_rows: int
     stock_tokens: int
     exact_tokens: int
+    cases: tuple[str, ...]
     step: tuple[str, ...]
     step_tokens: tuple[int, ...]
     edge: int
@@ -64,7 +68,7 @@ class Scope:
 
 
 STEP = ("model=boltz2", "trainer.precision=bf16-mixed", "cp.grid=1x1", "data.max_msa_rows=1024")
-STEP += ("diffusion.multiplicity=16", "loss.plddt=1e-4", "loss.resolved=1e-4", "loss.pde=1e-4", "loss.pae=1e-4")
+STEP += ("diffusion.multiplicity=16", *(f"loss.{name}=1e-4" for name in CONFIDENCE))
 """As ``recipe=finetune_boltz2_large_crop``, on one GPU."""
 
 ON_GPU = Scope(
@@ -74,6 +78,7 @@ ON_GPU = Scope(
     block_rows=1024,
     stock_tokens=768,
     exact_tokens=128,
+    cases=tuple(CASES),
     step=STEP,
     step_tokens=tuple(range(256, 4097, 128)),
     edge=8192,
@@ -99,7 +104,9 @@ ON_CPU = replace(
     block_rows=8,
     stock_tokens=24,
     exact_tokens=16,
-    step_tokens=(16, 24, 32),
+    cases=("pairformer block", "TriangleAttentionEndingNode, ring", "atoms to tokens", "trunk"),
+    step=(*STEP, "data.max_msa_rows=8", "diffusion.multiplicity=1", *(f"loss.{name}=0" for name in CONFIDENCE)),
+    step_tokens=(16,),
     edge=128,
     stream_bytes=1 << 20,
     repeats=1,

@@ -51,8 +51,8 @@ def measure_blocks(record: Record, scope: Scope, measured: dict[str, float]) -> 
     record.add("rates of the floor", bf16=rates.bf16, fp32=rates.fp32, memory=rates.memory, exps=rates.exps)
     fastest, *_ = scope.backends()
     with fake_world(GRID, kernels=fastest, device_type=scope.device) as cp:
-        n, depth = scope.sizes(scope.block_tokens, GRID)[:2]
-        of = floors(scope.model, n, depth, GRID)
+        sizes = scope.sizes(scope.block_tokens, GRID)
+        of = floors(scope.model, sizes.n, sizes.msa_depth, GRID)
         for kernels in scope.backends():
             slow = scope.device == "cuda" and kernels == "torch"
             for op in BLOCKS if not slow else BLOCKS[:1]:
@@ -107,15 +107,13 @@ def passes(
     step = trained(op, module, x, cp, autocast(scope, precision))
     forward_s = seconds_of(inferred, scope.device, repeats)
     reset_peak(device)
-    before = now_mib(device)
+    before, start = now_mib(device), time.process_time()
     trained_s = seconds_of(step, scope.device, repeats)
+    # One more call than counts.
+    host_s = (time.process_time() - start) / (repeats + 1)
     peak = peak_mib(device) - before
-    start = time.process_time()
-    step()
-    host_s = time.process_time() - start
-    return {
-        "forward_ms": 1000 * forward_s, "trained_ms": 1000 * trained_s, "host_ms": 1000 * host_s, "peak_mib": peak
-    }  # fmt: skip
+    figures = {"forward_ms": forward_s, "trained_ms": trained_s, "host_ms": host_s}
+    return {name: 1000 * seconds for name, seconds in figures.items()} | {"peak_mib": peak}
 
 
 def _beside_stock(record: Record, scope: Scope, cp: ContextParallel, op: str) -> None:

@@ -160,8 +160,8 @@ def template_features() -> dict[str, torch.Tensor]:
     }
 
 
-def _case(build, call, names: tuple[str, ...], out_placement: str) -> Case:
-    return Case(build, call, *placed(INPUTS, names), out_placement)
+def _case(build, call, names: tuple[str, ...], out_placement: str, tolerance: float = 1e-9) -> Case:
+    return Case(build, call, *placed(INPUTS, names), out_placement, tolerance)
 
 
 TRUNK = {
@@ -178,7 +178,7 @@ TRUNK = {
         partial(double, MSALayer, MSA, C_Z), partial(msa_layer, which=1), ("m", "z", "token_mask", "msa_mask"), "msa"),
     "pairformer block": _case(
         partial(double, PairformerLayer, C_S, C_Z, 4, 0.25, 6, 2), pairformer_s, ("s", "z", "token_mask"), "token"),
-    "trunk": _case(partial(small_trunk, MemoryConfig()), distogram_of_trunk, (), "pair"),
+    "trunk": _case(partial(small_trunk, MemoryConfig()), distogram_of_trunk, (), "pair", 1e-7),
 }  # fmt: skip
 for _way in ("alltoall", "ring"):
     for _cls in (TriangleMultiplicationOutgoing, TriangleMultiplicationIncoming):
