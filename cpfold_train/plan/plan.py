@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 
 from torch import Tensor, nn
 
+from cpfold_train.kernels.choice import Choice
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.plan.batch import assumed_batch, feature_bytes
 from cpfold_train.plan.depth import FEWEST, by_category, by_module, extrapolated, groups_of, shallow
-from cpfold_train.plan.devices import find_device
+from cpfold_train.plan.devices import find_device, kernels_on
 from cpfold_train.plan.estimate import MEMORY_MARGIN, Costs, estimate, kernel_seconds
 from cpfold_train.plan.step import Trace, build, trace_step
 from cpfold_train.plan.trace import CATEGORIES, STEP, Moment
@@ -31,6 +33,7 @@ class Plan:
         phase: what runs at that moment.
         costs: of an optimizer step.
         memory: bytes of the device.
+        kernels: those that are planned with, and why.
     """
 
     config: TrainConfig
@@ -41,6 +44,7 @@ class Plan:
     phase: str
     costs: Costs
     memory: float
+    kernels: Choice
 
     @property
     def peak(self) -> float:
@@ -72,11 +76,29 @@ class Plan:
             "sent_mib_by_op": {op: size / MIB for op, size in work.sent_bytes.most_common() if size},
             "gradients_mib_per_step": self.costs.gradient_bytes / MIB,
             "flops": sum(work.flops.values()),
-            "kernels": round(work.kernels),
+            "kernels": {"name": self.kernels.name, "why": self.kernels.why},
+            "launches": round(work.kernels),
             "compute_s": self.costs.compute_s,
             "exchange_s": self.costs.exchange_s,
             "host_s": self.costs.host_s,
             "step_s_estimate": self.costs.step_s,
+            "by_operation": [
+                {
+                    "module": part.module,
+                    "operation": part.operation,
+                    "seconds": cost.seconds,
+                    "exchange_s": cost.exchange_s,
+                    "bound_by": cost.bound,
+                    "floor_s": cost.floor_s,
+                    "launches": round(cost.tally.kernels),
+                    "flops": sum(cost.tally.flops.values()),
+                    "exps": cost.tally.exps,
+                    "moved_bytes": cost.tally.moved_bytes,
+                    "sent_bytes": sum(cost.tally.sent_bytes.values()),
+                }
+                for part, cost in sorted(self.costs.parts.items(), key=lambda item: -item[1].seconds)
+            ],
+            "launches_by_module": {module: round(n) for module, n in launches_by_module(self.costs).most_common()},
         }
 
 
@@ -93,6 +115,8 @@ def plan(config: TrainConfig, grid: Grid, device: str) -> Plan:
     """
     found = find_device(device, grid.world_size)
     seconds, on_host = kernel_seconds(found), device == "cpu"
+    kernels = kernels_on(found, device, config.kernels, config.trainer.precision)
+    config = replace(config, kernels=kernels.name)
     module = build(config)
 
     def trace(config: TrainConfig) -> Trace:
@@ -110,7 +134,15 @@ def plan(config: TrainConfig, grid: Grid, device: str) -> Plan:
     parameters = sum(x.numel() for x in module.parameters())
     trained_bytes = sum(x.nbytes for x in module.parameters() if x.requires_grad)
     costs = estimate(traced, config, grid, found, trained_bytes)
-    return Plan(config, grid, device, parameters, fullest, phase, costs, found.memory)
+    return Plan(config, grid, device, parameters, fullest, phase, costs, found.memory, kernels)
+
+
+def launches_by_module(costs: Costs) -> Counter[str]:
+    """Kernels that a step launches."""
+    launches: Counter[str] = Counter()
+    for part, cost in costs.parts.items():
+        launches[part.module] += cost.tally.kernels
+    return launches
 
 
 def weight_bytes(module: nn.Module, config: TrainConfig, grid: Grid) -> dict[str, float]:

@@ -24,6 +24,7 @@ from cpfold_train.ops import offload, ring_attention, window_attention
 from cpfold_train.parallel import redistribute
 from cpfold_train.parallel.redistribute import Box
 from cpfold_train.parallel.sharding import SharedParameter
+from cpfold_train.plan.tally import Kernel
 from cpfold_train.plan.trace import ELSEWHERE, Tracer
 
 CUEQUIVARIANCE = "cuequivariance_torch"
@@ -144,19 +145,21 @@ def fused_attention(tracer: Tracer) -> Iterator[None]:
         def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
             out, sums = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
             ctx.save_for_backward(q, k, v, bias, out, sums)
-            tracer.kernel(2 * product(q, k), q.dtype, [q, k, v, bias, out, sums])
+            count(2, q, k, [q, k, v, bias, out, sums])
             return out
 
         @staticmethod
         def backward(ctx, grad: Tensor):
             q, k, v, bias, *_ = ctx.saved_tensors
             grads = [torch.empty_like(x) for x in (q, k, v, bias)]
-            tracer.kernel(5 * product(q, k), q.dtype, [*ctx.saved_tensors, grad, *grads])
+            count(5, q, k, [*ctx.saved_tensors, grad, *grads])
             return tuple(grads)
 
-    def product(q: Tensor, k: Tensor) -> int:
-        """Operations of queries times keys."""
-        return 2 * q.numel() * k.shape[-2]
+    def count(products: int, q: Tensor, k: Tensor, moved: list[Tensor]) -> None:
+        """Queries times keys so many times, and the exponential of each score."""
+        scores = q[..., 0].numel() * k.shape[-2]
+        moved_bytes = sum(x.nbytes for x in moved)
+        tracer.kernel(Kernel(products * 2 * scores * q.shape[-1], q.dtype, moved_bytes, scores))
 
     def triangle_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
         return Fused.apply(q, k, v, bias[:, 0])
