@@ -131,7 +131,9 @@ def to_local(values: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def fake_world(grid: Grid, algorithm: str = "auto", kernels: str = "torch") -> Iterator[ContextParallel]:
+def fake_world(
+    grid: Grid, algorithm: str = "auto", kernels: str = "torch", device_type: str = "cpu"
+) -> Iterator[ContextParallel]:
     """One rank of a world that is not there: messages are counted and go nowhere.
 
     Raises:
@@ -144,6 +146,6 @@ def fake_world(grid: Grid, algorithm: str = "auto", kernels: str = "torch") -> I
 
     dist.init_process_group("fake", store=FakeStore(), rank=grid.rank, world_size=grid.world_size)
     try:
-        yield ContextParallel(grid, algorithm=algorithm, kernels=kernels)
+        yield ContextParallel(grid, device_type, algorithm=algorithm, kernels=kernels)
     finally:
         dist.destroy_process_group()

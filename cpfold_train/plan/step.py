@@ -125,7 +125,7 @@ def without_contents(
         module.double()
     tracer = Tracer(seconds, large_bytes if on_host else 0)
     with (
-        fake_world(grid, config.cp.algorithm, config.kernels) as cp,
+        fake_world(grid, config.cp.algorithm, config.kernels, device) as cp,
         _shared_out(module, cp) if config.parallel.fsdp else nullcontext(),
         _blocks_of(block_bytes),
         FakeTensorMode(allow_non_fake_inputs=True),
