@@ -26,7 +26,7 @@ from torch.nn.functional import layer_norm
 
 from cpfold_train.kernels.attention import biased_attention
 from cpfold_train.kernels.by_rows import by_rows, rows_per_block
-from cpfold_train.ops.linear import linear
+from cpfold_train.kernels.linear import linear
 from cpfold_train.ops.pair_bias import pair_bias
 from cpfold_train.ops.ring_attention import ring_attention
 from cpfold_train.ops.stream import stream
