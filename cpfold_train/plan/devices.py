@@ -20,8 +20,8 @@ from cpfold_train.kernels.choice import Choice, capability_of, choose_kernels
 
 GB, TERA = 10**9, 10**12
 EXPS_A_CLOCK = 16
-"""Exponentials of a multiprocessor from compute capability 8.0 to 10.0 (CUDA C++ Programming Guide, throughput of native
-arithmetic instructions; for Hopper and Blackwell also Zadouri et al., "FlashAttention-4", 2026)."""
+"""Exponentials of a multiprocessor from compute capability 8.0 to 10.0 (CUDA C++ Programming Guide, throughput of
+native arithmetic instructions; for Hopper and Blackwell also Zadouri et al., "FlashAttention-4", 2026)."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def _measured(file: Path) -> Device:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"device={file} is no JSON object with device and rates: {how}") from None
     for name, value in (vars(gpu) | vars(rates)).items():
-        if not (value is None and name in vars(rates) or _is_right(name, value)):
+        if not ((value is None and name in vars(rates)) or _is_right(name, value)):
             raise ConfigError(f"device={file} has {name}: {json.dumps(value)}, which cannot be: {how}")
     like = DEVICES[_called_alike(gpu.name)]
     return replace(

@@ -125,11 +125,10 @@ def kernel_seconds(device: Device) -> Seconds:
     return seconds
 
 
-def step_tallies(trace: Trace, config: TrainConfig) -> Tallies:
-    """The work of an optimizer step with as many recycling passes as are drawn on average."""
-    work = combined(trace.tallies, trace.cycle, config.model.recycling_steps / 2 - trace.recycling)
-    work = combined(work, trace.sampling_step, config.diffusion.sampling_steps - trace.sampling)
-    return combined({}, work, config.trainer.accumulate_grad_batches)
+def passes(trace: Trace, recycling: float, sampling: int) -> Tallies:
+    """The work with so many recycling passes and steps of sampling."""
+    work = combined(trace.tallies, trace.cycle, recycling - trace.recycling)
+    return combined(work, trace.sampling_step, sampling - trace.sampling)
 
 
 def part_costs(tally: Tally, grid: Grid, device: Device) -> PartCosts:
@@ -164,24 +163,34 @@ def _floor(tally: Tally, device: Device) -> float:
 
 
 def estimate(trace: Trace, config: TrainConfig, grid: Grid, device: Device, trained_bytes: float) -> Costs:
-    """What an optimizer step costs on one rank of ``grid``.
+    """What an optimizer step costs on one rank of ``grid``, with as many recycling passes as are drawn on average.
 
     Args:
         trained_bytes: of all weights that are trained.
     """
-    tallies, world = step_tallies(trace, config), grid.world_size
-    parts = {part: part_costs(tally, grid, device) for part, tally in tallies.items()}
-    work = totals(tallies)
+    tallies = passes(trace, config.model.recycling_steps / 2, config.diffusion.sampling_steps)
+    tallies, world = combined({}, tallies, config.trainer.accumulate_grad_batches), grid.world_size
     if config.parallel.fsdp:
-        gradient_bytes, own_bytes = work.shared_bytes, trained_bytes / world
+        gradient_bytes, own_bytes = totals(tallies).shared_bytes, trained_bytes / world
     else:
         # A ring all-reduce sends every byte twice.
         gradient_bytes, own_bytes = 2 * trained_bytes * (world - 1) / world, trained_bytes
-    # One link of each machine carries the ring to the next.
-    line = device.link if world <= device.per_node else device.network * device.per_node
-    gradients = gradient_bytes / (LINK_SHARE * line)
     # AdamW reads weights, gradients and two moments, and writes all but the gradients.
-    compute = sum(part.compute_s for part in parts.values()) + 7 * own_bytes / (MEMORY_SHARE * device.bandwidth)
+    return _costs(tallies, grid, device, gradient_bytes, 7 * own_bytes)
+
+
+def estimate_forward(trace: Trace, config: TrainConfig, grid: Grid, device: Device) -> Costs:
+    """What the prediction of one query costs on one rank of ``grid``."""
+    tallies = passes(trace, config.model.recycling_steps, config.diffusion.sampling_steps)
+    return _costs(tallies, grid, device, 0, 0)
+
+
+def _costs(tallies: Tallies, grid: Grid, device: Device, gradient_bytes: float, optimizer_bytes: float) -> Costs:
+    parts, work = {part: part_costs(tally, grid, device) for part, tally in tallies.items()}, totals(tallies)
+    # One link of each machine carries the ring to the next.
+    line = device.link if grid.world_size <= device.per_node else device.network * device.per_node
+    gradients = gradient_bytes / (LINK_SHARE * line)
+    compute = sum(part.compute_s for part in parts.values()) + optimizer_bytes / (MEMORY_SHARE * device.bandwidth)
     exchange, host = exchange_seconds(work, grid, device), work.host_bytes / (LINK_SHARE * device.host_link)
     exposed = EXPOSED_SHARE * exchange + max(0.0, gradients - compute / 2)
     return Costs(work, parts, gradient_bytes, compute, exchange, gradients, host, max(compute, host) + exposed)

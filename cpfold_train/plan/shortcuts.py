@@ -17,13 +17,17 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpfold_train.kernels import attention, by_rows, partial_attention
 from cpfold_train.losses import smooth_lddt
+from cpfold_train.model import confidence_scores
 from cpfold_train.ops import offload, ring_attention, window_attention
 from cpfold_train.parallel import redistribute
+from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.redistribute import Box
 from cpfold_train.parallel.sharding import SharedParameter
+from cpfold_train.plan.batch import CHAINS
 from cpfold_train.plan.tally import Kernel
 from cpfold_train.plan.trace import ELSEWHERE, Tracer
 
@@ -172,3 +176,31 @@ def fused_attention(tracer: Tracer) -> Iterator[None]:
         del sys.modules[CUEQUIVARIANCE]
         if before is not None:
             sys.modules[CUEQUIVARIANCE] = before
+
+
+class _Contents(TorchDispatchMode):
+    """Numbers that are read from tensors without contents: a float is the sum of a mask of all tokens, and a whole
+    number the last chain. A mask that picks rows picks all."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self._tokens = tokens
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return float(self._tokens) if args[0].is_floating_point() else CHAINS - 1
+        if func is torch.ops.aten.index.Tensor and any(x is not None and x.dtype == torch.bool for x in args[1]):
+            return args[0].clone()
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def contents_assumed(tokens: int) -> Iterator[None]:
+    """Inside, what is read from tensors is that of the largest sample, proteins without ligands."""
+
+    def frames_of_polymers(x_pred: Tensor, center: Tensor, feats: dict[str, Any], cp: ContextParallel) -> Tensor:
+        return frame_points(x_pred, center, feats | {"mol_type": ()}, cp)
+
+    frame_points = confidence_scores.frame_points
+    with _Contents(tokens), mock.patch.object(confidence_scores, "frame_points", frames_of_polymers):
+        yield
