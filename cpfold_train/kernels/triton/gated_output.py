@@ -1,7 +1,7 @@
 """Triton's kernels of :mod:`cpfold_train.kernels.gated_output`.
 
-x is (B, C, P) and z (B, P, C), P pairs in rows of COLS. Projections are (2 C, C), their biases (2 C,): first those of x,
-then those of the gates, from z.
+x is (B, C, P) and z (B, P, C), P pairs in rows of COLS. Projections are (2 C, C), their biases (2 C,): first those of
+x, then those of the gates, from z.
 """
 
 from __future__ import annotations

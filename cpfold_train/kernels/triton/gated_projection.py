@@ -1,7 +1,7 @@
 """Triton's kernels of :mod:`cpfold_train.kernels.gated_projection`.
 
-z is (B, P, C), the mask (B, P) and what is written (B, OUT, P): P pairs, OUT channels. Projections are (2 OUT, C), their
-biases (2 OUT,): first those of the values, then those of their gates.
+z is (B, P, C), the mask (B, P) and what is written (B, OUT, P): P pairs, OUT channels. Projections are (2 OUT, C),
+their biases (2 OUT,): first those of the values, then those of their gates.
 """
 
 from __future__ import annotations
