@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule
 
 from cpfold_train.data.batch import PLACEMENTS, Augmentation
@@ -15,9 +14,7 @@ from cpfold_train.training.config import DataConfig
 from cpfold_train.training.same_samples import check_same_samples
 from cpfold_train.training.sources import training_sources, validation_source
 
-_ON_HOST = ("token_atom_start",)
-"""What says how much each rank sends: read on the host, which would have to wait for a GPU to hand it back."""
-_PLAIN = ("sample_key", "num_tokens", *_ON_HOST)
+_PLAIN = ("sample_key", "num_tokens")
 """Figures of a sample, not features of the model: they stay plain tensors."""
 
 
@@ -80,11 +77,6 @@ class TileData(LightningDataModule):
         """Make sure that all ranks of the replica have come to the same samples."""
         check_same_samples(batch, self.trainer.strategy.cp)
         return batch
-
-    def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, dataloader_idx: int) -> dict:
-        """All but what stays on the host."""
-        on_host = {name: batch.pop(name) for name in _ON_HOST}
-        return super().transfer_batch_to_device(batch, device, dataloader_idx) | on_host
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Name what each rank holds: all features become DTensors, without communication."""
