@@ -20,6 +20,7 @@ from cpfold_train.data.conditioning import Condition, conditioning_tile, draw_co
 from cpfold_train.data.crop import SPATIAL, Focus, crop_tokens
 from cpfold_train.data.features import bond_tile, distogram_tile, token_features
 from cpfold_train.data.frames import frame_features
+from cpfold_train.data.padding import Padding
 from cpfold_train.data.structure import Structure
 from cpfold_train.data.symmetry import Symmetry, find_symmetry, symmetry_features
 from cpfold_train.data.templates import Template, draw_templates, template_features
@@ -49,6 +50,8 @@ of atoms, as one share of dim 1 a rank, row of the grid by row of the grid."""
 ON_HOST = "token_atom_start"
 """What says how much each rank sends, (B, n + 1), the same on all. An array, not a tensor: Lightning and
 DistributedDataParallel take all tensors of a batch to the GPU, and whoever reads one there waits for the GPU."""
+
+NO_PADDING = Padding()
 
 
 @dataclass(frozen=True)
@@ -198,16 +201,20 @@ def _pad(value: np.ndarray, *sizes: int) -> np.ndarray:
     return padded
 
 
-def collate(crops: list[Crop], grid: Grid) -> dict[str, Any]:
+def collate(crops: list[Crop], grid: Grid, padding: Padding = NO_PADDING) -> dict[str, Any]:
     """Pad crops to a common size that the grid divides, and stack this rank's tiles.
+
+    Args:
+        crops: the samples.
+        grid: this rank's place.
+        padding: what the sizes are multiples of.
 
     Returns:
         Tensors (B, ...), ``token_atom_start`` (B, n + 1) as an array, and ``id``, a list of B strings. There is at
         least one template, if an empty one: every parameter of the model takes part in every step.
     """
-    n = grid.pad_tokens(max(len(crop.tokens) for crop in crops))
-    s = grid.pad_rows(max(len(crop.rows.sampled) for crop in crops))
-    a = grid.pad_atoms(max(len(crop.atoms.atom) for crop in crops))
+    sizes = [(len(crop.tokens), len(crop.rows.sampled), len(crop.atoms.atom)) for crop in crops]
+    n, s, a = padding.sizes(grid, *map(max, zip(*sizes)))
     t = max(1, *(len(crop.templates) for crop in crops))
     others = tuple(map(max, zip(*(crop.symmetry.sizes for crop in crops))))
     samples = [tile_features(crop, grid, n, s, a, t, others) for crop in crops]

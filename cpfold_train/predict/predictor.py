@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from cpfold_train.data.batch import ON_HOST, Crop, collate
+from cpfold_train.data.padding import GPU_MULTIPLE, Padding
 from cpfold_train.data.queries.complex import crop_of
 from cpfold_train.data.queries.inputs import Query
 from cpfold_train.errors import DataError
@@ -108,7 +109,8 @@ class Queries(Dataset):
         except DataError as error:
             # All ranks read the same bytes and come to the same answer.
             return Prepared(query, None, {}, str(error))
-        feats = collate([crop], self._strategy.grid)
+        padding = Padding(GPU_MULTIPLE if self._strategy.root_device.type == "cuda" else 1)
+        feats = collate([crop], self._strategy.grid, padding)
         return Prepared(query, crop, {name: value for name, value in feats.items() if name != "id"})
 
 

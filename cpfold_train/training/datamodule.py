@@ -9,6 +9,7 @@ from lightning.pytorch import LightningDataModule
 
 from cpfold_train.data.batch import PLACEMENTS, Augmentation
 from cpfold_train.data.loader import TileLoader
+from cpfold_train.data.padding import GPU_MULTIPLE
 from cpfold_train.data.sampling import Source
 from cpfold_train.training.config import DataConfig
 from cpfold_train.training.same_samples import check_same_samples
@@ -57,7 +58,7 @@ class TileData(LightningDataModule):
         return self._loader([validation_source(self._data)], shuffle=False) if self._data.val else []
 
     def _loader(self, sources: list[Source], **settings: Any) -> TileLoader:
-        strategy = self.trainer.strategy
+        strategy, on_gpu = self.trainer.strategy, self.trainer.strategy.root_device.type == "cuda"
         loader = TileLoader(
             sources,
             strategy.cp.grid,
@@ -66,7 +67,9 @@ class TileData(LightningDataModule):
             max_templates=self._data.max_templates,
             max_bad_share=self._data.max_bad_share,
             num_workers=self._data.num_workers,
-            pin_memory=strategy.root_device.type == "cuda",
+            side=GPU_MULTIPLE if on_gpu else 1,
+            buckets=self._data.buckets,
+            pin_memory=on_gpu,
             **self._common,
             **settings,
         )

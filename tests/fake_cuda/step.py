@@ -32,7 +32,8 @@ INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")
 
 def waits(name: str, args: tuple, kwargs: dict, out) -> str | None:
     """Why an operation makes the host wait for the device, None where it does not."""
-    from torch import Tensor, bool as boolean, uint8
+    from torch import Tensor, uint8
+    from torch import bool as boolean
 
     def on(x) -> str | None:
         return x.device.type if isinstance(x, Tensor) else None
@@ -83,7 +84,7 @@ def main(library: str, *settings: str) -> None:
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = super().__torch_dispatch__(func, types, args, kwargs)
             name = func._schema.name.partition("::")[2]
-            if name == "empty_like" and (kwargs or {}).get("pin_memory") or name == "_pin_memory":
+            if (name == "empty_like" and (kwargs or {}).get("pin_memory")) or name == "_pin_memory":
                 out.pinned = True
             elif why := waits(name, args, kwargs or {}, out):
                 key = why, caller()
