@@ -1,0 +1,97 @@
+"""Follows coordinates, noise levels and masks of atoms through a step, and lists what of them is in half precision."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum, auto
+from types import FrameType
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Kind(Enum):
+    """What a tensor was made of. What is none of these, such as a feature of the sequence, may be as wide as it likes.
+
+    Attributes:
+        NUMBER: coordinates, noise levels, and all that is calculated from them: distances, errors, gradients.
+        CHOICE: masks, and whole numbers and truth values that coordinates decide.
+        WEIGHT: parameters, and what is made of nothing else: their casts and parts.
+        ACTIVATION: what an operation with a weight in it made, and what was made of that and not of numbers.
+    """
+
+    NUMBER = auto()
+    CHOICE = auto()
+    WEIGHT = auto()
+    ACTIVATION = auto()
+
+
+SHAPE_ONLY = {"empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full"}
+SHAPE_ONLY |= {"new_empty_strided"}
+"""Operations whose result has nothing of their argument but its shape and dtype."""
+
+
+class HalfPrecision(TorchDispatchMode):
+    """Sees every operation that runs, below autocast and autograd, those of the backward pass as well.
+
+    A number stays one until an operation with a weight takes it in, or until it is a single figure (a mean loss). What
+    is derived from a mask alone is a choice; a network's activation that is masked or picked stays an activation, which
+    may be narrow. Memory is what is followed, so a view is what its whole is.
+
+    Attributes:
+        found: line, operation and dtype of each number or choice in half precision.
+        numbers: operations that made numbers, so that a test can see that something was followed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kinds: dict[int, Kind] = {}
+        self.found: list[str] = []
+        self.numbers = 0
+
+    def mark(self, x: Tensor, kind: Kind) -> Tensor:
+        """From here on x is of a kind."""
+        self._kinds[_memory(x)] = kind
+        return x
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {_memory(x): self._kinds.get(_memory(x)) for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
+        name = func.overloadpacket.__name__
+        kinds = set() if name in SHAPE_ONLY else set(given.values())
+        for x in tree_iter(out):
+            if isinstance(x, Tensor) and (x.ndim or _memory(x) not in given):
+                kind = _kind_of(x, kinds)
+                self._kinds[_memory(x)] = kind
+                self.numbers += kind is Kind.NUMBER
+                if x.dtype in HALF and kind in (Kind.NUMBER, Kind.CHOICE):
+                    self.found.append(f"{_line(sys._getframe())}: {name} made a {x.dtype} of a {kind.name.lower()}")
+        return out
+
+
+def _kind_of(x: Tensor, kinds: set[Kind | None]) -> Kind | None:
+    """What an operation makes of inputs of such kinds."""
+    if Kind.WEIGHT in kinds:
+        return Kind.WEIGHT if kinds == {Kind.WEIGHT} else Kind.ACTIVATION
+    if Kind.NUMBER in kinds:
+        return Kind.CHOICE if not x.is_floating_point() else Kind.NUMBER if x.ndim else None
+    return next((kind for kind in (Kind.ACTIVATION, Kind.CHOICE) if kind in kinds), None)
+
+
+def _memory(x: Tensor) -> int:
+    return (x._local_tensor if isinstance(x, DTensor) else x).untyped_storage()._cdata
+
+
+def _line(frame: FrameType | None) -> str:
+    """The innermost line of the package that led here."""
+    while frame is not None:
+        _, found, file = frame.f_code.co_filename.rpartition("/cpfold_train/")
+        if found:
+            return f"{file}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "a backward pass"
