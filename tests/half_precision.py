@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from enum import Enum, auto
 from types import FrameType
 
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -61,13 +61,14 @@ class HalfPrecision(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given = {_memory(x): self._kinds.get(_memory(x)) for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
+        given = {memory: self._kinds.get(memory) for memory in map(_memory, _tensors((*args, *(kwargs or {}).values())))}
         name = func.overloadpacket.__name__
         kinds = set() if name in SHAPE_ONLY else set(given.values())
-        for x in tree_iter(out):
-            if isinstance(x, Tensor) and (x.ndim or _memory(x) not in given):
-                kind = _kind_of(x, kinds)
-                self._kinds[_memory(x)] = kind
+        for x in _tensors((out,)):
+            memory = _memory(x)
+            # One element of a tensor says nothing of the others.
+            if x.ndim or memory not in given:
+                self._kinds[memory] = kind = _kind_of(x, kinds)
                 self.numbers += kind is Kind.NUMBER
                 if x.dtype in HALF and kind in (Kind.NUMBER, Kind.CHOICE):
                     self.found.append(f"{_line(sys._getframe())}: {name} made a {x.dtype} of a {kind.name.lower()}")
@@ -81,6 +82,15 @@ def _kind_of(x: Tensor, kinds: set[Kind | None]) -> Kind | None:
     if Kind.NUMBER in kinds:
         return Kind.CHOICE if not x.is_floating_point() else Kind.NUMBER if x.ndim else None
     return next((kind for kind in (Kind.ACTIVATION, Kind.CHOICE) if kind in kinds), None)
+
+
+def _tensors(values: Sequence) -> Iterator[Tensor]:
+    """Those among the arguments or results of an operation, and in their lists."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 def _memory(x: Tensor) -> int:
