@@ -61,7 +61,9 @@ class HalfPrecision(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given = {memory: self._kinds.get(memory) for memory in map(_memory, _tensors((*args, *(kwargs or {}).values())))}
+        given = {
+            memory: self._kinds.get(memory) for memory in map(_memory, _tensors((*args, *(kwargs or {}).values())))
+        }
         name = func.overloadpacket.__name__
         kinds = set() if name in SHAPE_ONLY else set(given.values())
         for x in _tensors((out,)):
