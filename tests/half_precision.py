@@ -10,6 +10,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HALF = (torch.bfloat16, torch.float16)
@@ -34,6 +35,10 @@ class Kind(Enum):
 SHAPE_ONLY = {"empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full"}
 SHAPE_ONLY |= {"new_empty_strided"}
 """Operations whose result has nothing of their argument but its shape and dtype."""
+MOVES = {"view", "alias", "expand", "permute", "slice", "select", "unsqueeze", "unbind", "cat", "stack", "_to_copy"}
+"""Operations that calculate nothing, which may be done under autocast."""
+ELSEWHERE = ("a backward pass", "training/module.py")
+"""Autograd's own operations, which know no autocast; and where losses, numbers no longer, are weighted and summed."""
 
 
 class HalfPrecision(TorchDispatchMode):
@@ -44,13 +49,15 @@ class HalfPrecision(TorchDispatchMode):
     may be narrow. Memory is what is followed, so a view is what its whole is.
 
     Attributes:
-        found: line, operation and dtype of each number or choice in half precision.
+        found: line and operation of each number or choice in half precision, and of whatever is calculated of numbers
+            under autocast, whether or not this operation is one that it would round.
         numbers: operations that made numbers, so that a test can see that something was followed.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._kinds: dict[int, Kind] = {}
+        self._call = Call()
         self.found: list[str] = []
         self.numbers = 0
 
@@ -58,6 +65,14 @@ class HalfPrecision(TorchDispatchMode):
         """From here on x is of a kind."""
         self._kinds[_memory(x)] = kind
         return x
+
+    def __enter__(self) -> HalfPrecision:
+        self._call.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        self._call.__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -72,9 +87,23 @@ class HalfPrecision(TorchDispatchMode):
             if x.ndim or memory not in given:
                 self._kinds[memory] = kind = _kind_of(x, kinds)
                 self.numbers += kind is Kind.NUMBER
-                if x.dtype in HALF and kind in (Kind.NUMBER, Kind.CHOICE):
-                    self.found.append(f"{_line(sys._getframe())}: {name} made a {x.dtype} of a {kind.name.lower()}")
+                half = x.dtype in HALF and kind in (Kind.NUMBER, Kind.CHOICE)
+                mixed = self._call.mixed and kind is Kind.NUMBER and name not in MOVES
+                if half or mixed:
+                    line = _line(sys._getframe())
+                    if half or not line.startswith(ELSEWHERE):
+                        self.found.append(f"{line}: {name}, {x.dtype} of a {kind.name.lower()}")
         return out
+
+
+class Call(TorchFunctionMode):
+    """Whether autocast was on where the last operation was called: where operations run it is off again."""
+
+    mixed = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.mixed = torch.is_autocast_enabled("cpu")
+        return func(*args, **(kwargs or {}))
 
 
 def _kind_of(x: Tensor, kinds: set[Kind | None]) -> Kind | None:

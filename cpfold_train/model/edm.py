@@ -22,6 +22,7 @@ from cpfold_train.model.config import AtomConfig, DiffusionConfig, MemoryConfig
 from cpfold_train.model.diffusion import DiffusionModule
 from cpfold_train.model.diffusion_conditioning import Conditioning
 from cpfold_train.model.layers import without_autocast
+from cpfold_train.ops.quaternions import rotations
 from cpfold_train.ops.recompute import recompute
 from cpfold_train.ops.rigid_align import weighted_rigid_align
 from cpfold_train.parallel.context import ContextParallel
@@ -183,14 +184,3 @@ def randomly_placed(coords: Tensor, mask: Tensor, draws: Draws, cp: ContextParal
     turn = rotations(draws.at("rotation").normal(0, 4).to(coords.dtype))
     shift = draws.at("translation").normal(0, 3).to(coords.dtype)
     return (coords - (middle / count)[:, None]) @ turn + shift[:, None]
-
-
-def rotations(quaternions: Tensor) -> Tensor:
-    """(B, 4) quaternions of any length to (B, 3, 3) rotations; of normal deviates they are uniform."""
-    w, x, y, z = (quaternions / torch.linalg.vector_norm(quaternions, dim=1, keepdim=True)).unbind(1)
-    rows = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-    ]
-    return torch.stack([torch.stack(row, -1) for row in rows], -2)
