@@ -8,8 +8,9 @@ from math import ceil
 from cpfold_train.parallel.grid import Grid
 
 GPU_MULTIPLE = 16
-"""Tokens along each side of a tile on a GPU are a multiple of this: matrix units want rows of bf16 to begin at multiples
-of 16 bytes, those for fp8 want twice as many elements, and cuEquivariance's kernels for Blackwell take multiples of 8."""
+"""Tokens along each side of a tile on a GPU are a multiple of this: matrix units want rows of bf16 to begin at
+multiples of 16 bytes, those for fp8 want twice as many elements, and cuEquivariance's kernels for Blackwell take
+multiples of 8."""
 
 
 @dataclass(frozen=True)

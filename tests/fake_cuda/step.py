@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -48,17 +49,17 @@ def waits(name: str, args: tuple, kwargs: dict, out) -> str | None:
         return "a size is read"
     if name in INDEXED and any(on(x) == "cpu" for x in args[1]):
         return "an index is copied to the device"
-    source, target = {"_to_copy": (args[:1], out), "copy_": (args[1:2], args[0])}.get(name, ((), None))
-    if not source or on(source[0]) == on(target):
+    if name not in ("_to_copy", "copy_"):
         return None
-    if name == "copy_" and on(source[0]) == "cpu" and not source[0].dim():
+    source, target = (args[0], out) if name == "_to_copy" else (args[1], args[0])
+    if {on(source), on(target)} != {"cpu", "cuda"}:
+        return None
+    if name == "copy_" and on(source) == "cpu" and not source.dim():
         # A number of Python, which goes with the launch.
         return None
     free = args[2] if name == "copy_" and len(args) > 2 else kwargs.get("non_blocking", False)
-    host = source[0] if on(source[0]) == "cpu" else target
-    if free and getattr(host, "pinned", False):
-        return None
-    return f"a copy from {on(source[0])} to {on(target)}"
+    host = source if on(source) == "cpu" else target
+    return None if free and getattr(host, "pinned", False) else f"a copy from {on(source)} to {on(target)}"
 
 
 def _flat(values: tuple) -> Iterator:
@@ -70,31 +71,43 @@ def _flat(values: tuple) -> Iterator:
 
 
 def main(library: str, *settings: str) -> None:
-    """Print the waits of a step as JSON: [[why, line, times], ...]."""
+    """Print the waits of each step as JSON, [[[why, line, times], ...], ...]; a "+" is between settings of steps."""
     device.use(Path(library))
+    steps = " ".join(settings).split(" + ")
+    json.dump([waits_of(step.split()) for step in steps], sys.stdout)
+
+
+def waits_of(settings: list[str]) -> list[list]:
+    """Of a step of rank 1 of 2x2: why, where and how often the host waits for the device."""
+    from cpfold_train.losses import smooth_lddt
     from cpfold_train.parallel.grid import Grid
     from cpfold_train.plan import step
     from cpfold_train.plan.batch import assumed_batch
     from cpfold_train.plan.compose import compose
     from cpfold_train.plan.trace import Tracer
 
-    found: dict[tuple[str, str], int] = {}
+    found: Counter[tuple[str, str]] = Counter()
 
     class Listing(Tracer):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = super().__torch_dispatch__(func, types, args, kwargs)
             name = func._schema.name.partition("::")[2]
-            if (name == "empty_like" and (kwargs or {}).get("pin_memory")) or name == "_pin_memory":
+            if name == "empty_like" and (kwargs or {}).get("pin_memory"):
                 out.pinned = True
             elif why := waits(name, args, kwargs or {}, out):
-                key = why, caller()
-                found[key] = found.get(key, 0) + 1
+                found[why, caller()] += 1
             return out
 
-    config, grid = compose(list(settings)), Grid(2, 2, rank=1)
-    with mock.patch.object(step, "Tracer", Listing):
+    def where(near):
+        found[WAITS["nonzero"], caller()] += 1
+        return _where(near)
+
+    # Without contents it would not know how many there are, and so asks for none.
+    _where = smooth_lddt._where
+    config, grid = compose(settings), Grid(2, 2, rank=1)
+    with mock.patch.object(step, "Tracer", Listing), mock.patch.object(smooth_lddt, "_where", where):
         step.trace_step(config, grid, assumed_batch(config, grid), lambda *_: 0.0, False, device="cuda")
-    json.dump([[why, where, times] for (why, where), times in found.items()], sys.stdout)
+    return [[*place, times] for place, times in found.items()]
 
 
 def caller() -> str:
