@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 
-def dense(feats: dict[str, Tensor]) -> dict[str, Tensor]:
+def dense(feats: dict[str, Any]) -> dict[str, Tensor]:
     """Atom features of all atoms as the package takes them."""
     real = feats["atom_pad_mask"].double()
     n = feats["token_atom_start"].shape[1] - 1

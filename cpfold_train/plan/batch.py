@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from cpfold_train.bench.case import ATOMS_PER_TOKEN
-from cpfold_train.data.batch import PLACEMENTS
+from cpfold_train.data.batch import ON_HOST, PLACEMENTS
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.datamodule import TileData
 
-ON_HOST = "token_atom_start"
-"""The feature that says what travels: the only one whose values matter."""
 CHAINS, COPIES, NAMINGS = 4, 4, 2
 """Of a homotetramer: its chains, the copies of each, and other namings of a residue's atoms."""
 
@@ -31,7 +29,7 @@ def assumed_batch(config: TrainConfig, grid: Grid) -> dict[str, Tensor]:
     as may be. Shapes and dtypes are those of :func:`cpfold_train.data.batch.collate`.
 
     Returns:
-        Tensors on the meta device, but for ``ON_HOST``.
+        Tensors on the meta device, and ``ON_HOST``, the only one whose values matter, as an array.
     """
     b, data = config.batch_size, config.data
     n = grid.pad_tokens(config.crop_size)
@@ -48,7 +46,7 @@ def assumed_batch(config: TrainConfig, grid: Grid) -> dict[str, Tensor]:
             "msa": (s, cols),
         },
         i4: {
-            **dict.fromkeys(("token_to_rep_atom", "token_to_center_atom"), (n,)),
+            **dict.fromkeys(("token_to_rep_atom", "token_to_center_atom", "atoms_per_token"), (n,)),
             "frames_idx": (n, 3),
             "visibility_ids": (max(1, t), n),
             "chain_copies": (CHAINS, COPIES),
@@ -86,7 +84,7 @@ def assumed_batch(config: TrainConfig, grid: Grid) -> dict[str, Tensor]:
     }
     start = torch.arange(config.crop_size + 1) * count // config.crop_size
     start = torch.cat([start, start[-1:].expand(n - config.crop_size)]).int()
-    return features | {ON_HOST: start.expand(b, -1)}
+    return features | {ON_HOST: start.expand(b, -1).numpy()}
 
 
 def feature_bytes(batch: dict[str, Tensor]) -> int:
@@ -107,4 +105,4 @@ def batches_of_data(config: TrainConfig, grid: Grid, count: int) -> list[dict[st
     rank = SimpleNamespace(cp=SimpleNamespace(grid=grid), root_device=torch.device("cpu"))
     data.trainer = SimpleNamespace(strategy=rank)
     batches = islice(iter(data.train_dataloader()), count)
-    return [{name: batch[name] for name in PLACEMENTS} for batch in batches]
+    return [{name: batch[name] for name in (*PLACEMENTS, ON_HOST)} for batch in batches]

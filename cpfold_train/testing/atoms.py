@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from cpfold_train.parallel.grid import Grid
 from cpfold_train.testing.parity import ATOMS, LENGTHS, TOTALS, cut, pad
 
 
-def atom_features(grid: Grid) -> dict[str, Tensor]:
+def atom_features(grid: Grid) -> dict[str, Any]:
     """Features of a rank's atoms, in fp64."""
     draw = torch.Generator().manual_seed(17)
     b, a = len(ATOMS), max(TOTALS)
@@ -34,4 +36,5 @@ def atom_features(grid: Grid) -> dict[str, Tensor]:
     n = grid.pad_tokens(max(LENGTHS))
     starts = [torch.tensor([0, *counts]).cumsum(0) for counts in ATOMS]
     padded = [torch.cat([start, start[-1:].expand(n + 1 - len(start))]) for start in starts]
-    return {**feats, "token_atom_start": torch.stack(padded).int()}
+    start = torch.stack(padded).int()
+    return {**feats, "token_atom_start": start.numpy(), "atoms_per_token": start.diff(dim=1)}
