@@ -59,9 +59,10 @@ def _serve(work: Callable[[Record], None], file: Path, log: Path, limit_s: float
     os.setsid()
     # What there is by now is no garbage: looking through it after each entry would take longer than small phases do.
     gc.freeze()
-    with log.open("w") as text:
-        os.dup2(text.fileno(), 1)
-        os.dup2(text.fileno(), 2)
+    # Python's own streams and those of libraries, whatever they were in the process that this one comes from.
+    sys.stdout = sys.stderr = log.open("w", buffering=1)
+    os.dup2(sys.stdout.fileno(), 1)
+    os.dup2(sys.stdout.fileno(), 2)
     record = Record(file, time.monotonic() + limit_s)
     try:
         work(record)
@@ -74,6 +75,5 @@ def _serve(work: Callable[[Record], None], file: Path, log: Path, limit_s: float
         traceback.print_exc()
         code = 1
     sys.stdout.flush()
-    sys.stderr.flush()
     # What process groups and CUDA do at exit may hang, and is none of the phase's results.
     os._exit(code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 
 from rich.box import SIMPLE_HEAD
@@ -60,4 +61,5 @@ def _show(found: list[Compiled], arch: str) -> None:
             str(one.atomics),
             str(one.loop or "-"),
         )
-    Console().print(table)
+    # Names are long, and what is no terminal is no wider than 80 columns by default.
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
