@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -10,7 +12,7 @@ from cpfold_train.parallel.grid import Grid
 from tests.parity import ATOMS, LENGTHS, TOTALS, cut, pad
 
 
-def atom_features(grid: Grid) -> dict[str, Tensor]:
+def atom_features(grid: Grid) -> dict[str, Any]:
     """Features of a rank's atoms, in fp64."""
     draw = torch.Generator().manual_seed(17)
     b, a = len(ATOMS), max(TOTALS)
@@ -35,10 +37,11 @@ def atom_features(grid: Grid) -> dict[str, Tensor]:
     n = grid.pad_tokens(max(LENGTHS))
     starts = [torch.tensor([0, *counts]).cumsum(0) for counts in ATOMS]
     padded = [torch.cat([start, start[-1:].expand(n + 1 - len(start))]) for start in starts]
-    return {**feats, "token_atom_start": torch.stack(padded).int()}
+    start = torch.stack(padded).int()
+    return {**feats, "token_atom_start": start.numpy(), "atoms_per_token": start.diff(dim=1)}
 
 
-def dense(feats: dict[str, Tensor]) -> dict[str, Tensor]:
+def dense(feats: dict[str, Any]) -> dict[str, Tensor]:
     """Atom features of all atoms as the package takes them."""
     real = feats["atom_pad_mask"].double()
     n = feats["token_atom_start"].shape[1] - 1

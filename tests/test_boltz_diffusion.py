@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import subprocess
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -54,9 +56,10 @@ def our_step(cp):
 
 def full(feats: dict[str, Tensor]) -> dict[str, Tensor]:
     """One complex without padded atoms: the package centres on all atoms that it samples, padded ones included."""
-    one = {name: x[:1].clone() for name, x in feats.items()}
+    one = {name: deepcopy(x[:1]) for name, x in feats.items()}
     one["atom_to_token"][:, TOTALS[0] :] = len(one["token_pad_mask"][0]) - 1
     one["token_atom_start"][:, -1] = one["atom_pad_mask"].shape[1]
+    one["atoms_per_token"] = torch.from_numpy(np.diff(one["token_atom_start"]))
     one["atom_pad_mask"][:] = 1
     return one
 

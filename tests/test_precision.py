@@ -60,12 +60,12 @@ def step(cp, precision: str) -> dict[str, Tensor]:
     seen = watch_islands(model)
     if precision == "bf16-true":
         Bf16Precision("cpu").convert_module(SimpleNamespace(model=model))
-    feats = {name: x.float() if x.is_floating_point() else x for name, x in features(cp.grid).items()}
+    feats = {name: x.float() if x.dtype == torch.float64 else x for name, x in features(cp.grid).items()}
     feats |= {
         "coords": 5 * feats["ref_pos"],
         "atom_resolved_mask": feats["atom_pad_mask"],
         "bfactor": 30 * feats["atom_pad_mask"],
-        "token_to_rep_atom": feats["token_atom_start"][:, :-1].clamp(max=100),
+        "token_to_rep_atom": torch.from_numpy(feats["token_atom_start"][:, :-1].clip(max=100)),
     }
     kept: list[Tensor] = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from cpfold_train.bench.case import Inputs, Sizes
+from cpfold_train.data.batch import ON_HOST
 from cpfold_train.model.config import ModelConfig
 from cpfold_train.parallel.grid import Grid
 
@@ -70,7 +71,8 @@ def make_features(names: tuple[str, ...], sizes: Sizes, grid: Grid, device: torc
         "token_resolved_mask": torch.ones(n),
         "token_to_rep_atom": start[:-1],
         "token_to_center_atom": start[:-1],
-        "token_atom_start": start.int(),
+        "token_atom_start": start.numpy(),
+        "atoms_per_token": start.diff(),
         "frames_idx": start[:-1, None] + torch.arange(3),
         "chain_copies": torch.tensor([[1, 2], [2, 1]], dtype=torch.int32),
         "ref_pos": torch.randn(own, 3),
@@ -98,7 +100,7 @@ def make_features(names: tuple[str, ...], sizes: Sizes, grid: Grid, device: torc
         "sigmas": torch.ones(sizes.samples),
         "times": torch.zeros(sizes.samples),
     }
-    return {name: x.to(device) for name, x in feats.items()}
+    return {name: x if name == ON_HOST else x.to(device) for name, x in feats.items()}
 
 
 def _template(n: int, side: float) -> Inputs:

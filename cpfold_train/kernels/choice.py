@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 KERNELS = ("auto", "torch", "triton", "cuequivariance")
 """What ``kernels`` may be in a configuration. ``auto`` becomes one of the others once the device is known."""
@@ -60,4 +61,6 @@ def is_installed(kernels: str) -> bool:
 
 def capability_of(device: torch.device) -> tuple[int, int] | None:
     """Compute capability of a GPU; None for other devices."""
+    import torch
+
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None

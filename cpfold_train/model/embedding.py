@@ -14,6 +14,7 @@ from torch.nn.functional import embedding
 from torch.nn.functional import linear as linear_of
 
 from cpfold_train.kernels.by_rows import by_rows, rows_per_block
+from cpfold_train.kernels.linear import linear_of_points
 from cpfold_train.model.atom_attention import AtomAttentionEncoder
 from cpfold_train.model.atom_encoder import AtomEncoder
 from cpfold_train.model.config import AtomConfig, MemoryConfig
@@ -132,7 +133,7 @@ class FourierEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,) to (B, dim)."""
-        return torch.cos(2 * math.pi * self.proj(x[:, None]))
+        return torch.cos(2 * math.pi * linear_of_points(x[:, None], self.proj.weight, self.proj.bias))
 
 
 class ContactConditioning(nn.Module):

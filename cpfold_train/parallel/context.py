@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -55,6 +55,7 @@ class ContextParallel:
         row: ranks of the same column; moving along it changes the tile's row (mesh axis ``cp_row``).
         col: ranks of the same row; moving along it changes the tile's column (mesh axis ``cp_col``).
         all: every rank of the replica.
+        host: the same ranks, for small messages between hosts that must not wait for what the GPUs have to do.
         ledger: what this rank sent and waited for.
         algorithm: how the triangle ops communicate.
         kernels: what computes attention and the local parts of the pair stack: ``torch``, ``triton`` or
@@ -100,6 +101,11 @@ class ContextParallel:
             for axis in (self.row, self.col, self.all):
                 # Groups made by a mesh keep the default of 30 minutes whatever the world's timeout is.
                 dist.distributed_c10d._set_pg_timeout(timeout, axis.group)
+        self.host = self.all
+        if dist.get_backend() == "nccl" and grid.cp_size > 1:
+            replicas = ranks.flatten(1).tolist()
+            group, _ = dist.new_subgroups_by_enumeration(replicas, timeout, "gloo", group_desc="host")
+            self.host = replace(self.all, group=group)
 
     def _axis(self, name: str, group: dist.ProcessGroup, ranks: Tensor) -> Axis:
         members = tuple(ranks.tolist())

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
+from cpfold_train.data.batch import ON_HOST
 from cpfold_train.kernels.by_rows import GPU_BLOCK_BYTES, set_block_bytes
 from cpfold_train.memory import LARGE_BYTES
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.parallel.context import ContextParallel, fake_world
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.plan.batch import ON_HOST
 from cpfold_train.plan.shortcuts import (
     fused_attention,
     host_is_elsewhere,

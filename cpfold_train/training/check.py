@@ -26,6 +26,7 @@ def check(config: TrainConfig) -> None:
         ("batch_size", config.batch_size, 1),
         ("data.max_msa_rows", config.data.max_msa_rows, 1),
         ("data.max_atoms", config.data.max_atoms, 1),
+        ("data.buckets", config.data.buckets, 1),
         ("data.samples_per_epoch", config.data.samples_per_epoch, 1),
         ("data.num_workers", config.data.num_workers, 0),
         ("memory.blocks_at_once", config.memory.blocks_at_once, 1),

@@ -50,6 +50,7 @@ class DataConfig:
     max_atoms: int | None = MISSING
     max_msa_rows: int = MISSING
     max_templates: int = MISSING
+    buckets: int | None = MISSING
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     max_bad_share: float = MISSING
     num_workers: int = MISSING
@@ -209,7 +210,7 @@ class ParallelConfig:
 
 @dataclass
 class TrainConfig:
-    """One run; ``kernels`` is what computes triangle attention."""
+    """One run; ``kernels`` is what computes triangle attention, ``tf32`` how exact fp32 matrix products are on GPUs."""
 
     crop_size: int = MISSING
     batch_size: int = MISSING
@@ -217,6 +218,7 @@ class TrainConfig:
     seed: int = MISSING
     ckpt_path: str | None = MISSING
     kernels: str = MISSING
+    tf32: bool = MISSING
     cp: ContextParallelConfig = field(default_factory=ContextParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)

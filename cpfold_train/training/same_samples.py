@@ -15,6 +15,8 @@ from cpfold_train.parallel.random import key_of
 def check_same_samples(batch: dict[str, Any], cp: ContextParallel) -> None:
     """Compare the samples and crops of a batch, eight bytes a rank, before anything is computed from them.
 
+    It is said from host to host: the GPUs may be at work on the batch before.
+
     Ranks choose samples without asking each other. Shards that differ from machine to machine, or bytes that only one
     of them reads wrong, would otherwise mix tiles of different samples without a word.
 
@@ -24,7 +26,7 @@ def check_same_samples(batch: dict[str, Any], cp: ContextParallel) -> None:
     tokens = [int(index.sum()) for index in batch["residue_index"]]
     key = key_of(*batch["id"], *batch["num_tokens"].tolist(), *tokens)
     with cp.ledger.standing("comparison of samples"):
-        keys = gather_tensor(torch.tensor([key], device=cp.mesh.device_type), cp.all).flatten().tolist()
+        keys = gather_tensor(torch.tensor([key]), cp.host).flatten().tolist()
     if len(set(keys)) > 1:
         others = [rank for rank, other in zip(cp.all.ranks, keys) if other != key]
         raise DataError(
