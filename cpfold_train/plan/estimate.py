@@ -103,12 +103,13 @@ class Costs:
     step_s: float
 
 
-def kernel_seconds(device: Device) -> Seconds:
-    """Time of a kernel on a device."""
-    rates = device.measured
-    peaks = {torch.float16: device.bf16, torch.bfloat16: device.bf16, torch.float64: device.fp32 / 2}
-    reached = dict.fromkeys((torch.bfloat16, torch.float16), rates.bf16_flops)
-    reached[torch.float32] = rates.fp32_flops
+def kernel_seconds(device: Device, tf32: bool = False) -> Seconds:
+    """Time of a kernel on a device; with ``tf32`` matrix products in fp32 go through TF32."""
+    rates, half = device.measured, (torch.bfloat16, torch.float16)
+    peaks = dict.fromkeys(half, device.bf16) | {torch.float64: device.fp32 / 2}
+    peaks[torch.float32] = device.tf32 if tf32 else device.fp32
+    reached = dict.fromkeys(half, rates.bf16_flops)
+    reached[torch.float32] = rates.tf32_flops if tf32 else rates.fp32_flops
     bandwidth, exps = rates.memory_bytes_s or MEMORY_SHARE * device.bandwidth, rates.exp_s or EXP_SHARE * device.exps
 
     def seconds(kernel: Kernel) -> tuple[str, float]:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 
 from torch import Tensor, nn
 
+from cpfold_train.data.padding import GPU_MULTIPLE
 from cpfold_train.errors import ConfigError
 from cpfold_train.kernels.choice import Choice
 from cpfold_train.model.config import MemoryConfig
@@ -170,17 +171,18 @@ def _with_kernels(config: TrainConfig, found: Device, device: str) -> tuple[Trai
 
 def _traced(trace: Callable[..., Trace], config: TrainConfig, grid: Grid, found: Device, device: str) -> Trace:
     """The trace of a deep model from those of two shallow ones, where that can be."""
-    seconds, on_host = kernel_seconds(found), device == "cpu"
+    seconds, on_host = kernel_seconds(found, config.tf32), device == "cpu"
+    side = 1 if on_host else GPU_MULTIPLE
 
     def traced(config: TrainConfig) -> Trace:
-        return trace(config, grid, assumed_batch(config, grid), seconds, on_host)
+        return trace(config, grid, assumed_batch(config, grid, side), seconds, on_host)
 
     # What malloc keeps does not grow block by block: on CPU, where models are small, all blocks run.
     groups = None if on_host else groups_of(config)
     if groups is None:
         return traced(config)
     runs = (traced(shallow(config, n)) for n in (FEWEST, FEWEST + 1))
-    known = weight_bytes(build(config), config, grid) | {"features": feature_bytes(assumed_batch(config, grid))}
+    known = weight_bytes(build(config), config, grid) | {"features": feature_bytes(assumed_batch(config, grid, side))}
     return extrapolated(*runs, groups, config.data.max_templates, known)
 
 

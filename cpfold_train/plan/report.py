@@ -13,7 +13,7 @@ from cpfold_train.plan.plan import GIB, MIB, Plan
 from cpfold_train.plan.trace import CATEGORIES, Moment
 
 _SHOWN, _DEAREST, _WIDE = 8, 24, 150
-"""Modules and operations that are worth a line, of what is held and sent and of what takes time; and columns of text."""
+"""Modules and operations that are worth a line, of what is held and sent and of what takes time; columns of text."""
 
 
 def show_plan(found: Plan, validation: Moment | None = None) -> None:
@@ -77,7 +77,7 @@ def _show_operations(console: Console, costs: Costs) -> None:
         )
         table.add_row("all others", "", f"{seconds:.3g}", f"{exchange:.3g}", "", f"{floor:.3g}", f"{launches:,.0f}")
     # Names of modules are long, and are cut where the terminal is narrow.
-    console.print(table, width=max(console.width, _WIDE))
+    Console(width=max(console.width, _WIDE)).print(table)
 
 
 def show_proposals(found: list[Plan], device: str, crop_size: int, gpus: int) -> None:

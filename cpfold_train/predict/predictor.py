@@ -169,7 +169,7 @@ class Predictor(LightningModule):
             draws=Draws(feats["sample_key"]),
         )
 
-    def _sample(self, query: Query, crop: Crop, feats: dict[str, Tensor], cp: ContextParallel) -> None:
+    def _sample(self, query: Query, crop: Crop, feats: dict[str, Any], cp: ContextParallel) -> None:
         out = self.sampled(feats, cp)
         for rank, number in enumerate(_order(out, self._settings.samples, cp)):
             prediction = collect(out, number, crop, cp)
