@@ -6,6 +6,7 @@ import argparse
 import os
 from datetime import timedelta
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,10 +19,20 @@ from cpfold_train.kernels import choice
 from cpfold_train.ops import offload
 from cpfold_train.ops.linear import by_component, linear_of_points, turned
 from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.parallel.random import Draws
 from cpfold_train.predict import command
 from cpfold_train.training import gpus
 from cpfold_train.training.optim import adamw_with_schedule
 from cpfold_train.training.same_samples import check_same_samples
+
+
+def test_normal_draws_are_those_of_another_library():
+    """CUDA has logarithms and cosines of its own, as numpy has: in fp64, and so the same once they are rounded to fp32."""
+    draws = Draws(torch.tensor([5]))
+    first, second = draws.uniform(0, 1 << 19).double().view(-1, 2).unbind(1)
+    assert torch.equal(first * 2**24, (first * 2**24).round())
+    expected = np.sqrt(-2 * np.log1p(-first.numpy())) * np.cos(2 * np.pi * second.numpy())
+    assert torch.equal(draws.normal(0, 1 << 18)[0], torch.from_numpy(expected).float())
 
 
 class Products(TorchDispatchMode):
