@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,7 +24,13 @@ class Choice(NamedTuple):
     why: str
 
 
-def choose_kernels(asked: str, device_type: str, precision: str, capability: tuple[int, int] | None = None) -> Choice:
+def choose_kernels(
+    asked: str,
+    device_type: str,
+    precision: str,
+    capability: tuple[int, int] | None = None,
+    installed: Callable[[str], bool] | None = None,
+) -> Choice:
     """The best kernels that device, precision and installed packages allow, or those that were asked for.
 
     Args:
@@ -31,16 +38,18 @@ def choose_kernels(asked: str, device_type: str, precision: str, capability: tup
         device_type: ``cpu`` or ``cuda``.
         precision: ``trainer.precision``.
         capability: compute capability of the GPU.
+        installed: whether the package of some kernels is there; None: :func:`is_installed`, on this machine.
     """
+    installed = installed or is_installed
     if asked != "auto":
         return Choice(asked, "as asked for")
     if device_type != "cuda":
         return Choice("torch", "there is no GPU")
     if precision == "64-true":
         return Choice("torch", "the others have no fp64")
-    if capability and capability >= BLACKWELL and precision != "32-true" and is_installed("cuequivariance"):
+    if capability and capability >= BLACKWELL and precision != "32-true" and installed("cuequivariance"):
         return Choice("cuequivariance", "it has kernels for this GPU")
-    if is_installed("triton"):
+    if installed("triton"):
         return Choice("triton", "it is the fastest that is installed")
     return Choice("torch", "the triton package is not installed")
 

@@ -105,7 +105,7 @@ class MSALayer(nn.Module):
             return z + self.outer_product_mean(m, msa_mask, count, cp).to(z.dtype)
 
         m = self.run(averaged, m, z)
-        m = m + self.msa_transition(m)
+        m = self.msa_transition(m, cp.kernels, residual=True)
         z = self.run(multiplied, z, m)
         return self.pairformer_layer.update_pairs(z, token_mask, cp, draws), m
 

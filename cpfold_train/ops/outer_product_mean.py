@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cpfold_train.kernels.by_rows import by_rows, rows_per_block
-from cpfold_train.ops.linear import linear
+from cpfold_train.kernels.linear import linear
 from cpfold_train.ops.stream import stream
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import split

@@ -37,18 +37,24 @@ def pair_weighted_averaging(v: Tensor, logits: Tensor, key_mask: Tensor, cp: Con
     logits_has, logits_wants = tiles(cp.grid, n, n), bands_of_tile_cols(cp.grid, n)
     v_has, v_wants = tiles(cp.grid, s, n), row_bands(cp.grid, s, n)
 
-    def route(has: Layout, wants: Layout, group: Interval) -> Route:
+    def route(dims: tuple[int, ...], has: Layout, wants: Layout, group: Interval) -> Route:
         every, some = ((0, heads),) * cp.all.size, (group,) * cp.all.size
-        return Route(cp, cp.all, (1, 2, 3), with_dim(every, has), with_dim(some, wants), op)
+        return Route(cp, cp.all, dims, with_dim(every, has), with_dim(some, wants), op)
 
-    routes = [[route(logits_has, logits_wants, group), route(v_has, v_wants, group)] for group in groups]
-    sources = logits.permute(0, 3, 1, 2), v.permute(0, 3, 1, 2, 4)
+    # Values arrive with all that one token has side by side, as the product takes them.
+    routes = [
+        [route((1, 2, 3), logits_has, logits_wants, group), route((1, 3, 2), v_has, v_wants, group)] for group in groups
+    ]
+    sources = logits.permute(0, 3, 1, 2), v.permute(0, 3, 2, 1, 4)
     o = stream(_average, routes, (key_mask,), sources, dim=1)
-    return o.permute(0, 2, 3, 1, 4)
+    return o.permute(0, 3, 2, 1, 4)
 
 
 def _average(_: int, key_mask: Tensor, logits: Tensor, v: Tensor) -> Tensor:
-    """Some heads: logits (B, h, N/C, N), v (B, h, S/R, N, d) and key_mask (B, N) to (B, h, S/R, N/C, d)."""
+    """Some heads: logits (B, h, N/C, N), v (B, h, N, S/R, d) and key_mask (B, N) to (B, h, N/C, S/R, d).
+
+    One product a head for all sequences: as one a sequence, torch would copy the weights for each of them.
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     weights = (logits + (key_mask.to(logits.dtype)[:, None, None] - 1) * 1e6).softmax(-1).to(v.dtype)
-    return weights[:, :, None] @ v
+    return (weights @ v.flatten(3)).unflatten(3, v.shape[3:])

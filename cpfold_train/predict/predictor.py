@@ -157,9 +157,10 @@ class Predictor(LightningModule):
             size = f"{len(crop.tokens):,} tokens, {len(crop.atoms.atom):,} atoms"
             raise RuntimeError(f"{query.id} ({size}) failed: {type(error).__name__}: {error}") from error
 
-    def _sample(self, query: Query, crop: Crop, feats: dict[str, Any], cp: ContextParallel) -> None:
+    def sampled(self, feats: dict[str, Any], cp: ContextParallel) -> dict[str, Tensor]:
+        """What the model makes of a query's tiles: this rank's part of all samples."""
         s = self._settings
-        out = self.model.predict(
+        return self.model.predict(
             feats,
             cp,
             recycling_steps=s.recycling_steps,
@@ -167,7 +168,10 @@ class Predictor(LightningModule):
             samples=s.samples,
             draws=Draws(feats["sample_key"]),
         )
-        for rank, number in enumerate(_order(out, s.samples, cp)):
+
+    def _sample(self, query: Query, crop: Crop, feats: dict[str, Any], cp: ContextParallel) -> None:
+        out = self.sampled(feats, cp)
+        for rank, number in enumerate(_order(out, self._settings.samples, cp)):
             prediction = collect(out, number, crop, cp)
             if prediction is not None:
                 self._writer.write(query, crop, rank, prediction)

@@ -22,6 +22,11 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return _instead[-1](x, weight) if _instead else F.linear(x, weight)
 
 
+def is_replaced() -> bool:
+    """Whether :func:`linear_by` names something else: kernels with products of their own must then not be used."""
+    return bool(_instead)
+
+
 def linear_of_points(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(..., k) times the transpose of (c, k), of few components k: positions, offsets, noise levels.
 
