@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cpfold_train.errors import ConfigError
 from cpfold_train.kernels import choice
 from cpfold_train.ops import offload
-from cpfold_train.ops.linear import by_component, linear_of_points, turned
+from cpfold_train.ops.points import by_component, linear_of_points, turned
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.random import Draws
 from cpfold_train.predict import command
@@ -27,7 +27,7 @@ from cpfold_train.training.same_samples import check_same_samples
 
 
 def test_normal_draws_are_those_of_another_library():
-    """CUDA has logarithms and cosines of its own, as numpy has: in fp64, and so the same once they are rounded to fp32."""
+    """CUDA has logarithms and cosines of its own, as numpy has: in fp64, and the same once rounded to fp32."""
     draws = Draws(torch.tensor([5]))
     first, second = draws.uniform(0, 1 << 19).double().view(-1, 2).unbind(1)
     assert torch.equal(first * 2**24, (first * 2**24).round())

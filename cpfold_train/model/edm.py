@@ -22,7 +22,7 @@ from cpfold_train.model.config import AtomConfig, DiffusionConfig, MemoryConfig
 from cpfold_train.model.diffusion import DiffusionModule
 from cpfold_train.model.diffusion_conditioning import Conditioning
 from cpfold_train.model.layers import without_autocast
-from cpfold_train.ops.linear import turned
+from cpfold_train.ops.points import turned
 from cpfold_train.ops.quaternions import rotations
 from cpfold_train.ops.recompute import recompute
 from cpfold_train.ops.rigid_align import weighted_rigid_align

@@ -75,8 +75,8 @@ class Draws:
     def normal(self, start: int, stop: int) -> Tensor:
         """Positions ``start ... stop - 1`` of each stream, (B, stop - start) float32 standard normal (Box-Muller).
 
-        Logarithm and cosine are in fp64, where libraries differ in the last bit: rounded to fp32 they agree but for about
-        one draw in 2^28, so devices may differ in the last bit of one such draw. :meth:`uniform` is exact everywhere.
+        Logarithm and cosine are in fp64, where libraries differ in the last bit: rounded to fp32 they agree but for
+        about one draw in 2^28, of which devices may differ in the last bit. :meth:`uniform` is exact everywhere.
         """
         first, second = self.uniform(2 * start, 2 * stop).double().unflatten(1, (-1, 2)).unbind(2)
         # 1 - u is never zero.
