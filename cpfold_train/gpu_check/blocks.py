@@ -30,8 +30,6 @@ def inputs(op: str, scope: Scope, tokens: int, cp: ContextParallel, precision: s
     device, sizes = torch.device(scope.device), scope.sizes(tokens, cp.grid)
     torch.manual_seed(0)
     made = make_inputs(TRUNK[op].inputs, scope.model, sizes, cp.grid, PRECISIONS[precision], device)
-    if "s" in made:
-        made["s"] = made["s"].detach().float().requires_grad_()
     return make_features(TRUNK[op].inputs, sizes, cp.grid, device) | made
 
 

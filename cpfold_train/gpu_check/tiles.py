@@ -135,7 +135,8 @@ def _stock(record: Record, scope: Scope, op: str, name: str, use_kernels: bool) 
 
     device, depth = torch.device(scope.device), scope.block_rows
     widths = {"token_s": scope.model.token_s, "token_z": scope.model.token_z, "msa_s": scope.model.msa.msa_s}
-    step = stock_step(op, widths, scope.stock_tokens, depth, "bf16", device, use_kernels=use_kernels)
+    kernels = {"use_kernels": True} if use_kernels else {}
+    step = stock_step(op, widths, scope.stock_tokens, depth, torch.bfloat16, device, **kernels)
     reset_peak(device)
     before = now_mib(device)
     seconds = seconds_of(step, scope.device, scope.repeats)

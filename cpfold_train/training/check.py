@@ -7,7 +7,7 @@ import math
 from cpfold_train.data.features import NUM_BINS
 from cpfold_train.data.sampling import open_source
 from cpfold_train.errors import ConfigError
-from cpfold_train.kernels.choice import KERNELS, PACKAGES, is_installed
+from cpfold_train.kernels.choice import INSTALL, KERNELS, PACKAGES, is_installed
 from cpfold_train.model.config import RESIDUALS
 from cpfold_train.parallel.cost import ALGORITHMS
 from cpfold_train.training.boltz_checkpoint import WEIGHTS
@@ -130,8 +130,8 @@ def _require_installed(config: TrainConfig) -> None:
     """Raise ConfigError where kernels that were asked for cannot run on this machine."""
     kernels = config.kernels
     if not is_installed(kernels):
-        how = {"triton": "pip install triton", "cuequivariance": "pip install -e '.[cuequivariance]'"}[kernels]
-        raise ConfigError(f"kernels={kernels} needs the {PACKAGES[kernels]} package: type {how}, or kernels=auto")
+        package, how = PACKAGES[kernels], INSTALL[kernels]
+        raise ConfigError(f"kernels={kernels} needs the {package} package: type {how}, or kernels=auto")
     if config.trainer.accelerator == "cpu":
         raise ConfigError(f"kernels={kernels} needs GPUs: type trainer.accelerator=gpu, or kernels=torch")
 
