@@ -158,9 +158,8 @@ def test_the_crop_to_try_next():
     assert next_crop(1024, 2048, crops) == 1536
     assert next_crop(1408, 1536, crops) == 0 and next_crop(4096, float("inf"), crops) == 0
     small = SimpleNamespace(parameters=10**9, peak=16e9 + 1e9, memory=80e9, config=SimpleNamespace(crop_size=256))
-    scope = replace(ON_CPU, step_tokens=crops)
     # 56 GB are left for tokens, 56 times what 256 need: sqrt(56) x 256 = 1,915.
-    assert largest_crop(small, scope) == 1792
+    assert largest_crop(small, crops) == 1792
 
 
 def test_refusals(tmp_path, capsys):

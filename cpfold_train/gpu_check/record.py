@@ -47,6 +47,11 @@ class Record:
         self.found["failures"].append(f"{name}: {reason}")
         self._write()
 
+    def at(self, doing: str) -> None:
+        """Write what is being done, for whoever waits."""
+        self.found["doing"] = doing
+        self._write()
+
     def attempt(self, name: str, call: Callable[..., None], *args: Any, seconds: float = 0.0) -> None:
         """``call(*args)``, which may fail without harm to what comes after it.
 
@@ -59,16 +64,14 @@ class Record:
             self.found["left_out"].append(name)
             self._write()
             return
-        self.found["doing"] = name
-        self._write()
+        self.at(name)
         try:
             call(*args)
         except Exception as error:
             traceback.print_exc()
             self.fail(name, sentence_of(error))
         finally:
-            self.found["doing"] = ""
-            self._write()
+            self.at("")
             release()
 
     def _write(self) -> None:

@@ -128,27 +128,26 @@ def _rate(name: str, rate: float) -> str:
 
 
 def _blocks(entries: Found) -> list[str]:
-    rows, kernels = [], []
-    for name, entry in entries.items():
-        if "trained_ms" not in entry:
-            continue
-        floor = f"{entry['floor_ms']:.1f} / {entry['trained_floor_ms']:.1f}" if "floor_ms" in entry else "-"
-        forward = f"{entry['forward_ms']:.2f}" if "forward_ms" in entry else "-"
-        rows.append(
-            [
-                name,
-                forward,
-                f"{entry['trained_ms']:.2f}",
-                floor,
-                f"{entry['peak_mib']:.0f}",
-                str(entry.get("launches", "-")),
-            ]
-        )
+    timed = {name: entry for name, entry in entries.items() if "trained_ms" in entry}
+    lines = ["As one rank of 2x2, without what is sent:", ""]
+    head = (
+        "block or op, forward ms, floor, with recomputation and backward ms, floor, times the floor, peak MiB, launches"
+    )
+    lines += _table(head, [[name, *_of_block(entry)] for name, entry in timed.items()])
+    for name, entry in timed.items():
         if "kernels" in entry:
-            told = [[one["name"], str(one["count"]), f"{one['ms']:.2f}"] for one in entry["kernels"]]
-            kernels += ["", f"{name}, by kernel:", "", *_table("kernel, launches, ms", told)]
-    head = "block or op, forward ms, with recomputation and backward ms, floor ms of both, peak MiB, launches"
-    return ["As one rank of 2x2, without what is sent:", "", *_table(head, rows), *kernels]
+            rows = [[one["name"], str(one["count"]), f"{one['ms']:.2f}"] for one in entry["kernels"]]
+            lines += ["", f"{name}, by kernel:", "", *_table("kernel, launches, ms", rows)]
+    return lines
+
+
+def _of_block(entry: Found) -> list[str]:
+    def figure(key: str, digits: int) -> str:
+        return f"{entry[key]:.{digits}f}" if key in entry else "-"
+
+    times = f"{entry['trained_ms'] / entry['trained_floor_ms']:.1f}" if "trained_floor_ms" in entry else "-"
+    figures = figure("forward_ms", 2), figure("floor_ms", 2), figure("trained_ms", 2), figure("trained_floor_ms", 2)
+    return [*figures, times, figure("peak_mib", 0), figure("launches", 0)]
 
 
 def _cores(entries: Found) -> list[str]:
@@ -169,21 +168,26 @@ def _cores(entries: Found) -> list[str]:
 
 
 def _step(entries: Found) -> list[str]:
-    rows = [
-        [name, *(f"{entry[key]:.3g}" if key in entry else "-" for key in ("step_s", "peak_gib", "tokens_a_second"))]
-        for name, entry in entries.items()
-    ]
-    title = f"A training step of Boltz-2 on {entries.get('planned', {}).get('crop_size', '?')} tokens:"
-    return [title, "", *_table("figures, s a step, peak GiB, tokens a second", rows)]
+    title = f"A training step of Boltz-2 with `crop_size={entries.get('planned', {}).get('crop_size', '?')}`:"
+    return [title, "", *_steps("figures", entries)]
 
 
 def _largest(entries: Found) -> list[str]:
+    tried = {name: entry for name, entry in entries.items() if name.startswith("crop_size=")}
+    return ["The largest crop that runs, with all memory levers:", "", *_steps("crop", tried)]
+
+
+def _steps(first: str, entries: Found) -> list[str]:
+    keys = ("tokens", "step_s", "tokens_a_second", "peak_gib")
     rows = [
-        [name, f"{entry['step_s']:.3g}" if "step_s" in entry else "no memory", f"{entry.get('peak_gib', 0):.3g}"]
+        [
+            name,
+            *(f"{entry[key]:.4g}" if key in entry else "-" for key in keys),
+            "no" if "out_of_memory" in entry else "yes",
+        ]
         for name, entry in entries.items()
-        if name.endswith(" tokens")
     ]
-    return ["The largest crop that runs, with all memory levers:", "", *_table("crop, s a step, peak GiB", rows)]
+    return _table(f"{first}, tokens, s a step, tokens a second, peak GiB, fits", rows)
 
 
 SECTIONS = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -35,22 +34,25 @@ ROWS = ("msa", "msa_mask", "has_deletion", "deletion_value", "msa_paired")
 """Features that the alignment consists of."""
 RECYCLING = 1
 """Recycling passes of each step."""
-SAMPLES = 8
-"""Samples of the data of which one that is large enough is taken."""
+SAMPLES, FULL = 4, 0.9
+"""Samples of the data of which the largest is taken, and the least part of a crop that it may fill: crops end between
+residues."""
 
 
 def plan_and_measure(record: Record, scope: Scope) -> None:
     """A step at the largest crop that the plan says fits, with the levers that a run has by default."""
-    config = settings(scope, scope.step_tokens[0])
-    record.found["doing"] = "planning"
-    small = plan(config, Grid(), _plan_device(scope))
-    crop = largest_crop(small, scope)
-    planned = small if crop == config.crop_size else plan(replace(config, crop_size=crop), Grid(), _plan_device(scope))
+    crops = scope.step_tokens
+    first = _plan(record, scope, crops[len(crops) // 2])
+    crop = largest_crop(first, crops)
+    planned = first if crop == first.config.crop_size else _plan(record, scope, crop)
+    while not planned.fits and crop > crops[0]:
+        crop = max(other for other in crops if other < crop)
+        planned = _plan(record, scope, crop)
     figures = planned.figures()
     record.add(
         "planned",
         crop_size=crop,
-        kernels=config.kernels,
+        kernels=planned.config.kernels,
         peak_gib=figures["peak_memory_gib"],
         step_s=figures["step_s_estimate"],
         flops=figures["flops"],
@@ -58,19 +60,23 @@ def plan_and_measure(record: Record, scope: Scope) -> None:
     record.attempt("measured", _measure, record, scope, planned)
 
 
-def largest_crop(small: Plan, scope: Scope) -> int:
-    """The largest of the crops that should fit, by one plan: beside weights, memory grows with the crop's square."""
-    fixed = 16.0 * small.parameters
-    per_pair = (small.peak - fixed) / small.config.crop_size**2
-    room = (1 - MEMORY_MARGIN) * small.memory - fixed
-    fitting = [crop for crop in scope.step_tokens if per_pair * crop**2 <= room]
-    return max(fitting, default=scope.step_tokens[0])
+def _plan(record: Record, scope: Scope, crop: int) -> Plan:
+    record.at(f"planning {crop} tokens")
+    return plan(settings(scope, crop), Grid(), "gpu" if scope.device == "cuda" else "cpu")
+
+
+def largest_crop(known: Plan, crops: tuple[int, ...]) -> int:
+    """The largest of the crops that should fit, by one plan: beside weights, their gradients and Adam's two moments,
+    memory grows with the crop's square."""
+    fixed = 16.0 * known.parameters
+    per_pair = (known.peak - fixed) / known.config.crop_size**2
+    room = (1 - MEMORY_MARGIN) * known.memory - fixed
+    return max((crop for crop in crops if per_pair * crop**2 <= room), default=crops[0])
 
 
 def _measure(record: Record, scope: Scope, planned: Plan) -> None:
-    figures = timed_step(scope, training_step(scope, planned.config))
-    tokens_s = planned.config.crop_size / figures["step_s"]
-    record.add("measured", **figures, tokens_a_second=tokens_s, planned_step_s=planned.costs.step_s)
+    figures = timed_step(scope, planned.config)
+    record.add("measured", **figures, planned_step_s=planned.costs.step_s)
 
 
 def find_largest(record: Record, scope: Scope) -> None:
@@ -108,10 +114,10 @@ def next_crop(ran: int, failed: float, crops: tuple[int, ...]) -> int:
 
 def _try(record: Record, scope: Scope, crop: int, memory: MemoryConfig) -> float | None:
     """Seconds of a step, both of it and of what is before it; None where there is no memory for it."""
-    name = f"{crop} tokens"
+    name = f"crop_size={crop}"
     started = record.time_left
     try:
-        record.add(name, **timed_step(scope, training_step(scope, replace(settings(scope, crop), memory=memory))))
+        record.add(name, **timed_step(scope, replace(settings(scope, crop), memory=memory)))
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -131,15 +137,21 @@ def settings(scope: Scope, crop: int) -> TrainConfig:
     return config if scope.device == "cuda" else replace(config, model=scope.model)
 
 
-def training_step(scope: Scope, config: TrainConfig) -> Callable[[], None]:
-    """A whole step on real data as a call: forward and backward pass and optimizer, as Lightning would do it."""
+def timed_step(scope: Scope, config: TrainConfig) -> dict[str, float]:
+    """The second of two whole steps on real data: forward and backward pass and optimizer, as Lightning does it.
+
+    Returns:
+        Real tokens of the sample, seconds, tokens a second, and GiB at the fullest moment of both steps.
+    """
     device = torch.device(scope.device)
     cp = ContextParallel(Grid(), scope.device, kernels=config.kernels)
+    before = 0.0 if scope.device == "cuda" else now_mib(device)
+    reset_peak(device)
     torch.manual_seed(0)
-    module = CoFoldingModule(config.model, config.memory, config.optim, config.loss, config.diffusion, config.seed)
+    with device:
+        module = CoFoldingModule(config.model, config.memory, config.optim, config.loss, config.diffusion, config.seed)
     module.trainer = SimpleNamespace(strategy=SimpleNamespace(cp=cp), global_step=0)
-    module.to(device)
-    optimizer = module.configure_optimizers()["optimizer"]
+    optimizer = module.to(device).configure_optimizers()["optimizer"]
     batch = to_device(sample(config), device)
 
     def step() -> None:
@@ -148,36 +160,25 @@ def training_step(scope: Scope, config: TrainConfig) -> Callable[[], None]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), config.trainer.gradient_clip_val)
         optimizer.step()
+        # DistributedDataParallel has room for all of them from the start.
         optimizer.zero_grad(set_to_none=False)
 
-    return step
+    seconds, tokens = seconds_of(step, scope.device, 1), int(batch["num_tokens"])
+    peak_gib = (peak_mib(device) - before) / 1024
+    return {"tokens": tokens, "step_s": seconds, "tokens_a_second": tokens / seconds, "peak_gib": peak_gib}
 
 
 def sample(config: TrainConfig) -> dict[str, Any]:
-    """A sample of as many tokens as a crop has, with as many alignment rows as may be: those that it has, repeated.
+    """The sample of the data with most tokens, with as many alignment rows as may be: those that it has, repeated.
 
     Raises:
-        ConfigError: the data have none so large.
+        ConfigError: it has fewer tokens than a crop.
     """
-    batches = batches_of_data(config, Grid(), SAMPLES)
-    batch = next((batch for batch in batches if int(batch["num_tokens"]) == config.crop_size), None)
-    if batch is None:
-        raise ConfigError(f"no sample of the data has {config.crop_size} tokens")
+    batch = max(batches_of_data(config, Grid(), SAMPLES), key=lambda batch: int(batch["num_tokens"]))
+    if batch["num_tokens"] < FULL * config.crop_size:
+        raise ConfigError(f"the largest sample of the data has {int(batch['num_tokens'])} tokens")
     return batch | {name: _repeated(batch[name], config.data.max_msa_rows) for name in ROWS}
 
 
 def _repeated(rows: Tensor, count: int) -> Tensor:
     return rows.repeat(1, -(-count // rows.shape[1]), 1)[:, :count].contiguous()
-
-
-def timed_step(scope: Scope, step: Callable[[], None]) -> dict[str, float]:
-    """Seconds of the second step, and GiB at the fullest moment of both."""
-    device = torch.device(scope.device)
-    before = 0.0 if scope.device == "cuda" else now_mib(device)
-    reset_peak(device)
-    seconds = seconds_of(step, scope.device, 1)
-    return {"step_s": seconds, "peak_gib": (peak_mib(device) - before) / 1024}
-
-
-def _plan_device(scope: Scope) -> str:
-    return "gpu" if scope.device == "cuda" else "cpu"
