@@ -39,7 +39,7 @@ SIZES = {
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """As fp32 has them on a GPU, with less for the interpreter to do than with 32 x 32."""
-    sizes = Tiling(*[Blocks(64, 64, 4, 1)] * 4)
+    sizes = Tiling(*[Blocks(64, 64, 2, 4, 1)] * 4)
     monkeypatch.setattr(attention_operators, "FULL", sizes)
 
 
