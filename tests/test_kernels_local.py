@@ -65,7 +65,9 @@ CASES = {
 }  # fmt: skip
 
 
-def outcome(function, tensors: list[Tensor], kernels: str, dtype: torch.dtype, products: torch.dtype) -> dict[str, Tensor]:
+def outcome(
+    function, tensors: list[Tensor], kernels: str, dtype: torch.dtype, products: torch.dtype
+) -> dict[str, Tensor]:
     """Result and gradients, given tensors of ``dtype``; products under autocast if these are to be in another one."""
     given = [x.to(dtype).detach().clone().requires_grad_(x is not MASK) for x in tensors]
     with torch.autocast("cpu", torch.bfloat16, enabled=products != dtype):
