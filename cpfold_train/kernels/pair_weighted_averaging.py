@@ -2,12 +2,12 @@
 
 Averaging all sequences is one matrix product a head, of weights (M, N) with values (N, S d). Making the weights inside
 that product, as kernels of attention do, would gain nothing: all S sequences share them, so they are small, and each
-tile of the product would take their exponentials again. On a rank of 2x2 at 3,072 tokens and 1,024 sequences (M = 1,536,
-N = 3,072, S = 512, 8 heads of 32 channels, bf16) the weights are 75 MB, written and read in 0.05 ms at 3 TB/s, and the
-product takes 1.8 ms at 700 TFLOP/s; the exponentials of tiles of 128 columns would take 1.3 ms at 3.6e12 a second. So
-products are the library's, and what is fused is the softmax: mask, exponentials and rounding read each logit once and
-write each weight once, where torch goes over them nine times, mostly in fp32. Its backward pass reads the weights and
-their gradients once and writes the gradients of the logits once.
+tile of the product would take their exponentials again. On a rank of 2x2 at 3,072 tokens and 1,024 sequences
+(M = 1,536, N = 3,072, S = 512, 8 heads of 32 channels, bf16) the weights are 75 MB, written and read in 0.05 ms at
+3 TB/s, and the product takes 1.8 ms at 700 TFLOP/s; the exponentials of tiles of 128 columns would take 1.3 ms at
+3.6e12 a second. So products are the library's, and what is fused is the softmax: mask, exponentials and rounding read
+each logit once and write each weight once, where torch goes over them nine times, mostly in fp32. Its backward pass
+reads the weights and their gradients once and writes the gradients of the logits once.
 
 Operations: forward 2 h M N S d, backward twice that and none of the forward product; h M N exponentials each.
 """

@@ -86,8 +86,7 @@ class TemplateV2Module(nn.Module):
         v = self._embed(z, template, cp)
         update = v
         for i, block in enumerate(self.pairformer.layers):
-            args = update, token_mask, cp, None if draws is None else draws.at("block", i)
-            update = recompute(block.update_pairs, *args) if self.memory.recompute else block.update_pairs(*args)
+            update = block.update_pairs(update, token_mask, cp, None if draws is None else draws.at("block", i))
         return layer_norm(v + update, self.v_norm.weight, self.v_norm.bias, cp.kernels, z.dtype)
 
     def _embed(self, z: Tensor, template: dict[str, Tensor], cp: ContextParallel) -> Tensor:

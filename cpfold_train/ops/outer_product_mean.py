@@ -1,8 +1,8 @@
 """Outer product mean: what the columns i and j of the MSA say together about the pair (i, j).
 
 AlphaFold 3, Algorithm 9. Rank (I, J) needs its pair tile's rows of ``a`` and its columns of ``b``, of all sequences;
-both are fetched from where they lie, about S N c (1/R + 1/C) elements, all sequences at once if there is room for them, and
-the products are local.
+both are fetched from where they lie, about S N c (1/R + 1/C) elements, all sequences at once if there is room for
+them, and the products are local.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Kernels between z and the sums of products of channels; see :mod:`cpfold_train.kernels.outer_product_mean`.
 
-The sums lie at (i c, j c), as a matrix product leaves them: channel (c', d) of pair (i, j) is in row i c + c' and column
-j c + d. For one row i and one c', the channels d of neighbouring pairs are one stretch of memory, so that a tile of
-pairs and channels is read and written in pieces of c elements, and a tile of 64 pairs in lines of any length. Tiles are
-of pairs of the same row.
+The sums lie at (i c, j c), as a matrix product leaves them: channel (c', d) of pair (i, j) is in row i c + c' and
+column j c + d. For one c', the channels d of all pairs of a row i are one stretch of memory. So a tile of pairs of one
+row and of some channels is read and written where it lies, in whole sectors.
 """
 
 from __future__ import annotations
