@@ -10,15 +10,21 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import nn
+from torch.distributed.utils import _to_kwargs
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cpfold_train.data.batch import ON_HOST
+from cpfold_train.data.loader import TileLoader
+from cpfold_train.data.sampling import Source
 from cpfold_train.errors import ConfigError
 from cpfold_train.kernels import choice
 from cpfold_train.ops import offload
 from cpfold_train.ops.points import by_component, linear_of_points, turned
 from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.random import Draws
 from cpfold_train.predict import command
 from cpfold_train.training import gpus
@@ -46,6 +52,16 @@ class Products(TorchDispatchMode):
         if func._schema.name in ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"):
             self.found.append(func)
         return func(*args, **(kwargs or {}))
+
+
+def test_what_says_how_much_is_sent_stays_on_the_host():
+    """Whoever moves a batch: Lightning, and then DistributedDataParallel and FSDP. DataLoader made a tensor of it."""
+    batch = next(iter(TileLoader([Source(["tests/data/*.tar"])], Grid(), crop_size=24, max_msa_rows=4)))
+    there = torch.device("meta")
+    moved = move_data_to_device(batch, there)
+    ((moved,),), _ = _to_kwargs((moved,), {}, there, False)
+    assert isinstance(moved[ON_HOST], np.ndarray) and np.array_equal(moved[ON_HOST], batch[ON_HOST])
+    assert {x.device for x in moved.values() if isinstance(x, torch.Tensor)} == {there}
 
 
 def test_points_are_multiplied_by_component():
