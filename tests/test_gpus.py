@@ -14,6 +14,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import nn
 from torch.distributed.utils import _to_kwargs
 from torch.nn.functional import linear
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpfold_train.data.batch import ON_HOST
@@ -30,6 +31,7 @@ from cpfold_train.predict import command
 from cpfold_train.training import gpus
 from cpfold_train.training.optim import adamw_with_schedule
 from cpfold_train.training.same_samples import check_same_samples
+from cpfold_train.training.strategy import leave_out
 
 
 def test_normal_draws_are_those_of_another_library():
@@ -153,6 +155,25 @@ def compared_by_hosts(cp) -> tuple[bool, str]:
 
 def test_hosts_compare_samples_where_gpus_are_busy(ranks):
     assert ranks.run(compared_by_hosts, 1, 2, dp=2) == [(True, "gloo")] * 4
+
+
+def trained_without_a_part(cp, left_out: bool) -> tuple[torch.Tensor, bool]:
+    """The gradient after two backward passes, and whether the other part has one."""
+    module = nn.ModuleDict({"used": nn.Linear(2, 1), "unused": nn.Linear(2, 1)})
+    if left_out:
+        leave_out(module, "unused")
+    module.forward = lambda x: module["used"](x)
+    parallel = DistributedDataParallel(module)
+    for _ in range(2):
+        parallel(torch.tensor([[1.0, cp.grid.rank]])).sum().backward()
+    return module["used"].weight.grad, module["unused"].weight.grad is not None
+
+
+def test_a_part_without_a_loss_is_not_waited_for(ranks):
+    for grad, other in ranks.run(trained_without_a_part, 1, 2, True):
+        assert not other and torch.equal(grad, torch.tensor([[2.0, 1.0]]))
+    with pytest.raises(AssertionError, match="Expected to have finished reduction"):
+        ranks.run(trained_without_a_part, 1, 2, False)
 
 
 def asked(**options: str) -> argparse.Namespace:

@@ -38,7 +38,7 @@ from cpfold_train.training.save_last import SaveLast
 from cpfold_train.training.schedule_start import StartSchedule, schedule_start
 from cpfold_train.training.signals import SaveOnSigterm
 from cpfold_train.training.skip import SkipBadSteps
-from cpfold_train.training.strategy import GridStrategy
+from cpfold_train.training.strategy import GridStrategy, leave_out
 
 
 def run(
@@ -75,8 +75,6 @@ def run(
         timeout,
         config.cp.algorithm,
         config.kernels,
-        # The confidence module's, where it has no loss.
-        find_unused_parameters=not module.judged,
     )
     strategy.again = again
     # What FSDP gathers in inference mode could not be used in training.
@@ -99,6 +97,8 @@ def run(
     if config.model.init_from and not config.ckpt_path:
         initialise(module.model, Path(config.model.init_from), config.model.init_weights, config.model.init_skip)
     module.judged = choose_trained(module.model, config.finetune, module.judged)
+    if not module.judged:
+        leave_out(module, "model.confidence_module")
     require_metric(config.early_stop.monitor, module.judged)
     accumulate = config.trainer.accumulate_grad_batches
     quarantine = run_dir / "quarantine.jsonl"
