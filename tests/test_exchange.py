@@ -6,6 +6,8 @@ import multiprocessing as mp
 import time
 import weakref
 from datetime import timedelta
+from itertools import permutations
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +19,11 @@ from cpfold_train.parallel.exchange import Exchange
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.ledger import Ledger
 from cpfold_train.parallel.redistribute import finish, redistribute, start
-from tests import parity
+from cpfold_train.plan.batch import batches_of_data
+from cpfold_train.plan.compose import compose
+from cpfold_train.training.module import CoFoldingModule
 from tests.cuda_events import Stream
-from tests.test_parity import CASES, INPUTS
+from tests.test_training_runs import SMALL
 
 
 def wait_for_a_silent_peer(rank: int, store: str, answer) -> None:
@@ -157,27 +161,39 @@ def test_events_are_used_again_though_nobody_asks_for_the_figures(monkeypatch):
     assert ledger.total().waited_s == pytest.approx(1.0)
 
 
-def messages_of_blocks(cp):
-    """What this rank sends and receives, in order, in blocks with exchanges along both axes and among all ranks."""
-    log, original = [], dist.batch_isend_irecv
+def order_of_a_step(cp, config):
+    """What a rank posts in a training step, in order: (exchanges, all-reduces and gradients that are ready for DDP's;
+    single messages)."""
+    log, messages = [], []
+    original_exchange, original_post, original_reduce = Exchange.__init__, dist.batch_isend_irecv, dist.all_reduce
 
-    def record(messages: list) -> list:
-        for message in messages:
-            kind = "send" if message.op is dist.isend else "receive"
-            log.append((kind, message.peer, tuple(message.tensor.shape), message.tensor.dtype))
-        return original(messages)
+    def exchanges(self, axis: Axis, op: str, *args) -> None:
+        log.append(f"{op} on {axis.name}")
+        original_exchange(self, axis, op, *args)
 
-    exchange.dist.batch_isend_irecv = record
-    try:
-        for case in ("pairformer block", "msa block, m"):
-            build, call, names, out_placement = CASES[case]
-            inputs = {name: INPUTS[name][0] for name in names}
-            placements = {name: INPUTS[name][1] for name in names}
-            parity.run(cp, build, call, inputs, placements, out_placement)
+    def posts(batch: list) -> list:
+        messages.extend(
+            ("send" if m.op is dist.isend else "receive", m.peer, tuple(m.tensor.shape), m.tensor.dtype) for m in batch
+        )
+        return original_post(batch)
+
+    def reduces(x: torch.Tensor, *args, **kwargs) -> None:
+        log.append(f"all-reduce of {tuple(x.shape)}")
+        original_reduce(x, *args, **kwargs)
+
+    (batch,) = batches_of_data(config, cp.grid, 1)
+    module = CoFoldingModule(config.model, config.memory, config.optim, config.loss, config.diffusion, config.seed)
+    module.trainer = SimpleNamespace(strategy=SimpleNamespace(cp=cp), global_step=0)
+    for name, parameter in module.model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: log.append(f"gradient of {name}"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Exchange, "__init__", exchanges)
+        patch.setattr(dist, "batch_isend_irecv", posts)
+        patch.setattr(dist, "all_reduce", reduces)
+        module.micro_batch(batch, 1)["loss"].backward()
         all_at_once(cp)
-    finally:
-        exchange.dist.batch_isend_irecv = original
-    return log
+    return log, messages
 
 
 def all_at_once(cp):
@@ -211,18 +227,20 @@ def test_exchanges_of_all_axes_in_flight_together(ranks, shape):
     assert all(ranks.run(all_at_once, *shape))
 
 
-def test_messages_between_two_ranks_are_in_one_order_on_both(ranks):
-    """NCCL and gloo match them by their order alone, whatever axis they belong to."""
-    logs = ranks.run(messages_of_blocks, 3, 3)
-    pairs = [(p, q) for p in range(9) for q in range(9) if p != q]
+def test_everything_that_goes_through_one_group_is_in_one_order_on_all_ranks(ranks):
+    """NCCL and gloo match messages of two ranks by their order alone, whatever axis they belong to. NCCL also does one
+    thing after the other, so what it does for DDP must come at the same point between them."""
+    logs, messages = zip(*ranks.run(order_of_a_step, 3, 3, compose([*SMALL, "data.val=[]", "optim.ema_decay=0"])))
+    assert all(log == logs[0] for log in logs)
+    backward = next(i for i, line in enumerate(logs[0]) if line.startswith("gradient"))
+    assert {line.split(" ")[-1] for line in logs[0][backward:] if " on " in line} == {"cp_row", "cp_col", "cp"}
     met = 0
-    for p, q in pairs:
-        sent = [message[2:] for message in logs[p] if message[:2] == ("send", q)]
-        received = [message[2:] for message in logs[q] if message[:2] == ("receive", p)]
-        assert sent == received, (p, q)
+    for p, q in permutations(range(9), 2):
+        sent = [message[2:] for message in messages[p] if message[:2] == ("send", q)]
+        assert sent == [message[2:] for message in messages[q] if message[:2] == ("receive", p)], (p, q)
         met += bool(sent)
-    assert met > 36, "most pairs"
-    assert all(shape.count(0) == 0 for log in logs for _, _, shape, _ in log), "nothing is sent of nothing"
+    assert met > 36, "most pairs exchange something"
+    assert not any(0 in shape for sent in messages for _, _, shape, _ in sent), "nothing is sent of nothing"
 
 
 def groups_of(cp):
