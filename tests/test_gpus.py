@@ -25,6 +25,7 @@ from cpfold_train.kernels import choice
 from cpfold_train.ops import offload
 from cpfold_train.ops.points import by_component, linear_of_points, turned
 from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.parallel.gather import on_any_rank
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.random import Draws
 from cpfold_train.predict import command
@@ -142,18 +143,24 @@ def test_what_the_user_has_set_stays(monkeypatch, name):
 
 
 def compared_by_hosts(cp) -> tuple[bool, str]:
-    """Whether a world of NCCL has a group of its own for the hosts, which compares samples."""
+    """Whether a world of NCCL has a group of its own for the hosts, in which they compare samples, and its backend."""
     batch = {"id": ["a"], "num_tokens": torch.tensor([5]), "residue_index": torch.arange(5)[None]}
     real, dist.get_backend = dist.get_backend, lambda group=None: real(group) if group else "nccl"
     try:
         world = ContextParallel(cp.grid, timeout=timedelta(seconds=60))
     finally:
         dist.get_backend = real
-    check_same_samples(batch, world)
-    return world.host.group is not world.all.group, dist.get_backend(world.host.group)
+    groups, gather = [], dist.all_gather
+    dist.all_gather = lambda *args, group: groups.append(group) or gather(*args, group=group)
+    try:
+        check_same_samples(batch, world)
+        any_rank = on_any_rank(world, cp.grid.rank == 2)
+    finally:
+        dist.all_gather = gather
+    return any_rank and groups == [world.hosts] * 2 != [dist.group.WORLD] * 2, dist.get_backend(world.hosts)
 
 
-def test_hosts_compare_samples_where_gpus_are_busy(ranks):
+def test_hosts_tell_each_other_where_gpus_are_busy(ranks):
     assert ranks.run(compared_by_hosts, 1, 2, dp=2) == [(True, "gloo")] * 4
 
 

@@ -82,7 +82,8 @@ def takes_no_time(kernel) -> tuple[str, float]:
 
 
 def waits_of(settings: list[str]) -> list[list]:
-    """Why, where and how often the host waits for the device in a step of rank 1 of 2x2; the first word says of what."""
+    """Why, where and how often the host waits for the device in a step of rank 1 of 2x2; of which kind, the first word
+    says."""
     from cpfold_train.data.padding import GPU_MULTIPLE
     from cpfold_train.losses import smooth_lddt
     from cpfold_train.parallel.grid import Grid
