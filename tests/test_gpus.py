@@ -10,20 +10,29 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import nn
+from torch.distributed.utils import _to_kwargs
 from torch.nn.functional import linear
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cpfold_train.data.batch import ON_HOST
+from cpfold_train.data.loader import TileLoader
+from cpfold_train.data.sampling import Source
 from cpfold_train.errors import ConfigError
 from cpfold_train.kernels import choice
 from cpfold_train.ops import offload
 from cpfold_train.ops.points import by_component, linear_of_points, turned
 from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.parallel.gather import on_any_rank
+from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.random import Draws
 from cpfold_train.predict import command
 from cpfold_train.training import gpus
 from cpfold_train.training.optim import adamw_with_schedule
 from cpfold_train.training.same_samples import check_same_samples
+from cpfold_train.training.strategy import leave_out
 
 
 def test_normal_draws_are_those_of_another_library():
@@ -46,6 +55,16 @@ class Products(TorchDispatchMode):
         if func._schema.name in ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"):
             self.found.append(func)
         return func(*args, **(kwargs or {}))
+
+
+def test_what_says_how_much_is_sent_stays_on_the_host():
+    """Whoever moves a batch: Lightning, and then DistributedDataParallel and FSDP. DataLoader made a tensor of it."""
+    batch = next(iter(TileLoader([Source(["tests/data/*.tar"])], Grid(), crop_size=24, max_msa_rows=4)))
+    there = torch.device("meta")
+    moved = move_data_to_device(batch, there)
+    ((moved,),), _ = _to_kwargs((moved,), {}, there, False)
+    assert isinstance(moved[ON_HOST], np.ndarray) and np.array_equal(moved[ON_HOST], batch[ON_HOST])
+    assert {x.device for x in moved.values() if isinstance(x, torch.Tensor)} == {there}
 
 
 def test_points_are_multiplied_by_component():
@@ -124,19 +143,44 @@ def test_what_the_user_has_set_stays(monkeypatch, name):
 
 
 def compared_by_hosts(cp) -> tuple[bool, str]:
-    """Whether a world of NCCL has a group of its own for the hosts, which compares samples."""
+    """Whether a world of NCCL has a group of its own for the hosts, in which they compare samples, and its backend."""
     batch = {"id": ["a"], "num_tokens": torch.tensor([5]), "residue_index": torch.arange(5)[None]}
     real, dist.get_backend = dist.get_backend, lambda group=None: real(group) if group else "nccl"
     try:
         world = ContextParallel(cp.grid, timeout=timedelta(seconds=60))
     finally:
         dist.get_backend = real
-    check_same_samples(batch, world)
-    return world.host.group is not world.all.group, dist.get_backend(world.host.group)
+    groups, gather = [], dist.all_gather
+    dist.all_gather = lambda *args, group: groups.append(group) or gather(*args, group=group)
+    try:
+        check_same_samples(batch, world)
+        any_rank = on_any_rank(world, cp.grid.rank == 2)
+    finally:
+        dist.all_gather = gather
+    return any_rank and groups == [world.hosts] * 2 != [dist.group.WORLD] * 2, dist.get_backend(world.hosts)
 
 
-def test_hosts_compare_samples_where_gpus_are_busy(ranks):
+def test_hosts_tell_each_other_where_gpus_are_busy(ranks):
     assert ranks.run(compared_by_hosts, 1, 2, dp=2) == [(True, "gloo")] * 4
+
+
+def trained_without_a_part(cp, left_out: bool) -> tuple[torch.Tensor, bool]:
+    """The gradient after two backward passes, and whether the other part has one."""
+    module = nn.ModuleDict({"used": nn.Linear(2, 1), "unused": nn.Linear(2, 1)})
+    if left_out:
+        leave_out(module, "unused")
+    module.forward = lambda x: module["used"](x)
+    parallel = DistributedDataParallel(module)
+    for _ in range(2):
+        parallel(torch.tensor([[1.0, cp.grid.rank]])).sum().backward()
+    return module["used"].weight.grad, module["unused"].weight.grad is not None
+
+
+def test_a_part_without_a_loss_is_not_waited_for(ranks):
+    for grad, other in ranks.run(trained_without_a_part, 1, 2, True):
+        assert not other and torch.equal(grad, torch.tensor([[2.0, 1.0]]))
+    with pytest.raises(AssertionError, match="Expected to have finished reduction"):
+        ranks.run(trained_without_a_part, 1, 2, False)
 
 
 def asked(**options: str) -> argparse.Namespace:
