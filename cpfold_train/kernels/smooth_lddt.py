@@ -2,7 +2,7 @@
 
 The torch form (:mod:`cpfold_train.losses.smooth_lddt`) lists the pairs that are near in the truth, block by block of
 rows. How many these are a GPU's host must wait for, and gradients are added up in no fixed order. The kernel lists
-nothing: a program has 32 atoms of one sample and goes through all others, 32 at a time. Whether any is near costs 32 x
+nothing: a program has 16 atoms of one sample and goes through all others, 32 at a time. Whether any is near costs 16 x
 32 distances; only where one is are predictions read and scores taken, in both directions, so that a program finds the
 whole gradient of its atoms and no two add to one number.
 
@@ -49,7 +49,9 @@ def _(pred: Tensor, truth: Tensor, first: int, step: int) -> tuple[Tensor, Tenso
 
 
 def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[2])
+    _, pairs, grad = output
+    ctx.mark_non_differentiable(pairs, grad)
+    ctx.save_for_backward(grad)
 
 
 def _gradient(ctx, grad_sums: Tensor, *_) -> tuple[Tensor, None, None, None]:

@@ -3,7 +3,8 @@
 Only pairs that are near in the ground truth count, a few hundred an atom, and they are the same for all diffusion
 samples of a sample. So pairs are looked for once a sample, a few rows of the A x A distances at a time, and the rest is
 done for those found. The rows are dealt to the ranks like cards: nucleotides, which reach twice as far, lie together,
-and so does padding.
+and so does padding. With kernels for GPUs one of these does all that for fp32 without looking for pairs at all
+(:mod:`cpfold_train.kernels.smooth_lddt`).
 """
 
 from __future__ import annotations

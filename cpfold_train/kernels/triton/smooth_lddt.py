@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cpfold_train.kernels.triton.launches import Launch
 
-ROWS, COLUMNS, WARPS = 32, 32, 8
+ROWS, COLUMNS, WARPS = 16, 32, 4
 
 
 def sums_and_gradient(pred: Tensor, truth: Tensor, first: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
