@@ -17,6 +17,7 @@ from cpfold_train.__main__ import main
 from cpfold_train.errors import ConfigError
 from cpfold_train.kernels.choice import Choice
 from cpfold_train.model.config import MemoryConfig
+from cpfold_train.ops import offload
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.plan import capacity, levers, propose, step
 from cpfold_train.plan.batch import assumed_batch, batches_of_data, feature_bytes
@@ -167,6 +168,20 @@ def test_a_deep_model_from_two_shallow_ones(setting):
     # With few blocks, or two templates, some phases do not yet have their fullest moment where the deep model has it.
     assert held == pytest.approx(expected, rel=0.04)
     assert sum(held[phase] == pytest.approx(size) for phase, size in expected.items()) >= len(expected) - 2
+
+
+def test_the_host_keeps_what_goes_there(monkeypatch):
+    kept, init = [], offload._Kept.__init__
+
+    def counted(self, x, before):
+        kept.append(x.nbytes)
+        init(self, x, before)
+
+    monkeypatch.setattr(offload._Kept, "__init__", counted)
+    config = compose([*TINY, "memory.offload=true", "trainer.accumulate_grad_batches=3"])
+    work = totals(traced(Grid(1, 2), ("memory.offload=true",)).tallies)
+    costs = SimpleNamespace(work=Tally().plus(work, 3))
+    assert kept and Plan(config, Grid(), "x", 1, {}, "trunk", costs, 1, CHOSEN).host_memory == sum(kept)
 
 
 def planned(config: TrainConfig, grid: Grid, device: str) -> Plan:

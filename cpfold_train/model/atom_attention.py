@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cpfold_train.kernels.linear import linear_of_points
 from cpfold_train.model.config import AtomConfig, MemoryConfig
 from cpfold_train.model.layers import linear, without_autocast
 from cpfold_train.model.transformer import DiffusionTransformer
 from cpfold_train.ops.atom_tokens import atoms_to_tokens, tokens_to_atoms
+from cpfold_train.ops.points import linear_of_points
 from cpfold_train.ops.window_attention import attend_in_windows
 from cpfold_train.parallel.context import ContextParallel
 

@@ -26,7 +26,12 @@ from cpfold_train.training.config import TrainConfig
 
 
 def trace_validation(
-    config: TrainConfig, grid: Grid, batch: dict[str, Tensor], seconds: Seconds, on_host: bool
+    config: TrainConfig,
+    grid: Grid,
+    batch: dict[str, Tensor],
+    seconds: Seconds,
+    on_host: bool,
+    device: str = "cpu",
 ) -> Trace:
     """One batch of validation between two training steps; arguments as of
     :func:`~cpfold_train.plan.step.trace_step`."""
@@ -34,21 +39,26 @@ def trace_validation(
     sampling = min(SAMPLING_STEPS, config.diffusion.validation_steps)
     model = replace(config.model, recycling_steps=recycling)
     module = build(replace(config, model=model, diffusion=replace(config.diffusion, validation_steps=sampling)))
-    with without_contents(module, config, grid, seconds, on_host) as (cp, tracer):
+    with without_contents(module, config, grid, seconds, on_host, device=device) as (cp, tracer):
         keep_between_steps(module, config, tracer)
         module.trainer = SimpleNamespace(strategy=SimpleNamespace(cp=cp), global_step=0)
         module.eval()
         # They are no buffer, so they are on the meta device with what was built there.
         module._sums = torch.zeros_like(module._sums, device="cpu")
         passes = Passes(tracer, module.model)
-        fed = features(batch, tracer, "cpu") | {"filler": torch.zeros(config.batch_size, dtype=torch.bool)}
-        with autocast(config, "cpu"), torch.no_grad(), contents_assumed(config.crop_size):
+        fed = features(batch, tracer, device) | {"filler": torch.zeros(config.batch_size, dtype=torch.bool)}
+        with autocast(config, device), torch.no_grad(), contents_assumed(config.crop_size):
             module.validation_step(fed, 0)
         return passes.trace(recycling, sampling)
 
 
 def trace_prediction(
-    config: TrainConfig, grid: Grid, batch: dict[str, Tensor], seconds: Seconds, on_host: bool
+    config: TrainConfig,
+    grid: Grid,
+    batch: dict[str, Tensor],
+    seconds: Seconds,
+    on_host: bool,
+    device: str = "cpu",
 ) -> Trace:
     """One query: ``diffusion.samples`` structures in ``diffusion.sampling_steps`` steps, and how sure the model is of
     them; arguments as of :func:`~cpfold_train.plan.step.trace_step`."""
@@ -56,11 +66,11 @@ def trace_prediction(
     sampling = min(SAMPLING_STEPS, config.diffusion.sampling_steps)
     settings = Settings(config.diffusion.samples, sampling, recycling, config.data.max_msa_rows, None, config.seed)
     module = build(config)
-    with without_contents(module, config, grid, seconds, on_host) as (cp, tracer):
+    with without_contents(module, config, grid, seconds, on_host, device=device) as (cp, tracer):
         predictor = Predictor(module.model, settings, writer=None)
         predictor.eval()
         passes = Passes(tracer, module.model)
-        fed = features(batch, tracer, "cpu")
-        with autocast(config, "cpu"), torch.no_grad(), contents_assumed(config.crop_size):
+        fed = features(batch, tracer, device)
+        with autocast(config, device), torch.no_grad(), contents_assumed(config.crop_size):
             predictor.sampled(fed, cp)
         return passes.trace(recycling, sampling)

@@ -64,6 +64,12 @@ class Plan:
         """Whether that leaves a margin."""
         return self.peak <= (1 - MEMORY_MARGIN) * self.memory
 
+    @property
+    def host_memory(self) -> float:
+        """Bytes that the host keeps for a rank with ``memory.offload``: all that goes there, and comes back, in a
+        micro-batch."""
+        return self.costs.work.host_bytes / 2 / self.config.trainer.accumulate_grad_batches
+
     def figures(self) -> dict:
         """For ``--json``: GiB, MiB, seconds and operations of one rank."""
         held, made, work = by_category(self.fullest), by_module(self.fullest), self.costs.work
@@ -77,6 +83,7 @@ class Plan:
             "parameters": self.parameters,
             "peak_memory_gib": self.peak / GIB,
             "device_memory_gib": self.memory / GIB,
+            "host_memory_gib": self.host_memory / GIB,
             "fits": self.fits,
             "fullest_in": self.phase,
             "by_category": {name: held[name] / GIB for name in CATEGORIES},

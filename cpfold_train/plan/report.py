@@ -40,6 +40,8 @@ def show_plan(found: Plan, validation: Moment | None = None) -> None:
     table.add_row("time, estimated", f"{costs.step_s:.3g} s")
     table.add_row("- arithmetic alone", f"{costs.compute_s:.3g} s in {costs.work.kernels:,.0f} launches")
     table.add_row("- exchange alone", f"{costs.exchange_s:.3g} s")
+    if found.host_memory:
+        table.add_row("kept in memory of the host", f"{found.host_memory / GIB:.2f} GiB")
     if costs.host_s:
         table.add_row("- to the host and back alone", f"{costs.host_s:.3g} s")
     table.add_row("floor of the same work", f"{sum(part.floor_s for part in costs.parts.values()):.3g} s")

@@ -256,6 +256,9 @@ class Tracer(TorchDispatchMode):
         tensors = list(_tensors(args))
         if not tensors or not results:
             return
+        if self._to_host:
+            self.tally.host_bytes += self._times * sum(x.nbytes for x in results)
+            return
         count = flop_registry.get(func._overloadpacket)
         flops = count(*args, **kwargs, out_val=out) if count else 0
         picked = results if name in _PICKING else tensors[:1]
@@ -276,12 +279,7 @@ class Tracer(TorchDispatchMode):
 
     def kernel(self, kernel: Kernel) -> None:
         """Count a kernel."""
-        tally, times = self.tally, self._times
-        if self._to_host:
-            # Read on one side and written on the other.
-            tally.host_bytes += times * kernel.moved_bytes / 2
-            return
-        tally.add(kernel, *self._seconds(kernel), times)
+        self.tally.add(kernel, *self._seconds(kernel), self._times)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata

@@ -19,7 +19,7 @@ from cpfold_train.training.check_finetune import require_metric
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.datamodule import TileData
 from cpfold_train.training.early_stop import EarlyStop
-from cpfold_train.training.fault import TellFaults, sentence_on
+from cpfold_train.training.fault import FAULTS, TellFaults, sentence_on
 from cpfold_train.training.figures import StepFigures
 from cpfold_train.training.freeze import choose_trained
 from cpfold_train.training.fsdp import ShardedGridStrategy
@@ -29,6 +29,7 @@ from cpfold_train.training.metrics_csv import MetricsCSV
 from cpfold_train.training.module import CoFoldingModule
 from cpfold_train.training.module_statistics import ModuleStatistics
 from cpfold_train.training.moving_average import MovingAverage
+from cpfold_train.training.out_of_memory import MemorySnapshot
 from cpfold_train.training.picture import Pictures
 from cpfold_train.training.precision import precision_arguments
 from cpfold_train.training.quiet import quiet_lightning
@@ -38,7 +39,7 @@ from cpfold_train.training.save_last import SaveLast
 from cpfold_train.training.schedule_start import StartSchedule, schedule_start
 from cpfold_train.training.signals import SaveOnSigterm
 from cpfold_train.training.skip import SkipBadSteps
-from cpfold_train.training.strategy import GridStrategy
+from cpfold_train.training.strategy import GridStrategy, leave_out
 
 
 def run(
@@ -75,10 +76,8 @@ def run(
         timeout,
         config.cp.algorithm,
         config.kernels,
-        # The confidence module's, where it has no loss.
-        find_unused_parameters=not module.judged,
     )
-    strategy.again = again
+    strategy.again, strategy.faults = again, run_dir / FAULTS
     # What FSDP gathers in inference mode could not be used in training.
     inference_mode = config.trainer.inference_mode and not config.parallel.fsdp
     trainer = pl.Trainer(
@@ -99,6 +98,8 @@ def run(
     if config.model.init_from and not config.ckpt_path:
         initialise(module.model, Path(config.model.init_from), config.model.init_weights, config.model.init_skip)
     module.judged = choose_trained(module.model, config.finetune, module.judged)
+    if not module.judged:
+        leave_out(module, "model.confidence_module")
     require_metric(config.early_stop.monitor, module.judged)
     accumulate = config.trainer.accumulate_grad_batches
     quarantine = run_dir / "quarantine.jsonl"
@@ -130,6 +131,8 @@ def _callbacks(config: TrainConfig, run_dir: Path, again: StartAgain | None) -> 
     # First, so that the others see the average in validation. It holds the weights once more.
     callbacks: list[Callback] = [MovingAverage(config.optim.ema_decay)] if config.optim.ema_decay else []
     skip = SkipBadSteps(config.faults.max_skipped, run_dir)
+    if config.faults.memory_snapshot:
+        callbacks.append(MemorySnapshot(run_dir / FAULTS))
     callbacks.append(TellFaults(folder))
     if every_n_steps := config.module_statistics.every_n_steps:
         # Before the gradients of a step that is skipped are taken away.

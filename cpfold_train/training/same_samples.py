@@ -8,7 +8,7 @@ import torch
 
 from cpfold_train.errors import DataError
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.parallel.gather import gather_tensor
+from cpfold_train.parallel.gather import gather_on_hosts
 from cpfold_train.parallel.random import key_of
 
 
@@ -25,8 +25,7 @@ def check_same_samples(batch: dict[str, Any], cp: ContextParallel) -> None:
     """
     tokens = [int(index.sum()) for index in batch["residue_index"]]
     key = key_of(*batch["id"], *batch["num_tokens"].tolist(), *tokens)
-    with cp.ledger.standing("comparison of samples"):
-        keys = gather_tensor(torch.tensor([key]), cp.host).flatten().tolist()
+    keys = gather_on_hosts(torch.tensor(key), cp, "comparison of samples")[[*cp.all.ranks]].tolist()
     if len(set(keys)) > 1:
         others = [rank for rank, other in zip(cp.all.ranks, keys) if other != key]
         raise DataError(

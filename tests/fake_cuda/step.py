@@ -77,11 +77,17 @@ def main(library: str, *settings: str) -> None:
     json.dump([waits_of(step.split()) for step in steps], sys.stdout)
 
 
+def takes_no_time(kernel) -> tuple[str, float]:
+    return "memory", 0.0
+
+
 def waits_of(settings: list[str]) -> list[list]:
-    """Of a step of rank 1 of 2x2: why, where and how often the host waits for the device."""
+    """Why, where and how often the host waits for the device in a step of rank 1 of 2x2; of which kind, the first word
+    says."""
+    from cpfold_train.data.padding import GPU_MULTIPLE
     from cpfold_train.losses import smooth_lddt
     from cpfold_train.parallel.grid import Grid
-    from cpfold_train.plan import step
+    from cpfold_train.plan import forward, step
     from cpfold_train.plan.batch import assumed_batch
     from cpfold_train.plan.compose import compose
     from cpfold_train.plan.trace import Tracer
@@ -104,9 +110,15 @@ def waits_of(settings: list[str]) -> list[list]:
 
     # Without contents it would not know how many there are, and so asks for none.
     _where = smooth_lddt._where
+    kind, *settings = settings
     config, grid = compose(settings), Grid(2, 2, rank=1)
+    traces = {
+        "training": step.trace_step,
+        "validation": forward.trace_validation,
+        "prediction": forward.trace_prediction,
+    }
     with mock.patch.object(step, "Tracer", Listing), mock.patch.object(smooth_lddt, "_where", where):
-        step.trace_step(config, grid, assumed_batch(config, grid), lambda *_: 0.0, False, device="cuda")
+        traces[kind](config, grid, assumed_batch(config, grid, GPU_MULTIPLE), takes_no_time, False, device="cuda")
     return [[*place, times] for place, times in found.items()]
 
 
