@@ -40,13 +40,6 @@ def layer_norm(
     return _forward(x, weight, bias, dtype)
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a product of ``x`` is computed: autocast's where that is on."""
-    device = x.device.type
-    mixed = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if mixed else x.dtype
-
-
 @torch.library.custom_op("cpfold::layer_norm", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     from cpfold_train.kernels.triton import layer_norm as kernel

@@ -1,8 +1,8 @@
 """LayerNorm of whole rows in registers; see :mod:`cpfold_train.kernels.layer_norm`.
 
-A program takes as many rows as fill a tile of ``TILE`` elements. In the backward pass a fixed number of programs go over
-all tiles, each with sums of its own for the gradients of weight and bias, which are added up at the end: no atomics, and
-the same result on every device.
+A program takes as many rows as fill a tile of ``TILE`` elements. In the backward pass a fixed number of programs go
+over all tiles, each with sums of its own for the gradients of weight and bias, which are added up at the end: no
+atomics, and the same result on every device.
 """
 
 from __future__ import annotations
