@@ -6,6 +6,8 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -26,21 +28,33 @@ pytest.importorskip("triton", reason="the triton package is not installed")
 
 WITHIN = {torch.float32: 3e-6, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}
 """Largest error beside the largest value, by dtype of the inputs: some 10 roundings."""
-SIZES = {
-    "one block": (1, 2, 1, 20, 13, 32),
-    "two samples, odd": (2, 3, 2, 37, 70, 16),
-    "width of token attention": (1, 2, 2, 40, 33, 48),
-    "widest": (1, 1, 1, 33, 64, 64),
-    "several blocks": (1, 2, 1, 140, 150, 24),
+CASES = {
+    "one block": (1, 2, 1, 20, 13, 32, torch.float32),
+    "one block in fp16": (1, 2, 1, 20, 13, 32, torch.float16),
+    "two samples, odd": (2, 3, 1, 37, 70, 16, torch.float32),
+    "two samples, odd, in bf16": (2, 3, 1, 37, 70, 16, torch.bfloat16),
+    "width of token attention": (1, 1, 2, 40, 33, 48, torch.float32),
+    "width of token attention in bf16": (1, 1, 2, 40, 33, 48, torch.bfloat16),
+    "widest": (1, 1, 1, 33, 64, 64, torch.bfloat16),
+    "several blocks": (1, 2, 1, 140, 150, 24, torch.bfloat16),
 }
-"""B, r, h, M, N, d."""
+"""B, r, h, M, N, d and the dtype of the inputs."""
+
+
+@contextmanager
+def small_tiles() -> Iterator[None]:
+    """Fewer and larger programs in fp32 than on a GPU, for the interpreter's sake; two rows in each."""
+    before, attention_operators.FULL = attention_operators.FULL, Tiling(*[Blocks(64, 64, 2, 4, 1)] * 4)
+    try:
+        yield
+    finally:
+        attention_operators.FULL = before
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    """As fp32 has them on a GPU, with less for the interpreter to do than with 32 x 32."""
-    sizes = Tiling(*[Blocks(64, 64, 4, 1)] * 4)
-    monkeypatch.setattr(attention_operators, "FULL", sizes)
+def _small_tiles():
+    with small_tiles():
+        yield
 
 
 def made_up(B: int, r: int, h: int, M: int, N: int, d: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -70,11 +84,10 @@ def close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> No
     assert error < WITHIN[dtype], f"{what}: {error:.1e}"
 
 
-@pytest.mark.parametrize("dtype", WITHIN, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
-def test_gated_attention(sizes, dtype):
-    """Of one row and of two, of few keys and of many, masked, of widths that are no power of two."""
-    tensors = made_up(*sizes, dtype)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_gated_attention(case):
+    """Of one row and of more, of few keys and of many, masked, of widths that are no power of two."""
+    tensors, dtype = made_up(*case), case[-1]
     expected = with_gradients(formula, tensors, torch.float64)
     qg, kv, bias, weight = tensors
     inputs = [x.requires_grad_() for x in (qg, kv, bias)]
@@ -98,7 +111,7 @@ def test_without_gate_and_of_any_strides(monkeypatch):
     monkeypatch.setattr(attention_backward, "PROGRAMS", 1)
     monkeypatch.setattr(attention_operators, "BIAS_BYTES", 1)
     dtype = torch.float32
-    qg, kv, bias, weight = made_up(1, 3, 2, 75, 66, 16, dtype)
+    qg, kv, bias, weight = made_up(1, 3, 1, 66, 70, 16, dtype)
     tensors = *(x.contiguous() for x in by_head(qg, kv)), bias.mT.contiguous().mT, weight.transpose(2, 3)
     for kernels, to in (("torch", torch.float64), ("triton", dtype)):
         found = with_gradients(partial(biased_attention, kernels=kernels), tensors, to)
@@ -114,7 +127,7 @@ def test_without_gate_and_of_any_strides(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 def test_parts_of_the_keys_merge(dtype):
     """The last part has masked keys only. Each adds to the gradients of queries, given what all parts found."""
-    qg, kv, bias, weight = made_up(2, 2, 2, 30, 48, 16, dtype)
+    qg, kv, bias, weight = made_up(1, 2, 1, 30, 48, 16, dtype)
     weight = weight.transpose(2, 3)
     bias_64 = bias.double().requires_grad_()
     inputs = [x.double().requires_grad_() for x in by_head(qg, kv)]
@@ -177,7 +190,7 @@ def test_operators_are_as_they_are_declared():
     assert forward.moved_bytes == sum(x.numel() * 4 for x in read)
 
 
-N, C_Z = 12, 8
+N, C_Z = 6, 8
 LAYERS = {"start": TriangleAttentionStartingNode, "end": TriangleAttentionEndingNode}
 
 
@@ -186,14 +199,15 @@ def triangle(cp, node: str, algorithm: str, kernels: str, dtype: torch.dtype) ->
     before = cp.algorithm, cp.kernels
     cp.algorithm, cp.kernels = algorithm, kernels
     try:
-        layer = LAYERS[node](C_Z, 16, 2).double()
+        layer = LAYERS[node](C_Z, 16, 1).double()
         randomise(layer)
-        z, weight = torch.randn(2, 2, N, N, C_Z, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        z, weight = torch.randn(2, 1, N, N, C_Z, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         z, weight = (cut(x, "pair", cp.grid).to(dtype).contiguous() for x in (z, weight))
-        mask = torch.ones(2, N, dtype=dtype)
-        mask[1, 9:] = 0
-        out = layer.to(dtype)(z.requires_grad_(), mask, cp)
-        return [out.detach(), *torch.autograd.grad((out * weight).sum(), [z, *layer.parameters()])]
+        mask = torch.ones(1, N, dtype=dtype)
+        mask[0, 5:] = 0
+        with small_tiles():
+            out = layer.to(dtype)(z.requires_grad_(), mask, cp)
+            return [out.detach(), *torch.autograd.grad((out * weight).sum(), [z, *layer.parameters()])]
     finally:
         cp.algorithm, cp.kernels = before
 
@@ -203,13 +217,14 @@ def tokens(cp, kernels: str, dtype: torch.dtype) -> list[Tensor]:
     before, cp.kernels = cp.kernels, kernels
     try:
         generator = torch.Generator().manual_seed(0)
-        *qkv, weight = torch.randn(4, 3, N, 2, 48, generator=generator, dtype=torch.float64)
-        bias = torch.randn(1, N, N, 2, generator=generator, dtype=torch.float64)
-        bias[:, :, 10:] = -1e6
+        *qkv, weight = torch.randn(4, 3, N, 1, 48, generator=generator, dtype=torch.float64)
+        bias = torch.randn(1, N, N, 1, generator=generator, dtype=torch.float64)
+        bias[:, :, 5:] = -1e6
         *qkv, weight = (cut(x / 2, "share", cp.grid).to(dtype).requires_grad_() for x in (*qkv, weight))
         bias = cut(bias, "pair", cp.grid).to(dtype).requires_grad_()
-        out = token_attention(*qkv, bias.permute(0, 3, 1, 2), cp)
-        return [out.detach(), *torch.autograd.grad((out * weight).sum(), [*qkv, bias])]
+        with small_tiles():
+            out = token_attention(*qkv, bias.permute(0, 3, 1, 2), cp)
+            return [out.detach(), *torch.autograd.grad((out * weight).sum(), [*qkv, bias])]
     finally:
         cp.kernels = before
 
@@ -224,8 +239,17 @@ def compare(ranks, grid: tuple[int, int], function, args: tuple, placements: lis
         close(found, one, torch.float32, f"tensor {i}")
 
 
-@pytest.mark.parametrize("grid, algorithm", [((1, 1), "alltoall"), ((2, 3), "alltoall"), ((1, 2), "ring")])
-@pytest.mark.parametrize("node", LAYERS)
+@pytest.mark.parametrize(
+    "node, grid, algorithm",
+    [
+        ("start", (1, 1), "alltoall"),
+        ("end", (1, 1), "alltoall"),
+        ("start", (2, 3), "alltoall"),
+        ("end", (3, 1), "alltoall"),
+        ("start", (1, 2), "ring"),
+        ("end", (2, 1), "ring"),
+    ],
+)
 def test_triangle_attention(ranks, node, grid, algorithm):
     compare(ranks, grid, triangle, (node, algorithm), ["pair", "pair"])
 
@@ -243,7 +267,7 @@ def sent_under_autocast(cp, kernels: str) -> tuple[int, Tensor]:
         layer = TriangleAttentionStartingNode(C_Z, 16, 2)
         randomise(layer)
         z = torch.randn(1, N, N, C_Z)[:, slice(*cp.grid.row_tokens(N)), slice(*cp.grid.col_tokens(N))]
-        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), small_tiles():
             out = layer(z, torch.ones(1, N), cp)
         return cp.ledger.total().sent_bytes, out.float()
     finally:

@@ -29,10 +29,11 @@ BIAS_TILES = 16
 
 
 class Blocks(NamedTuple):
-    """Queries and keys of a program's tile of scores, and how it is launched."""
+    """Queries, keys and rows of a program, and how it is launched. Kernels that go over all rows have one at a time."""
 
     m: int
     n: int
+    rows: int
     warps: int
     stages: int
 
@@ -46,9 +47,30 @@ class Tiling(NamedTuple):
     bias: Blocks
 
 
-NARROW = Tiling(Blocks(128, 64, 4, 2), Blocks(32, 128, 4, 2), Blocks(128, 64, 4, 2), Blocks(64, 64, 4, 2))
-WIDE = Tiling(Blocks(128, 64, 4, 2), Blocks(32, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))
-FULL = Tiling(Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1))
+AMPERE, HOPPER, BLACKWELL = 8, 9, 10
+"""Major compute capabilities whose matrix units want tiles of their own; others take Ampere's."""
+NARROW = {
+    AMPERE: Tiling(
+        Blocks(128, 64, 1, 4, 2), Blocks(32, 128, 1, 4, 2), Blocks(128, 32, 2, 4, 2), Blocks(128, 64, 1, 8, 2)
+    ),
+    HOPPER: Tiling(
+        Blocks(128, 64, 2, 4, 2), Blocks(32, 128, 1, 4, 2), Blocks(128, 32, 2, 4, 2), Blocks(128, 64, 1, 8, 2)
+    ),
+    BLACKWELL: Tiling(
+        Blocks(128, 64, 1, 4, 2), Blocks(32, 128, 1, 4, 2), Blocks(128, 32, 2, 4, 2), Blocks(128, 64, 1, 8, 2)
+    ),
+}
+"""Of heads up to a width of 32, in half precision."""
+WIDE = {
+    AMPERE: Tiling(Blocks(64, 64, 1, 4, 2), Blocks(32, 64, 1, 4, 2), Blocks(64, 32, 1, 4, 2), Blocks(64, 32, 1, 4, 2)),
+    HOPPER: Tiling(Blocks(128, 64, 1, 4, 2), Blocks(64, 64, 1, 4, 2), Blocks(64, 64, 2, 4, 2), Blocks(64, 64, 1, 4, 2)),
+    BLACKWELL: Tiling(
+        Blocks(128, 64, 1, 4, 2), Blocks(64, 64, 1, 4, 2), Blocks(64, 64, 1, 4, 2), Blocks(64, 64, 1, 4, 2)
+    ),
+}
+"""Of wider heads."""
+FULL = Tiling(Blocks(32, 32, 1, 4, 1), Blocks(16, 16, 1, 8, 1), Blocks(32, 32, 1, 4, 1), Blocks(32, 32, 1, 4, 1))
+"""In fp32, whose products are not for matrix units unless TF32 is allowed."""
 
 
 def padded(width: int) -> int:
@@ -56,11 +78,18 @@ def padded(width: int) -> int:
     return max(WIDTHS[0], 1 << (width - 1).bit_length())
 
 
-def tiling(dtype: torch.dtype, width: int) -> Tiling:
-    """Tiles by dtype and width of the heads."""
+def tiling(q: Tensor) -> Tiling:
+    """Tiles for queries (B, r, h, M, d) like ``q``: by dtype, width and GPU; without a GPU, Hopper's."""
+    there = q.device.type == "cuda" and torch.cuda.is_available()
+    return tiling_of(q.dtype, q.shape[4], torch.cuda.get_device_capability(q.device)[0] if there else HOPPER)
+
+
+def tiling_of(dtype: torch.dtype, width: int, major: int) -> Tiling:
+    """Tiles by dtype, width of the heads and major compute capability."""
     if dtype == torch.float32:
         return FULL
-    return NARROW if padded(width) <= 32 else WIDE
+    tilings = NARROW if padded(width) <= 32 else WIDE
+    return tilings.get(major, tilings[AMPERE])
 
 
 def bias_groups(bias: Tensor, along: int, size: int) -> int:
@@ -102,7 +131,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, gate: Tensor | None) -> tup
 @work("attention")
 def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, gate: Tensor | None, results: tuple[Tensor, Tensor]) -> Work:
     """Two products and one exponential a score. The bias is read once, keys and values once a group of blocks."""
-    scores, block = _scores(q, k), tiling(q.dtype, q.shape[4]).forward.m
+    scores, block = _scores(q, k), tiling(q).forward.m
     moved = _bytes(q, bias, gate, *results) + bias_groups(bias, 2, block) * _bytes(k, v)
     return Work(4 * scores * q.shape[4], scores, moved)
 
@@ -180,7 +209,7 @@ def _(q, k, v, bias, grad, lse, delta, dq, dk, dv, dbias, add, result) -> Work:
     The kernels for keys and queries read the bias once, the former as a transposed copy. The one for the bias reads
     the rest as often as there are groups of tiles beside each other.
     """
-    scores, sizes = _scores(q, k), tiling(q.dtype, q.shape[4])
+    scores, sizes = _scores(q, k), tiling(q)
     of_queries, of_keys = _bytes(q, grad, lse, delta), _bytes(k, v)
     moved = 3 * _bytes(bias) + _bytes(dk, dv) + of_keys + bias_groups(bias, 3, sizes.keys.n) * of_queries
     moved += _bytes(bias) + (1 + add) * _bytes(dq) + of_queries + bias_groups(bias, 2, sizes.queries.m) * of_keys

@@ -14,16 +14,27 @@ is read once, and keys and values once for each group.
 
 from __future__ import annotations
 
+from itertools import product
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cpfold_train.kernels.attention_operators import Blocks, bias_groups, padded, tiling
+from cpfold_train.kernels.attention_operators import (
+    AMPERE,
+    BLACKWELL,
+    HOPPER,
+    Blocks,
+    bias_groups,
+    padded,
+    tiling,
+    tiling_of,
+)
 from cpfold_train.kernels.triton.interpret import product_type
+from cpfold_train.kernels.triton.launches import Launch
 
-ROWS = 1
-"""Rows of a program."""
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e7)
@@ -52,14 +63,33 @@ def tile(pointer, tokens, token_stride, WIDTH: tl.constexpr, PADDED: tl.constexp
 
 
 @triton.jit
-def _attend(q, k, v, bias, highest, total, acc, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """State of the softmax of some queries after another block of keys."""
-    scores = tl.dot(q, tl.trans(k.to(DOT)), acc=bias, input_precision=PRECISION)
+def bias_tile(bias_rows, n, AGAIN: tl.constexpr):
+    """Bias of some queries to the keys ``n`` in fp32; AGAIN where the row before has just read it."""
+    if AGAIN:
+        # Another modifier than before keeps the compiler from holding the tile in registers: it is in L1.
+        return tl.load(bias_rows + n[None, :], cache_modifier=".ca").to(tl.float32)
+    return tl.load(bias_rows + n[None, :]).to(tl.float32)
+
+
+@triton.jit
+def _attend(
+    q, k, v, bias, n, k_token, v_token, N, highest, total, acc,
+    LAST: tl.constexpr, AGAIN: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """State of the softmax of some queries after another block of keys; LAST may have fewer than a block."""
+    n_in = tl.minimum(n, N - 1) if LAST else n
+    start = bias_tile(bias, n_in, AGAIN)
+    if LAST:
+        start = tl.where((n < N)[None, :], start, -float("inf"))
+    k_n = tile(k, n_in, k_token, WIDTH, PADDED).to(DOT)
+    v_n = tile(v, n_in, v_token, WIDTH, PADDED).to(DOT)
+    scores = tl.dot(q, tl.trans(k_n), acc=start, input_precision=PRECISION)
     now = tl.maximum(highest, tl.max(scores, 1))
     weights = tl.exp2(scores * LOG2E - (now * LOG2E)[:, None])
     rescale = tl.exp2((highest - now) * LOG2E)
     total = total * rescale + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(DOT), v.to(DOT), acc=acc * rescale[:, None], input_precision=PRECISION)
+    acc = tl.dot(weights.to(DOT), v_n, acc=acc * rescale[:, None], input_precision=PRECISION)
     return now, total, acc
 
 
@@ -99,10 +129,10 @@ def forward(
     q += b * q_batch + h * q_head
     k += b * k_batch + h * k_head
     v += b * v_batch + h * v_head
-    out += b * out_batch + h * out_head
-    gate += b * gate_batch + h * gate_head
-    lse += (b * rows * heads + h) * M
-    bias_rows = bias + b * bias_batch + h * bias_head + m_in.to(tl.int64)[:, None] * bias_query
+    # Offsets within a head fit 32 bits up to 46,000 tokens, and take half the registers.
+    bias += b * bias_batch + h * bias_head
+    bias_rows = bias + (m_in * bias_query)[:, None]
+    k0, v0, k1, v1 = k + r0 * k_row, v + r0 * v_row, k + r1 * k_row, v + r1 * v_row
 
     q0 = tile(q + r0 * q_row, m_in, q_token, WIDTH, PADDED).to(DOT)
     highest0 = tl.full([BLOCK_M], LOWEST, tl.float32)
@@ -112,32 +142,34 @@ def forward(
         q1 = tile(q + r1 * q_row, m_in, q_token, WIDTH, PADDED).to(DOT)
         highest1, total1, acc1 = highest0, total0, acc0
     full = N // BLOCK_N * BLOCK_N
-    bias_n = tl.load(bias_rows + tl.minimum(tl.arange(0, BLOCK_N), N - 1)[None, :])
     for start in range(0, full, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        start_from = bias_n.to(tl.float32)
-        # Asked for a block ahead: Triton's pipeline is for operands of products only.
-        ahead = tl.minimum(start + BLOCK_N, N - BLOCK_N)
-        bias_n = tl.load(bias_rows + (ahead + tl.arange(0, BLOCK_N))[None, :])
-        k_n = tile(k + r0 * k_row, n, k_token, WIDTH, PADDED)
-        v_n = tile(v + r0 * v_row, n, v_token, WIDTH, PADDED)
-        highest0, total0, acc0 = _attend(q0, k_n, v_n, start_from, highest0, total0, acc0, DOT, PRECISION)
+        highest0, total0, acc0 = _attend(
+            q0, k0, v0, bias_rows, n, k_token, v_token, N, highest0, total0, acc0,
+            False, False, WIDTH, PADDED, DOT, PRECISION,
+        )  # fmt: skip
         if ROWS == 2:
-            k_n = tile(k + r1 * k_row, n, k_token, WIDTH, PADDED)
-            v_n = tile(v + r1 * v_row, n, v_token, WIDTH, PADDED)
-            highest1, total1, acc1 = _attend(q1, k_n, v_n, start_from, highest1, total1, acc1, DOT, PRECISION)
-    if full < N:
-        n = full + tl.arange(0, BLOCK_N)
-        n_in = tl.minimum(n, N - 1)
-        start_from = tl.load(bias_rows + n_in[None, :]).to(tl.float32)
-        start_from = tl.where((n < N)[None, :], start_from, -float("inf"))
-        k_n = tile(k + r0 * k_row, n_in, k_token, WIDTH, PADDED)
-        v_n = tile(v + r0 * v_row, n_in, v_token, WIDTH, PADDED)
-        highest0, total0, acc0 = _attend(q0, k_n, v_n, start_from, highest0, total0, acc0, DOT, PRECISION)
-        if ROWS == 2:
-            k_n = tile(k + r1 * k_row, n_in, k_token, WIDTH, PADDED)
-            v_n = tile(v + r1 * v_row, n_in, v_token, WIDTH, PADDED)
-            highest1, total1, acc1 = _attend(q1, k_n, v_n, start_from, highest1, total1, acc1, DOT, PRECISION)
+            highest1, total1, acc1 = _attend(
+                q1, k1, v1, bias_rows, n, k_token, v_token, N, highest1, total1, acc1,
+                False, True, WIDTH, PADDED, DOT, PRECISION,
+            )  # fmt: skip
+    # Loops of at most one turn, one for each row, lest registers hold both rows' scores at a time.
+    for start in tl.range(full, N, BLOCK_N, num_stages=1):
+        n = start + tl.arange(0, BLOCK_N)
+        highest0, total0, acc0 = _attend(
+            q0, k0, v0, bias_rows, n, k_token, v_token, N, highest0, total0, acc0,
+            True, False, WIDTH, PADDED, DOT, PRECISION,
+        )  # fmt: skip
+    if ROWS == 2:
+        for start in tl.range(full, N, BLOCK_N, num_stages=1):
+            n = start + tl.arange(0, BLOCK_N)
+            highest1, total1, acc1 = _attend(
+                q1, k1, v1, bias_rows, n, k_token, v_token, N, highest1, total1, acc1,
+                True, True, WIDTH, PADDED, DOT, PRECISION,
+            )  # fmt: skip
+    out += b * out_batch + h * out_head
+    gate += b * gate_batch + h * gate_head
+    lse += (b * rows * heads + h) * M
     _finish(
         out + r0 * out_row, gate + r0 * gate_row, lse + r0 * heads * M, highest0, total0, acc0,
         m, M, out_token, gate_token, True, WIDTH, PADDED, GATED,
@@ -155,18 +187,22 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed else "ieee"
 
 
-def common(q: Tensor, blocks: Blocks) -> dict[str, object]:
+def constants(dtype: torch.dtype, width: int, blocks: Blocks) -> dict[str, object]:
     """Compile-time arguments that all kernels of attention take."""
     return {
-        "WIDTH": q.shape[4],
-        "PADDED": padded(q.shape[4]),
+        "WIDTH": width,
+        "PADDED": padded(width),
         "BLOCK_M": blocks.m,
         "BLOCK_N": blocks.n,
-        "DOT": product_type(q.dtype),
-        "PRECISION": precision(q.dtype),
-        "num_warps": blocks.warps,
-        "num_stages": blocks.stages,
+        "DOT": product_type(dtype),
+        "PRECISION": precision(dtype),
     }
+
+
+def common(q: Tensor, blocks: Blocks) -> dict[str, object]:
+    """What all kernels of attention are launched with."""
+    launched = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    return constants(q.dtype, q.shape[4], blocks) | launched
 
 
 def strides(*tensors: Tensor) -> list[int]:
@@ -177,12 +213,37 @@ def strides(*tensors: Tensor) -> list[int]:
 def launch(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, gate: Tensor | None, out: Tensor, lse: Tensor) -> None:
     """Run :func:`forward` on tensors as in :func:`cpfold_train.kernels.attention_operators.attention`."""
     batch, rows, heads, queries, _ = q.shape
-    blocks = tiling(q.dtype, q.shape[4]).forward
+    blocks = tiling(q).forward
     along = triton.cdiv(queries, blocks.m)
     group = triton.cdiv(along, bias_groups(bias, 2, blocks.m))
     some = out if gate is None else gate
-    forward[batch * heads * along * triton.cdiv(rows, ROWS),](
+    forward[batch * heads * along * triton.cdiv(rows, blocks.rows),](
         q, k, v, bias, some, out, lse, rows, heads, queries, k.shape[3], group,
         *strides(q, k, v, some, out), *bias.stride()[:3],
-        ROWS=ROWS, GATED=gate is not None, **common(q, blocks),
+        ROWS=blocks.rows, GATED=gate is not None, **common(q, blocks),
     )  # fmt: skip
+
+
+def typical(name: str, kernel: Any, which: str, own: dict[str, object]) -> list[Launch]:
+    """Launches of a kernel at the widths of Boltz-2's pair stack and diffusion, in bf16, on each kind of GPU.
+
+    Args:
+        name, kernel: of the kernel.
+        which: its tile in a :class:`~cpfold_train.kernels.attention_operators.Tiling`.
+        own: compile-time arguments beside those of :func:`constants`; ``ROWS`` is the tile's.
+    """
+    launches = []
+    for width, major in product((32, 48), (AMPERE, HOPPER, BLACKWELL)):
+        blocks = getattr(tiling_of(torch.bfloat16, width, major), which)
+        fixed = {**constants(torch.bfloat16, width, blocks), **own}
+        if "ROWS" in kernel.arg_names:
+            fixed["ROWS"] = blocks.rows
+        types = {arg: TYPES.get(arg, "i32") for arg in kernel.arg_names if arg not in fixed}
+        case = f"{name}, width {width}, {major}.0"
+        launches.append(Launch(case, kernel, types, fixed, blocks.warps, blocks.stages, major))
+    return launches
+
+
+TYPES = dict.fromkeys(("q", "k", "v", "bias", "gate", "out", "grad", "dq", "dk", "dv", "dgate", "before"), "*bf16")
+TYPES |= dict.fromkeys(("lse", "delta", "dbias"), "*fp32")
+LAUNCHES = typical("attention", forward, "forward", {"GATED": True})

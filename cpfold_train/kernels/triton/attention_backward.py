@@ -20,8 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from cpfold_train.kernels.attention_operators import BIAS_TILES, bias_groups, padded, tiling
-from cpfold_train.kernels.triton.attention import LOG2E, common, place, strides, tile
+from cpfold_train.kernels.triton.attention import LOG2E, TYPES, bias_tile, common, place, strides, tile, typical
+from cpfold_train.kernels.triton.launches import Launch
 
+START_TOKENS = 128
+"""Queries of a program of :func:`start`."""
 PROGRAMS = 512
 """Tiles of the bias that fill a GPU; where there are fewer, rows are taken in parts."""
 
@@ -55,7 +58,7 @@ def keys(
     q += b * q_batch + h * q_head + r * q_row
     grad += b * grad_batch + h * grad_head + r * grad_row
     at = ((b * rows + r) * heads + h) * M
-    bias_columns = bias + b * bias_batch + h * bias_head + n_in.to(tl.int64)[:, None] * bias_key
+    bias_columns = bias + b * bias_batch + h * bias_head + (n_in * bias_key)[:, None]
     k_n = tile(k + b * k_batch + h * k_head + r * k_row, n_in, k_token, WIDTH, PADDED).to(DOT)
     v_n = tile(v + b * v_batch + h * v_head + r * v_row, n_in, v_token, WIDTH, PADDED).to(DOT)
     dk_n = tl.zeros([BLOCK_N, PADDED], tl.float32)
@@ -88,9 +91,26 @@ def keys(
 def _dscores(q, k, v, grad, bias, lse, delta, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """Gradient of scores (queries, keys); lse in base 2."""
     scores = tl.dot(q, tl.trans(k), acc=bias, input_precision=PRECISION)
-    weights = tl.exp2(scores * LOG2E - lse[:, None])
     dweights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+    weights = tl.exp2(scores * LOG2E - lse[:, None])
     return weights * (dweights - delta[:, None])
+
+
+@triton.jit
+def _add_keys(
+    q, grad, k, v, bias, lse, delta, dq, n, k_token, v_token, N,
+    LAST: tl.constexpr, AGAIN: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of some queries with another block of keys added; LAST may have fewer than a block."""
+    n_in = tl.minimum(n, N - 1) if LAST else n
+    start = bias_tile(bias, n_in, AGAIN)
+    if LAST:
+        start = tl.where((n < N)[None, :], start, -float("inf"))
+    k_n = tile(k, n_in, k_token, WIDTH, PADDED).to(DOT)
+    v_n = tile(v, n_in, v_token, WIDTH, PADDED).to(DOT)
+    dscores = _dscores(q, k_n, v_n, grad, start, lse, delta, DOT, PRECISION)
+    return tl.dot(dscores.to(DOT), k_n, acc=dq, input_precision=PRECISION)
 
 
 @triton.jit
@@ -99,42 +119,71 @@ def queries(
     q_batch, q_row, q_head, q_token, k_batch, k_row, k_head, k_token, v_batch, v_row, v_head, v_token,
     grad_batch, grad_row, grad_head, grad_token, dq_batch, dq_row, dq_head, dq_token,
     bias_batch, bias_head, bias_query, ADD: tl.constexpr,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    batch_head, row, block = place(tl.program_id(0), tl.cdiv(M, BLOCK_M), group, rows)
-    b, h, r = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64), row.to(tl.int64)
+    batch_head, pair, block = place(tl.program_id(0), tl.cdiv(M, BLOCK_M), group, tl.cdiv(rows, ROWS))
+    b, h = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
+    r0 = (pair * ROWS).to(tl.int64)
+    r1 = tl.minimum(r0 + ROWS - 1, rows - 1)
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     m_in = tl.minimum(m, M - 1)
-    k += b * k_batch + h * k_head + r * k_row
-    v += b * v_batch + h * v_head + r * v_row
-    at = ((b * rows + r) * heads + h) * M
-    bias_rows = bias + b * bias_batch + h * bias_head + m_in.to(tl.int64)[:, None] * bias_query
-    q_m = tile(q + b * q_batch + h * q_head + r * q_row, m_in, q_token, WIDTH, PADDED).to(DOT)
-    grad += b * grad_batch + h * grad_head + r * grad_row
-    grad_m = tile(grad, m_in, grad_token, WIDTH, PADDED).to(DOT)
-    lse_m, delta_m = tl.load(lse + at + m_in) * LOG2E, tl.load(delta + at + m_in)
-    dq_m = tl.zeros([BLOCK_M, PADDED], tl.float32)
+    q += b * q_batch + h * q_head
+    grad += b * grad_batch + h * grad_head
+    k += b * k_batch + h * k_head
+    v += b * v_batch + h * v_head
+    k0, v0, k1, v1 = k + r0 * k_row, v + r0 * v_row, k + r1 * k_row, v + r1 * v_row
+    bias_rows = bias + b * bias_batch + h * bias_head + (m_in * bias_query)[:, None]
+    at = ((b * rows + r0) * heads + h) * M
+    q0 = tile(q + r0 * q_row, m_in, q_token, WIDTH, PADDED).to(DOT)
+    grad0 = tile(grad + r0 * grad_row, m_in, grad_token, WIDTH, PADDED).to(DOT)
+    lse0, delta0 = tl.load(lse + at + m_in) * LOG2E, tl.load(delta + at + m_in)
+    dq0 = tl.zeros([BLOCK_M, PADDED], tl.float32)
+    if ROWS == 2:
+        at = ((b * rows + r1) * heads + h) * M
+        q1 = tile(q + r1 * q_row, m_in, q_token, WIDTH, PADDED).to(DOT)
+        grad1 = tile(grad + r1 * grad_row, m_in, grad_token, WIDTH, PADDED).to(DOT)
+        lse1, delta1 = tl.load(lse + at + m_in) * LOG2E, tl.load(delta + at + m_in)
+        dq1 = dq0
     full = N // BLOCK_N * BLOCK_N
     for start in range(0, full, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        bias_n = tl.load(bias_rows + n[None, :]).to(tl.float32)
-        k_n = tile(k, n, k_token, WIDTH, PADDED).to(DOT)
-        v_n = tile(v, n, v_token, WIDTH, PADDED).to(DOT)
-        dscores = _dscores(q_m, k_n, v_n, grad_m, bias_n, lse_m, delta_m, DOT, PRECISION)
-        dq_m = tl.dot(dscores.to(DOT), k_n, acc=dq_m, input_precision=PRECISION)
-    if full < N:
-        n = full + tl.arange(0, BLOCK_N)
-        n_in = tl.minimum(n, N - 1)
-        bias_n = tl.load(bias_rows + n_in[None, :]).to(tl.float32)
-        bias_n = tl.where((n < N)[None, :], bias_n, -float("inf"))
-        k_n = tile(k, n_in, k_token, WIDTH, PADDED).to(DOT)
-        v_n = tile(v, n_in, v_token, WIDTH, PADDED).to(DOT)
-        dscores = _dscores(q_m, k_n, v_n, grad_m, bias_n, lse_m, delta_m, DOT, PRECISION)
-        dq_m = tl.dot(dscores.to(DOT), k_n, acc=dq_m, input_precision=PRECISION)
+        dq0 = _add_keys(
+            q0, grad0, k0, v0, bias_rows, lse0, delta0, dq0, n, k_token, v_token, N,
+            False, False, WIDTH, PADDED, DOT, PRECISION,
+        )  # fmt: skip
+        if ROWS == 2:
+            dq1 = _add_keys(
+                q1, grad1, k1, v1, bias_rows, lse1, delta1, dq1, n, k_token, v_token, N,
+                False, True, WIDTH, PADDED, DOT, PRECISION,
+            )  # fmt: skip
+    # Loops of at most one turn: see the forward kernel.
+    for start in tl.range(full, N, BLOCK_N, num_stages=1):
+        n = start + tl.arange(0, BLOCK_N)
+        dq0 = _add_keys(
+            q0, grad0, k0, v0, bias_rows, lse0, delta0, dq0, n, k_token, v_token, N,
+            True, False, WIDTH, PADDED, DOT, PRECISION,
+        )  # fmt: skip
+    if ROWS == 2:
+        for start in tl.range(full, N, BLOCK_N, num_stages=1):
+            n = start + tl.arange(0, BLOCK_N)
+            dq1 = _add_keys(
+                q1, grad1, k1, v1, bias_rows, lse1, delta1, dq1, n, k_token, v_token, N,
+                True, True, WIDTH, PADDED, DOT, PRECISION,
+            )  # fmt: skip
+    dq += b * dq_batch + h * dq_head
+    _store_queries(dq + r0 * dq_row, dq0, m, dq_token, M, True, ADD, WIDTH, PADDED)
+    if ROWS == 2:
+        _store_queries(dq + r1 * dq_row, dq1, m, dq_token, M, r0 + 1 < rows, ADD, WIDTH, PADDED)
+
+
+@triton.jit
+def _store_queries(
+    dq, dq_m, m, token_stride, M, exists, ADD: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr
+):  # fmt: skip
     d = tl.arange(0, PADDED)
-    inside = (m < M)[:, None] & (d < WIDTH)[None, :]
-    to = dq + b * dq_batch + h * dq_head + r * dq_row + m[:, None] * dq_token + d[None, :]
+    inside = ((m < M) & exists)[:, None] & (d < WIDTH)[None, :]
+    to = dq + m[:, None] * token_stride + d[None, :]
     if ADD:
         dq_m += tl.load(to, mask=inside, other=0.0)
     tl.store(to, dq_m.to(dq.dtype.element_ty), mask=inside)
@@ -164,7 +213,7 @@ def of_bias(
     v += b * v_batch + h * v_head
     grad += b * grad_batch + h * grad_head
     bias_at = bias + b * bias_batch + h * bias_head
-    bias_mn = tl.load(bias_at + m_in.to(tl.int64)[:, None] * bias_query + n_in[None, :]).to(tl.float32)
+    bias_mn = tl.load(bias_at + (m_in * bias_query)[:, None] + n_in[None, :]).to(tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for row in range(first, tl.minimum(first + rows_each, rows)):
         r = tl.cast(row, tl.int64)
@@ -218,9 +267,9 @@ def launch_delta(
     """Run :func:`start`."""
     batch, rows, heads, queries, width = grad.shape
     some = (out, out, out) if gate is None else (gate, dgate, before)
-    start[triton.cdiv(queries, 128), batch * rows * heads](
+    start[triton.cdiv(queries, START_TOKENS), batch * rows * heads](
         grad, out, *some[:2], delta, some[2], rows, heads, queries, *strides(grad, out, *some),
-        WIDTH=width, PADDED=padded(width), BLOCK_M=128, GATED=gate is not None, num_warps=4,
+        WIDTH=width, PADDED=padded(width), BLOCK_M=START_TOKENS, GATED=gate is not None, num_warps=4,
     )  # fmt: skip
 
 
@@ -239,8 +288,8 @@ def launch(
     add: bool,
 ) -> None:
     """Run the three kernels on what :func:`cpfold_train.kernels.attention_operators.attention_backward` takes."""
-    batch, rows, heads, at_m, width = q.shape
-    at_n, sizes = k.shape[3], tiling(q.dtype, width)
+    batch, rows, heads, at_m, _ = q.shape
+    at_n, sizes = k.shape[3], tiling(q)
     lse, delta, given = lse.contiguous(), delta.contiguous(), strides(q, k, v, grad)
 
     blocks = sizes.keys
@@ -256,10 +305,10 @@ def launch(
 
     blocks = sizes.queries
     along = triton.cdiv(at_m, blocks.m)
-    queries[batch * heads * along * rows,](
+    queries[batch * heads * along * triton.cdiv(rows, blocks.rows),](
         q, k, v, bias, grad, lse, delta, dq, rows, heads, at_m, at_n,
         triton.cdiv(along, bias_groups(bias, 2, blocks.m)),
-        *given, *strides(dq), *bias.stride()[:3], ADD=add, **common(q, blocks),
+        *given, *strides(dq), *bias.stride()[:3], ADD=add, ROWS=blocks.rows, **common(q, blocks),
     )  # fmt: skip
 
     blocks = sizes.bias
@@ -274,3 +323,22 @@ def launch(
     )  # fmt: skip
     if not direct:
         dbias += into.sum(0)
+
+
+LAUNCHES = [
+    # As launched: a transposed copy of the bias has contiguous queries.
+    *typical("attention, gradients of keys", keys, "keys", {"bias_query": 1}),
+    *typical("attention, gradient of queries", queries, "queries", {"ADD": False}),
+    *typical("attention, gradient of the bias", of_bias, "bias", {"GROUP": BIAS_TILES, "ADD": True}),
+    *(
+        Launch(
+            f"attention, delta and gate, width {width}",
+            start,
+            {arg: TYPES.get(arg, "i32") for arg in start.arg_names if not arg.isupper() or arg == "M"},
+            {"WIDTH": width, "PADDED": padded(width), "BLOCK_M": START_TOKENS, "GATED": True},
+            4,
+            1,
+        )
+        for width in (32, 48)
+    ),
+]
