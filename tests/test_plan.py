@@ -297,7 +297,9 @@ def test_a_kernel_without_scores_moves_less():
     # What goes with it, Triton's, makes some products again instead of keeping them.
     assert sum(plain.flops.values()) <= sum(fused.flops.values()) < 1.05 * sum(plain.flops.values())
     assert fused.exps > 0
-    assert fused.sent_bytes == plain.sent_bytes
+    # Rows are sent normalised, in bf16.
+    assert fused.messages == plain.messages
+    assert all(size <= plain.sent_bytes[op] for op, size in fused.sent_bytes.items())
     assert fused.moved_bytes < plain.moved_bytes and fused.kernels < plain.kernels
 
 
