@@ -203,11 +203,11 @@ def all_at_once(cp):
     """
     pending, given = [], []
     for name, axis in {"row": cp.row, "col": cp.col, "all": cp.all}.items():
-        # Rank i of the axis has i rows, the first of them none, and wants those of the rank after it.
-        edges = [i * (i - 1) // 2 for i in range(axis.size + 1)]
-        has = tuple((edges[i : i + 2],) for i in range(axis.size))
-        has = tuple(tuple(map(tuple, box)) for box in has)
-        wants = (*has[1:], has[0])
+        # Rank i of the axis has i rows, the first of them none, and wants those of one after it: among all ranks of one
+        # in the next row of the grid, so that the same two meet along several axes.
+        has = tuple(((i * (i - 1) // 2, i * (i + 1) // 2),) for i in range(axis.size))
+        ahead = cp.grid.cols if axis is cp.all else 1
+        wants = has[ahead:] + has[:ahead]
         first, last = has[axis.index][0]
         x = (1000.0 * axis.ranks[0] + torch.arange(first, last, dtype=torch.float64)).requires_grad_()
         given.append(x)

@@ -290,12 +290,16 @@ def test_what_cannot_be_planned_is_told(settings, sentence, capsys):
     assert sentence in capsys.readouterr().err
 
 
-def test_a_kernel_without_scores_makes_the_same_products_and_moves_less():
+def test_a_kernel_without_scores_moves_less():
     settings = ("cp.algorithm=alltoall", "trainer.precision=bf16-mixed")
     traces = (traced(Grid(2, 2), (*settings, f"kernels={kernels}")) for kernels in ("torch", "cuequivariance"))
     plain, fused = (totals(trace.tallies) for trace in traces)
-    assert sum(fused.flops.values()) == sum(plain.flops.values())
-    assert fused.sent_bytes == plain.sent_bytes
+    # What goes with it, Triton's, makes some products again instead of keeping them.
+    assert sum(plain.flops.values()) <= sum(fused.flops.values()) < 1.05 * sum(plain.flops.values())
+    assert fused.exps > 0
+    # Rows are sent normalised, in bf16.
+    assert fused.messages == plain.messages
+    assert all(size <= plain.sent_bytes[op] for op, size in fused.sent_bytes.items())
     assert fused.moved_bytes < plain.moved_bytes and fused.kernels < plain.kernels
 
 

@@ -23,7 +23,8 @@ class Exchange:
       from the same two layouts (:mod:`cpfold_train.parallel.redistribute`), in which an empty box makes no message.
 
     So the messages from p to q are, on both ends, those of the same exchanges in the same order. Ranks that have
-    nothing to send or receive in an exchange post nothing, and nobody waits for them.
+    nothing to send or receive in an exchange post nothing, and nobody waits for them. What DDP or FSDP do in the same
+    group comes at the same points between them, for the same reason: NCCL does one thing of a group after the other.
 
     **Streams.** NCCL sends and receives on a stream of its own. It starts when the stream of computation has come to
     the point where the exchange was posted, at which the sent tensors are written; and ``work.wait()`` lets the stream

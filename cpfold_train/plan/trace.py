@@ -100,7 +100,7 @@ class Tracer(TorchDispatchMode):
         self.tallies: defaultdict[Part, Tally] = defaultdict(Tally)
         self._seconds, self._large = seconds, large
         self._category, self._modules, self._epoch = "activations", [STEP], 0
-        self._operations = [""]
+        self._parts = [Part(STEP)]
         self._times, self._copies = 1.0, 1
         self._to_host = False
         self._entries: dict[int, tuple[_Place, int]] = {}
@@ -166,7 +166,7 @@ class Tracer(TorchDispatchMode):
     @property
     def tally(self) -> Tally:
         """Of the part that is at work."""
-        return self.tallies[Part(self._modules[-1], self._operations[-1])]
+        return self.tallies[self._parts[-1]]
 
     def watch(self, model: nn.Module) -> None:
         """Attribute what is done to the modules of ``model``, blocks of stacks and the modules that hold them, and
@@ -186,12 +186,12 @@ class Tracer(TorchDispatchMode):
 
     def _enter(self, label: str) -> None:
         self._modules.append(label)
-        self._operations.append("")
+        self._parts.append(Part(label))
         self._enter_phase()
 
     def _leave(self, out: Any, label: str) -> None:
         self._modules.pop()
-        self._operations.pop()
+        self._parts.pop()
         self._enter_phase()
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
@@ -199,28 +199,27 @@ class Tracer(TorchDispatchMode):
 
     def come_to(self, label: str) -> None:
         """The backward pass comes to a module, or with ``STEP`` out of the model."""
-        self._modules[0], self._operations[0] = label, ""
+        self._modules[0], self._parts[0] = label, Part(label)
         self._enter_phase()
 
     def _begin(self, operation: str) -> None:
-        self._operations.append(self._within or operation)
+        self._parts.append(self._parts[-1] if self._within else Part(self._modules[-1], operation))
 
     @property
-    def _within(self) -> str:
-        """The operation that is being called; what the backward pass has come to is none."""
-        return self._operations[-1] if len(self._operations) > 1 else ""
+    def _within(self) -> bool:
+        """Whether an operation is being called; what the backward pass has come to is none."""
+        return len(self._parts) > 1 and self._parts[-1].operation != ""
 
     def _end(self, module: nn.Module, args: tuple, out: Any) -> None:
-        operation = self._operations.pop()
+        part, times = self._parts.pop(), self._times
         if self._within:
             return
         weights = sum(x.nbytes for x in module.parameters())
         given, made = (sum(x.nbytes for x in tree_iter(some) if isinstance(x, Tensor)) for some in (args, out))
-        part, times = Part(self._modules[-1], operation), self._times
         self.tallies[part].least_bytes += times * (given + weights + made)
 
         def turn(_: Tensor) -> None:
-            self._operations[0] = operation
+            self._parts[0] = part
             self.tallies[part].least_bytes += times * (2 * (given + weights) + made)
 
         if trained := [x for x in tree_iter(out) if isinstance(x, Tensor) and x.requires_grad]:
