@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from cpfold_train.devices import Device
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.plan.depth import totals
-from cpfold_train.plan.devices import Device
 from cpfold_train.plan.step import Trace
 from cpfold_train.plan.trace import Seconds, Tally
 from cpfold_train.training.config import TrainConfig

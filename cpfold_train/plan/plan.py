@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
+from cpfold_train.devices import find_device
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.plan.batch import assumed_batch, feature_bytes
 from cpfold_train.plan.depth import FEWEST, by_category, by_module, extrapolated, groups_of, shallow
-from cpfold_train.plan.devices import find_device
 from cpfold_train.plan.estimate import MEMORY_MARGIN, Costs, estimate, kernel_seconds
 from cpfold_train.plan.step import Trace, build, trace_step
 from cpfold_train.plan.trace import CATEGORIES, STEP, Moment
@@ -86,7 +86,7 @@ def plan(config: TrainConfig, grid: Grid, device: str) -> Plan:
     Args:
         config: of the run.
         grid: with the rank to plan for.
-        device: one of :data:`cpfold_train.plan.devices.DEVICES`, or ``cpu``, where times mean little.
+        device: one of :data:`cpfold_train.devices.DEVICES`, or ``cpu``, where times mean little.
 
     Raises:
         ConfigError: there is no such device.

@@ -86,6 +86,7 @@ def check(config: TrainConfig) -> None:
     _optimizer(config)
     check_finetune(config)
     _crop_schedule(config.data.crop_schedule)
+    _profiled_steps(config.profile.steps)
     for source in training_sources(config.data):
         open_source(source)
     if config.data.val:
@@ -123,6 +124,17 @@ def _crop_schedule(schedule: object) -> None:
                 f"data.crop_schedule={schedule} does not say from which step on which size holds: type whole numbers, "
                 "as data.crop_schedule={1000: 768, 5000: 3072}; crop_size says what holds before"
             )
+
+
+def _profiled_steps(steps: object) -> None:
+    """Raise ConfigError unless it is None or a first and a last step."""
+    if steps is None:
+        return
+    valid = isinstance(steps, list) and len(steps) == 2 and all(type(step) is int for step in steps)
+    if not valid or not 1 <= steps[0] <= steps[1]:
+        raise ConfigError(
+            f"profile.steps={steps} is not a first and a last step: type for example profile.steps=[10,12]"
+        )
 
 
 def _require_installed(config: TrainConfig) -> None:

@@ -160,6 +160,13 @@ class FaultsConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """``steps``: first and last optimizer step to trace, or None."""
+
+    steps: Any = MISSING
+
+
+@dataclass
 class WandbConfig:
     """Weights & Biases; see ``conf/train.yaml``."""
 
@@ -232,6 +239,7 @@ class TrainConfig:
     early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
     module_statistics: ModuleStatisticsConfig = field(default_factory=ModuleStatisticsConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     @property
     def largest_crop(self) -> int:

@@ -11,12 +11,14 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 
+from cpfold_train.devices import DEVICES, like_device, own_gpu_name
 from cpfold_train.errors import RunError
 from cpfold_train.kernels.by_rows import set_block_bytes
 from cpfold_train.memory import return_large_tensors
 from cpfold_train.training.boltz_checkpoint import initialise
 from cpfold_train.training.check_finetune import require_metric
-from cpfold_train.training.config import TrainConfig
+from cpfold_train.training.check_precision import IN_BF16
+from cpfold_train.training.config import TrainConfig, TrainerConfig
 from cpfold_train.training.datamodule import TileData
 from cpfold_train.training.early_stop import EarlyStop
 from cpfold_train.training.fault import TellFaults, sentence_on
@@ -38,6 +40,7 @@ from cpfold_train.training.schedule_start import StartSchedule, schedule_start
 from cpfold_train.training.signals import SaveOnSigterm
 from cpfold_train.training.skip import SkipBadSteps
 from cpfold_train.training.strategy import GridStrategy
+from cpfold_train.training.trace_steps import TraceSteps
 
 
 def run(
@@ -127,15 +130,16 @@ def _callbacks(config: TrainConfig, run_dir: Path, again: StartAgain | None) -> 
     # First, so that the others see the average in validation. It holds the weights once more.
     callbacks: list[Callback] = [MovingAverage(config.optim.ema_decay)] if config.optim.ema_decay else []
     skip = SkipBadSteps(config.faults.max_skipped, run_dir)
+    figures = StepFigures(skip, peak_flops(config.trainer))
     callbacks.append(TellFaults(folder))
     if every_n_steps := config.module_statistics.every_n_steps:
         # Before the gradients of a step that is skipped are taken away.
         callbacks.append(ModuleStatistics(run_dir / "modules.csv", every_n_steps))
     callbacks += [
         skip,
-        StepFigures(skip),
+        figures,
         Pictures(run_dir),
-        Result(run_dir, config.seed, skip),
+        Result(run_dir, config.seed, skip, figures),
         SaveOnSigterm(last, again),
         last,
     ]
@@ -145,11 +149,21 @@ def _callbacks(config: TrainConfig, run_dir: Path, again: StartAgain | None) -> 
         )
     if config.early_stop.monitor:
         callbacks.append(EarlyStop(**dataclasses.asdict(config.early_stop)))
+    if config.profile.steps:
+        callbacks.append(TraceSteps(run_dir / "profile", *config.profile.steps))
     if (step := schedule_start(config, run_dir)) is not None:
         callbacks.append(StartSchedule(step))
     if config.trainer.enable_progress_bar:
         callbacks.append(TQDMProgressBar(leave=True))
     return callbacks
+
+
+def peak_flops(trainer: TrainerConfig) -> float | None:
+    """Operations a second of this machine's GPU at its best, in the dtype of most products; None of other devices."""
+    name = own_gpu_name()
+    if trainer.accelerator == "cpu" or name is None or (like := like_device(name)) is None:
+        return None
+    return DEVICES[like].bf16 if trainer.precision in IN_BF16 else DEVICES[like].fp32
 
 
 def _loggers(config: TrainConfig, run_dir: Path, record: dict[str, Any]) -> list[Logger]:

@@ -92,8 +92,21 @@ def _own_gpu() -> Device:
     """This machine's GPU: its memory, and the speed of the one in the table that is called alike, or else an H100's."""
     import torch
 
-    if not torch.cuda.is_available():
+    name = own_gpu_name()
+    if name is None:
         raise ConfigError("device=gpu finds no GPU here: type device=cpu, or the name of a GPU as device=h100-80gb")
-    own = torch.cuda.get_device_properties(0)
-    like = next((name for name in DEVICES if name.partition("-")[0] in own.name.lower()), "h100-80gb")
-    return replace(DEVICES[like], memory=own.total_memory, source=f"memory as the driver says, speed of {like}")
+    memory = torch.cuda.get_device_properties(0).total_memory
+    like = like_device(name) or "h100-80gb"
+    return replace(DEVICES[like], memory=memory, source=f"memory as the driver says, speed of {like}")
+
+
+def own_gpu_name() -> str | None:
+    """What the driver calls this machine's first GPU; None where there is none."""
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def like_device(name: str) -> str | None:
+    """The entry of :data:`DEVICES` that is called as the driver calls a GPU, whatever its memory; None if none is."""
+    return next((known for known in DEVICES if known.partition("-")[0] in name.lower()), None)
