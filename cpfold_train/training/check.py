@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 
 from cpfold_train.data.features import NUM_BINS
 from cpfold_train.data.sampling import open_source
@@ -60,6 +62,8 @@ def check(config: TrainConfig) -> None:
     if config.kernels in ("triton", "cuequivariance"):
         _require_installed(config)
     check_kernels(config)
+    if config.compile:
+        _require_compiler(config)
     check_precision(config.trainer)
     _one_of("model.num_bins", config.model.num_bins, (NUM_BINS,))
     atoms = config.model.atoms
@@ -135,6 +139,15 @@ def _profiled_steps(steps: object) -> None:
         raise ConfigError(
             f"profile.steps={steps} is not a first and a last step: type for example profile.steps=[10,12]"
         )
+
+
+def _require_compiler(config: TrainConfig) -> None:
+    """Raise ConfigError where torch.compile finds nothing to compile with."""
+    if config.trainer.accelerator == "cpu":
+        if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+            raise ConfigError("compile=true needs a C++ compiler on CPU: install g++, or type compile=false")
+    elif not is_installed("triton"):
+        raise ConfigError("compile=true needs the triton package on GPUs: type pip install triton, or compile=false")
 
 
 def _require_installed(config: TrainConfig) -> None:

@@ -216,7 +216,7 @@ class ParallelConfig:
 
 @dataclass
 class TrainConfig:
-    """One run; ``kernels`` is what computes triangle attention."""
+    """One run; ``kernels`` are those of attention and pair stack, ``compile`` fuses what launches many small ones."""
 
     crop_size: int = MISSING
     batch_size: int = MISSING
@@ -224,6 +224,7 @@ class TrainConfig:
     seed: int = MISSING
     ckpt_path: str | None = MISSING
     kernels: str = MISSING
+    compile: bool = MISSING
     cp: ContextParallelConfig = field(default_factory=ContextParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
