@@ -41,7 +41,8 @@ def gather_figures(cp: ContextParallel, figures: Sequence[float]) -> Tensor:
     pieces = [torch.empty_like(row) for _ in range(cp.grid.world_size)]
     with cp.ledger.standing("gathering of figures"):
         dist.all_gather(pieces, row)
-    return torch.stack(pieces).cpu()
+        # Over NCCL it is here that the host waits.
+        return torch.stack(pieces).cpu()
 
 
 def on_any_rank(cp: ContextParallel, flag: bool) -> bool:
@@ -51,7 +52,7 @@ def on_any_rank(cp: ContextParallel, flag: bool) -> bool:
     flags = torch.tensor(flag, dtype=torch.int32, device=cp.mesh.device_type)
     with cp.ledger.standing("agreement"):
         dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags)
+        return bool(flags)
 
 
 def barrier(cp: ContextParallel) -> None:

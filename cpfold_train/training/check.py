@@ -17,6 +17,7 @@ from cpfold_train.training.check_checkpoint import check_checkpoints
 from cpfold_train.training.check_finetune import check_finetune
 from cpfold_train.training.check_precision import IN_BF16, check_precision
 from cpfold_train.training.config import TrainConfig
+from cpfold_train.training.launch import device_here
 from cpfold_train.training.sources import training_sources, validation_source
 
 
@@ -73,6 +74,11 @@ def check(config: TrainConfig) -> None:
     _divides("model.atoms.atom_s", atoms.atom_s, atoms.atom_decoder_heads)
     if config.cp.timeout_s <= 0:
         raise ConfigError(f"cp.timeout_s={config.cp.timeout_s} leaves no time: type a number of seconds above 0")
+    if config.faults.memory_snapshot and device_here(config.trainer.accelerator) != "gpu":
+        raise ConfigError(
+            f"faults.memory_snapshot=true is for a GPU's memory, and trainer.accelerator={config.trainer.accelerator} "
+            "finds none here: type faults.memory_snapshot=false"
+        )
     drawn = config.data.augmentation
     for name, value in (
         ("data.max_bad_share", config.data.max_bad_share),

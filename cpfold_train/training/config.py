@@ -154,9 +154,11 @@ class CheckpointConfig:
 
 @dataclass
 class FaultsConfig:
-    """``max_skipped`` of 100 steps in a row may be without a finite loss and gradient."""
+    """``max_skipped`` of 100 steps in a row may be without a finite loss and gradient; ``memory_snapshot`` has each
+    rank write at out of memory what its GPU's memory was used for."""
 
     max_skipped: int = MISSING
+    memory_snapshot: bool = MISSING
 
 
 @dataclass

@@ -22,7 +22,7 @@ from cpfold_train.training.check_precision import IN_BF16
 from cpfold_train.training.config import TrainConfig, TrainerConfig
 from cpfold_train.training.datamodule import TileData
 from cpfold_train.training.early_stop import EarlyStop
-from cpfold_train.training.fault import TellFaults, sentence_on
+from cpfold_train.training.fault import FAULTS, TellFaults, sentence_on
 from cpfold_train.training.figures import StepFigures
 from cpfold_train.training.freeze import choose_trained
 from cpfold_train.training.fsdp import ShardedGridStrategy
@@ -31,6 +31,7 @@ from cpfold_train.training.metrics_csv import MetricsCSV
 from cpfold_train.training.module import CoFoldingModule
 from cpfold_train.training.module_statistics import ModuleStatistics
 from cpfold_train.training.moving_average import MovingAverage
+from cpfold_train.training.out_of_memory import MemorySnapshot
 from cpfold_train.training.picture import Pictures
 from cpfold_train.training.precision import precision_arguments
 from cpfold_train.training.quiet import quiet_lightning
@@ -80,7 +81,7 @@ def run(
         # The confidence module's, where it has no loss.
         find_unused_parameters=not module.judged,
     )
-    strategy.again = again
+    strategy.again, strategy.faults = again, run_dir / FAULTS
     # What FSDP gathers in inference mode could not be used in training.
     inference_mode = config.trainer.inference_mode and not config.parallel.fsdp
     trainer = pl.Trainer(
@@ -133,6 +134,8 @@ def _callbacks(config: TrainConfig, run_dir: Path, again: StartAgain | None) -> 
     callbacks: list[Callback] = [MovingAverage(config.optim.ema_decay)] if config.optim.ema_decay else []
     skip = SkipBadSteps(config.faults.max_skipped, run_dir)
     figures = StepFigures(skip, peak_flops(config.trainer))
+    if config.faults.memory_snapshot:
+        callbacks.append(MemorySnapshot(run_dir / FAULTS))
     callbacks.append(TellFaults(folder))
     if every_n_steps := config.module_statistics.every_n_steps:
         # Before the gradients of a step that is skipped are taken away.
