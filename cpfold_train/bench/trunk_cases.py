@@ -58,7 +58,9 @@ TRUNK = {
         ("s", "z"),
         lambda f, x, cp: (all_tokens(f(x["s"], x["z"], x["token_pad_mask"], cp), cp),),
     ),
-    "transition": Case(lambda c: Transition(c.token_z, 4 * c.token_z), ("z",), lambda f, x, cp: (f(x["z"]),)),
+    "transition": Case(
+        lambda c: Transition(c.token_z, 4 * c.token_z), ("z",), lambda f, x, cp: (f(x["z"], cp.kernels),)
+    ),
     "msa_block": Case(lambda c: MSALayer(c.msa, c.token_z), ("m", "z"), _msa_block),
     "pairformer_block": Case(
         lambda c: PairformerLayer(

@@ -35,13 +35,14 @@ class SingleConditioning(nn.Module):
         self.fourier_to_single = linear(dim_fourier, dim, "default")
         self.transitions = nn.ModuleList(Transition(dim, 2 * dim) for _ in range(num_transitions))
 
-    def forward(self, times: Tensor, s_trunk: Tensor, s_inputs: Tensor) -> Tensor:
-        """Scaled noise levels (B*M,) and tokens (B, n, token_s) to (B*M, n, 2 token_s). Local."""
+    def forward(self, times: Tensor, s_trunk: Tensor, s_inputs: Tensor, kernels: str) -> Tensor:
+        """Scaled noise levels (B*M,) and tokens (B, n, token_s) to (B*M, n, 2 token_s). Local; ``kernels`` are those of
+        the transitions."""
         s = self.single_embed(self.norm_single(torch.cat([s_trunk, s_inputs], -1)))
         noise = self.fourier_to_single(self.norm_fourier(self.fourier_embed(times)))
         s = (s[:, None] + noise.unflatten(0, (s.shape[0], -1))[:, :, None]).flatten(0, 1)
         for transition in self.transitions:
-            s = s + transition(s)
+            s = transition(s, kernels, residual=True)
         return s
 
 
@@ -95,7 +96,7 @@ class DiffusionModule(nn.Module):
         dtype, multiplicity = self.a_norm.weight.dtype, r_noisy.shape[0] // s_trunk.shape[0]
         with without_autocast(r_noisy):
             own = slice(*split(s_trunk.shape[1], cp.all.size)[cp.all.index])
-            args = times.to(dtype), s_trunk[:, own].to(dtype), s_inputs[:, own].to(dtype)
+            args = times.to(dtype), s_trunk[:, own].to(dtype), s_inputs[:, own].to(dtype), cp.kernels
             condition = self.single_conditioner
             s = recompute(condition, *args) if self.memory.recompute else condition(*args)
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpfold_train.kernels.by_rows import by_rows, rows_per_block
+from cpfold_train.kernels.transition import transition_at_once
 from cpfold_train.model.atom_encoder import AtomEncoder
 from cpfold_train.model.config import AtomConfig, DiffusionConfig
-from cpfold_train.model.layers import Transition, linear, normed_linear, transition
+from cpfold_train.model.layers import Transition, linear, normed_linear
 from cpfold_train.ops.pair_bias import pair_bias
 from cpfold_train.parallel.context import ContextParallel
 
@@ -61,7 +62,7 @@ def _conditioned(
     x = torch.cat([z_trunk, rel_pos.to(z_trunk.dtype)], -1)
     z = F.linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias), weight)
     for first in range(0, len(transitions), 5):
-        z = z + transition(z, *transitions[first : first + 5])
+        z = z + transition_at_once(z, *transitions[first : first + 5])
     return z
 
 

@@ -22,6 +22,7 @@ from cpfold_train.model.config import AtomConfig, DiffusionConfig, MemoryConfig
 from cpfold_train.model.diffusion import DiffusionModule
 from cpfold_train.model.diffusion_conditioning import Conditioning
 from cpfold_train.model.layers import without_autocast
+from cpfold_train.ops.points import turned
 from cpfold_train.ops.quaternions import rotations
 from cpfold_train.ops.recompute import recompute
 from cpfold_train.ops.rigid_align import weighted_rigid_align
@@ -183,4 +184,4 @@ def randomly_placed(coords: Tensor, mask: Tensor, draws: Draws, cp: ContextParal
     middle, count = all_reduce(sums, cp, cp.all, OP).split([3, 1], 1)
     turn = rotations(draws.at("rotation").normal(0, 4).to(coords.dtype))
     shift = draws.at("translation").normal(0, 3).to(coords.dtype)
-    return (coords - (middle / count)[:, None]) @ turn + shift[:, None]
+    return turned(coords - (middle / count)[:, None], turn) + shift[:, None]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.functional import layer_norm
 
 from cpfold_train.kernels.by_rows import by_rows, rows_per_block
-from cpfold_train.ops.linear import linear as linear_of
+from cpfold_train.kernels.transition import transition
 
 
 def linear(c_in: int, c_out: int, init: str = "lecun", bias: bool = False) -> nn.Linear:
@@ -44,20 +43,14 @@ class Transition(nn.Module):
         self.fc2 = linear(dim, hidden)
         self.fc3 = linear(hidden, dim, "zero")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, rows, ..., dim) to the same; local, a few rows at a time."""
-        hidden_bytes = x[:, :1].numel() // x.shape[-1] * self.fc1.out_features * x.element_size()
-        return by_rows(transition, rows_per_block(hidden_bytes, x.device), (x,), self.weights())
+    def forward(self, x: Tensor, kernels: str, residual: bool = False) -> Tensor:
+        """(B, rows, ..., dim) to the same, added to ``x`` if ``residual``; local. ``kernels`` are those of
+        :func:`~cpfold_train.kernels.transition.transition`."""
+        return transition(x, *self.weights(), kernels, residual)
 
     def weights(self) -> tuple[Tensor, ...]:
-        """Those that :func:`transition` takes."""
+        """Those that :func:`~cpfold_train.kernels.transition.transition` takes."""
         return self.norm.weight, self.norm.bias, self.fc1.weight, self.fc2.weight, self.fc3.weight
-
-
-def transition(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, fc1: Tensor, fc2: Tensor, fc3: Tensor) -> Tensor:
-    """:class:`Transition` of (..., dim) all at once."""
-    x = layer_norm(x, norm_weight.shape, norm_weight, norm_bias)
-    return linear_of(F.silu(linear_of(x, fc1)) * linear_of(x, fc2), fc3)
 
 
 def normed_linear(x: Tensor, norm: nn.LayerNorm, project: nn.Linear) -> Tensor:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from cpfold_train.kernels.fused import product_dtype
+from cpfold_train.kernels.layer_norm import layer_norm
 from cpfold_train.model.blocks import run_blocks
 from cpfold_train.model.config import MemoryConfig, MSAConfig
 from cpfold_train.model.constants import NUM_TOKENS
@@ -35,7 +38,7 @@ class PairWeightedAveraging(nn.Module):
 
     def forward(self, m: Tensor, z: Tensor, token_mask: Tensor, cp: ContextParallel) -> Tensor:
         """Update for an MSA block (B, S/R, N/C, c_m), from a pair tile (B, N/R, N/C, c_z) and a mask (B, N)."""
-        m = self.norm_m(m)
+        m = layer_norm(m, self.norm_m.weight, self.norm_m.bias, cp.kernels, product_dtype(m))
         v = self.proj_m(m).unflatten(-1, (PWA_HEADS, PWA_WIDTH))
         o = pair_weighted_averaging(v, normed_linear(z, self.norm_z, self.proj_z), token_mask, cp)
         return self.proj_o(self.proj_g(m).sigmoid() * o.flatten(-2))
@@ -54,7 +57,7 @@ class OuterProductMean(nn.Module):
     def forward(self, m: Tensor, msa_mask: Tensor, count: Tensor, cp: ContextParallel) -> Tensor:
         """Update for a pair tile (B, N/R, N/C, c_z), from MSA blocks m (B, S/R, N/C, c_m) and msa_mask (B, S/R, N/C),
         and ``count`` of :func:`~cpfold_train.ops.outer_product_mean.pair_counts`."""
-        m, mask = self.norm(m), msa_mask[..., None]
+        m, mask = layer_norm(m, self.norm.weight, self.norm.bias, cp.kernels, product_dtype(m)), msa_mask[..., None]
         a, b = self.proj_a(m), self.proj_b(m)
         a, b = a * mask.to(a.dtype), b * mask.to(b.dtype)
         return opm.outer_product_mean(a, b, count, self.proj_o.weight, self.proj_o.bias, cp)
@@ -105,7 +108,7 @@ class MSALayer(nn.Module):
             return z + self.outer_product_mean(m, msa_mask, count, cp).to(z.dtype)
 
         m = self.run(averaged, m, z)
-        m = m + self.msa_transition(m)
+        m = self.msa_transition(m, cp.kernels, residual=True)
         z = self.run(multiplied, z, m)
         return self.pairformer_layer.update_pairs(z, token_mask, cp, draws), m
 
@@ -139,7 +142,7 @@ class MSAModule(nn.Module):
         extra = torch.stack([feats["has_deletion"], feats["deletion_value"], feats["msa_paired"]], -1)
         # A one-hot times a matrix is a look-up of its columns.
         weight = self.msa_proj.weight.T
-        m = weight[:NUM_TOKENS][feats["msa"]] + extra.to(z.dtype) @ weight[NUM_TOKENS:]
+        m = F.embedding(feats["msa"], weight[:NUM_TOKENS].contiguous()) + extra.to(z.dtype) @ weight[NUM_TOKENS:]
         m = (m + self.s_proj(s_inputs[:, None, tokens])).to(z.dtype)
 
         count = opm.pair_counts(feats["msa_mask"], cp)

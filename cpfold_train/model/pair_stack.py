@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cpfold_train.model.layers import Transition, linear
 from cpfold_train.ops import triangle_attention as attention
 from cpfold_train.ops import triangle_multiplication as multiplication
-from cpfold_train.ops.dropout import drop_cols, drop_rows
+from cpfold_train.ops.dropout import drop_cols, drop_rows, row_factors
 from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.ops.recompute import call, recompute
 from cpfold_train.parallel.context import ContextParallel
@@ -24,7 +24,7 @@ from cpfold_train.parallel.random import Draws
 class TriangleMultiplication(nn.Module):
     """Parameters of a triangle multiplication; subclasses say which edges are multiplied."""
 
-    multiply: Callable[[Tensor, Tensor, multiplication.Weights, ContextParallel], Tensor]
+    multiply: Callable[..., Tensor]
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -35,8 +35,16 @@ class TriangleMultiplication(nn.Module):
         self.p_out = linear(dim, dim, "zero")
         self.g_out = linear(dim, dim, "zero")
 
-    def forward(self, z: Tensor, pair_mask: Tensor, cp: ContextParallel) -> Tensor:
-        """Update for a tile (B, N/R, N/C, c); ``pair_mask`` is a tile (B, N/R, N/C)."""
+    def forward(
+        self,
+        z: Tensor,
+        pair_mask: Tensor,
+        cp: ContextParallel,
+        residual: bool = False,
+        row_factors: Tensor | None = None,
+    ) -> Tensor:
+        """Update for a tile (B, N/R, N/C, c), times ``row_factors`` (B, N/R) and added to it if ``residual``;
+        ``pair_mask`` is a tile (B, N/R, N/C)."""
         weights = multiplication.Weights(
             self.norm_in.weight,
             self.norm_in.bias,
@@ -47,7 +55,7 @@ class TriangleMultiplication(nn.Module):
             self.p_out.weight,
             self.g_out.weight,
         )
-        return self.multiply(z, pair_mask, weights, cp)
+        return self.multiply(z, pair_mask, weights, cp, residual, row_factors)
 
 
 class TriangleMultiplicationOutgoing(TriangleMultiplication):
@@ -152,14 +160,16 @@ class PairStack(nn.Module):
         rows, cols = cp.grid.row_tokens(n), cp.grid.col_tokens(n)
         mask = pair_mask(token_mask, cp.grid)
 
-        def updated(
-            z: Tensor, site: str, mask: Tensor, drop: Callable = drop_rows, positions: Interval = rows
-        ) -> Tensor:
-            update = getattr(self, site)(z, mask, cp)
+        def multiplied(z: Tensor, site: str) -> Tensor:
+            factors = row_factors(self.dropout, rows, None if draws is None else draws.at(site))
+            return getattr(self, site)(z, mask, cp, residual=True, row_factors=factors)
+
+        def attended(z: Tensor, site: str, drop: Callable, positions: Interval) -> Tensor:
+            update = getattr(self, site)(z, token_mask, cp)
             return z + drop(update, self.dropout, positions, None if draws is None else draws.at(site))
 
-        z = self.run(updated, z, "tri_mul_out", mask)
-        z = self.run(updated, z, "tri_mul_in", mask)
-        z = self.run(updated, z, "tri_att_start", token_mask)
-        z = self.run(updated, z, "tri_att_end", token_mask, drop_cols, cols)
-        return z + self.transition_z(z)
+        z = self.run(multiplied, z, "tri_mul_out")
+        z = self.run(multiplied, z, "tri_mul_in")
+        z = self.run(attended, z, "tri_att_start", drop_rows, rows)
+        z = self.run(attended, z, "tri_att_end", drop_cols, cols)
+        return self.transition_z(z, cp.kernels, residual=True)

@@ -86,7 +86,7 @@ class PairformerLayer(PairStack):
             s = s.to(dtype)
             rows = s[:, slice(*cp.grid.row_tokens(s.shape[1]))]
             rows = rows + self.attention(self.pre_norm_s(s), z, token_mask, cp)
-            rows = rows + self.transition_s(rows)
+            rows = self.transition_s(rows, cp.kernels, residual=True)
             return all_tokens(rows, cp), z
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpfold_train.kernels.by_rows import by_rows, rows_per_block
+from cpfold_train.kernels.layer_norm import layer_norm
 from cpfold_train.model.config import MemoryConfig, TemplateConfig
 from cpfold_train.model.constants import NUM_TOKENS
 from cpfold_train.model.layers import linear, without_autocast
@@ -85,9 +86,8 @@ class TemplateV2Module(nn.Module):
         v = self._embed(z, template, cp)
         update = v
         for i, block in enumerate(self.pairformer.layers):
-            args = update, token_mask, cp, None if draws is None else draws.at("block", i)
-            update = recompute(block.update_pairs, *args) if self.memory.recompute else block.update_pairs(*args)
-        return self.v_norm(v + update).to(z.dtype)
+            update = block.update_pairs(update, token_mask, cp, None if draws is None else draws.at("block", i))
+        return layer_norm(v + update, self.v_norm.weight, self.v_norm.bias, cp.kernels, z.dtype)
 
     def _embed(self, z: Tensor, template: dict[str, Tensor], cp: ContextParallel) -> Tensor:
         """What the stack starts from; the geometry is in fp32 whatever the precision of z."""

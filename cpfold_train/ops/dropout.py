@@ -20,13 +20,17 @@ def drop_rows(x: Tensor, p: float, rows: Interval, draws: Draws | None) -> Tenso
         rows: global positions of the rows in ``x``.
         draws: streams of this site; None leaves ``x`` as it is.
     """
-    return x if draws is None or p == 0 else x * _mask(p, rows, draws)[:, :, None, None].to(x.dtype)
+    factors = row_factors(p, rows, draws)
+    return x if factors is None else x * factors[:, :, None, None].to(x.dtype)
 
 
 def drop_cols(x: Tensor, p: float, cols: Interval, draws: Draws | None) -> Tensor:
     """As :func:`drop_rows`, for the columns (dim 2)."""
-    return x if draws is None or p == 0 else x * _mask(p, cols, draws)[:, None, :, None].to(x.dtype)
+    factors = row_factors(p, cols, draws)
+    return x if factors is None else x * factors[:, None, :, None].to(x.dtype)
 
 
-def _mask(p: float, positions: Interval, draws: Draws) -> Tensor:
-    return (draws.uniform(*positions) >= p).float() / (1 - p)
+def row_factors(p: float, rows: Interval, draws: Draws | None) -> Tensor | None:
+    """What :func:`drop_rows` multiplies each row with, for whoever does so itself: (B, rows) in fp32; None where it
+    leaves them as they are."""
+    return None if draws is None or p == 0 else (draws.uniform(*rows) >= p).float() / (1 - p)

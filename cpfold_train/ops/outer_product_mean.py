@@ -1,8 +1,8 @@
 """Outer product mean: what the columns i and j of the MSA say together about the pair (i, j).
 
 AlphaFold 3, Algorithm 9. Rank (I, J) needs its pair tile's rows of ``a`` and its columns of ``b``, of all sequences;
-both are fetched from where they lie, about S N c (1/R + 1/C) elements, some sequences at a time, and the products are
-local.
+both are fetched from where they lie, about S N c (1/R + 1/C) elements, all sequences at once if there is room for
+them, and the products are local.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpfold_train.kernels.by_rows import by_rows, rows_per_block
-from cpfold_train.ops.linear import linear
+from cpfold_train.kernels import outer_product_mean as kernel
+from cpfold_train.kernels.fused import product_dtype
 from cpfold_train.ops.stream import stream
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import split
@@ -19,8 +19,9 @@ from cpfold_train.parallel.layouts import all_rows_of_tile_cols, all_rows_of_til
 from cpfold_train.parallel.redistribute import Pending, Route, finish, start
 
 OP = "outer_product_mean"
-SEQUENCES = 1024
-"""How many sequences to fetch at a time: enough that the projection of every part's c * c channels costs little."""
+FETCHED_BYTES = 1 << 31
+"""What is fetched of ``a`` and ``b`` at most, the sequences that travel included. Few parts are better, since each of
+them is projected from c * c channels a pair: of 3,072 tokens on 2x2 this holds 10,922 sequences in bf16."""
 
 
 def outer_product_mean(
@@ -38,26 +39,37 @@ def outer_product_mean(
     Returns:
         Tile (B, N/R, N/C, c_z).
     """
+    fused = kernel.has_kernels(a, weight, cp.kernels)
+    if fused:
+        a, b = a.to(product_dtype(a)), b.to(product_dtype(b))
     s, n = a.shape[1] * cp.grid.rows, a.shape[2] * cp.grid.cols
     has = tiles(cp.grid, s, n)
     rows, cols = row_parts(cp.grid, n), col_parts(cp.grid, n)
+    fetched_bytes = s * (n // cp.grid.rows + n // cp.grid.cols) * a.shape[0] * a.shape[3] * a.element_size()
+    # While one part is worked on the next one travels.
+    parts = 1 if fetched_bytes <= FETCHED_BYTES else min(s, -(-2 * fetched_bytes // FETCHED_BYTES))
     routes = []
-    for depth in split(s, -(-s // SEQUENCES)):
+    for depth in split(s, parts):
         wants = (tuple((depth, tokens) for tokens in parts) for parts in (rows, cols))
         routes.append([Route(cp, cp.all, (1, 2), has, boxes, OP) for boxes in wants])
-
-    def step(_: int, count: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        at_once = rows_per_block(b[:, 0].numel() * b.shape[3] * b.element_size(), b.device)
-        return by_rows(_mean_rows, at_once, (a.permute(0, 2, 3, 1), count), (b, weight))
-
-    return stream(step, routes, (count, weight), (a, b)) + bias
+    if fused:
+        return stream(_fused_part, routes, (count, weight, bias), (a, b), gradients=_fused_gradients)
+    return stream(_part, routes, (count, weight), (a, b)) + bias
 
 
-def _mean_rows(a: Tensor, count: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    """Rows a (B, r, c, S) and count (B, r, N/C), and all columns b (B, S, N/C, c), to (B, r, N/C, c_z)."""
-    outer = (a.flatten(1, 2) @ b.flatten(2)).unflatten(1, a.shape[1:3]).unflatten(3, b.shape[2:])
-    outer = outer.transpose(2, 3).flatten(3)
-    return linear(outer / count[..., None].to(outer.dtype), weight)
+def _part(_: int, count: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return kernel.outer_product_mean(a, b, count, weight)
+
+
+def _fused_part(k: int, count: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return kernel.fused_mean(a, b, count, weight, bias if k == 0 else None)
+
+
+def _fused_gradients(
+    k: int, grad: Tensor, count: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor
+) -> tuple[Tensor | None, ...]:
+    da, db, dweight = kernel.fused_mean_gradients(grad, a, b, count, weight)
+    return None, dweight, grad.sum((0, 1, 2), dtype=torch.float32) if k == 0 else None, da, db
 
 
 def pair_counts(msa_mask: Tensor, cp: ContextParallel) -> Tensor:

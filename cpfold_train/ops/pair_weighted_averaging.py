@@ -2,16 +2,22 @@
 
 AlphaFold 3, Algorithm 10. The weights of a token are a softmax over a whole row of z, but have only h channels: rank
 (I, J), which holds tokens N_J of the MSA, fetches the rows N_J of the logits, (N/C) N h elements. The values of its
-sequences are gathered along the token axis, (S/R) N h d elements. Both come for some heads at a time, as many as have
-weights that fit a block, and the next heads travel meanwhile.
+sequences are gathered along the token axis, (S/R) N h d elements. Both come for some heads at a time, and the next
+heads travel meanwhile: as many as have weights that fit a block, or, with the fused kernels, weights and values.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from cpfold_train.kernels.by_rows import rows_per_block
+from cpfold_train.kernels.fused import product_dtype
+from cpfold_train.kernels.pair_weighted_averaging import (
+    fused_average,
+    fused_average_gradients,
+    has_kernels,
+    weighted_average,
+)
 from cpfold_train.ops.stream import stream
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import Interval, split
@@ -32,23 +38,38 @@ def pair_weighted_averaging(v: Tensor, logits: Tensor, key_mask: Tensor, cp: Con
         MSA block (B, S/R, N/C, h, d).
     """
     s, n, heads, op = v.shape[1] * cp.grid.rows, v.shape[2] * cp.grid.cols, v.shape[3], "pair_weighted_averaging"
-    weights_bytes = v.shape[0] * v.shape[2] * n * max(4, logits.element_size())
-    groups = split(heads, -(-heads // rows_per_block(weights_bytes, v.device)))
+    fused = has_kernels(logits, v, cp.kernels)
+    keys = v.shape[0] * n
+    if fused:
+        v = v.to(product_dtype(v))
+        head_bytes = keys * (v.shape[2] + v.shape[1] * v.shape[4]) * v.element_size()
+    else:
+        head_bytes = keys * v.shape[2] * max(4, logits.element_size())
+    groups = split(heads, -(-heads // rows_per_block(head_bytes, v.device)))
     logits_has, logits_wants = tiles(cp.grid, n, n), bands_of_tile_cols(cp.grid, n)
     v_has, v_wants = tiles(cp.grid, s, n), row_bands(cp.grid, s, n)
 
-    def route(has: Layout, wants: Layout, group: Interval) -> Route:
+    def route(dims: tuple[int, ...], has: Layout, wants: Layout, group: Interval) -> Route:
         every, some = ((0, heads),) * cp.all.size, (group,) * cp.all.size
-        return Route(cp, cp.all, (1, 2, 3), with_dim(every, has), with_dim(some, wants), op)
+        return Route(cp, cp.all, dims, with_dim(every, has), with_dim(some, wants), op)
 
-    routes = [[route(logits_has, logits_wants, group), route(v_has, v_wants, group)] for group in groups]
-    sources = logits.permute(0, 3, 1, 2), v.permute(0, 3, 1, 2, 4)
-    o = stream(_average, routes, (key_mask,), sources, dim=1)
-    return o.permute(0, 2, 3, 1, 4)
+    # Values arrive with all that one token has side by side, as the product takes them.
+    routes = [
+        [route((1, 2, 3), logits_has, logits_wants, group), route((1, 3, 2), v_has, v_wants, group)] for group in groups
+    ]
+    sources = logits.permute(0, 3, 1, 2), v.permute(0, 3, 2, 1, 4)
+    average, gradients = (_fused_average, _fused_gradients) if fused else (_average, None)
+    o = stream(average, routes, (key_mask,), sources, dim=1, gradients=gradients)
+    return o.permute(0, 3, 2, 1, 4)
 
 
-def _average(_: int, key_mask: Tensor, logits: Tensor, v: Tensor) -> Tensor:
-    """Some heads: logits (B, h, N/C, N), v (B, h, S/R, N, d) and key_mask (B, N) to (B, h, S/R, N/C, d)."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    weights = (logits + (key_mask.to(logits.dtype)[:, None, None] - 1) * 1e6).softmax(-1).to(v.dtype)
-    return weights[:, :, None] @ v
+def _average(_: int, *tensors: Tensor) -> Tensor:
+    return weighted_average(*tensors)
+
+
+def _fused_average(_: int, *tensors: Tensor) -> Tensor:
+    return fused_average(*tensors)
+
+
+def _fused_gradients(_: int, grad: Tensor, *tensors: Tensor) -> tuple[Tensor | None, ...]:
+    return fused_average_gradients(grad, *tensors)

@@ -17,6 +17,7 @@ from cpfold_train.kernels.by_rows import autocast_state, block_gradients, in_blo
 from cpfold_train.parallel.redistribute import Route
 
 Step = Callable[..., Tensor]
+Gradients = Callable[..., Sequence[Tensor | None]]
 
 
 def stream(
@@ -27,6 +28,7 @@ def stream(
     dim: int | None = None,
     inputs: Sequence[Tensor] = (),
     rows: int = 1,
+    gradients: Gradients | None = None,
 ) -> Tensor:
     """``step(k, *inputs, *shared, *pieces_k)`` for k = 0, 1, ..., added up or joined.
 
@@ -38,17 +40,29 @@ def stream(
         dim: where the parts are joined; None adds them up.
         inputs: tensors (B, r, ...) whose rows each step treats independently; its result has the same rows.
         rows: how many of them a step gets at a time, as in :func:`~cpfold_train.kernels.by_rows.by_rows`.
+        gradients: where ``step`` is not differentiable, ``gradients(k, grad, *shared, *pieces_k)``, a gradient or None
+            for each of the tensors. Without it a step is computed again in the backward pass.
 
     Returns:
         The sum, or the parts joined along ``dim``.
     """
-    return _Stream.apply(step, routes, dim, rows, (len(inputs), len(shared)), *inputs, *shared, *sources)
+    counts = len(inputs), len(shared)
+    return _Stream.apply(step, gradients, routes, dim, rows, counts, *inputs, *shared, *sources)
 
 
 class _Stream(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, step: Step, routes, dim: int | None, rows: int, counts: tuple[int, int], *tensors: Tensor):
-        ctx.step, ctx.routes, ctx.dim, ctx.rows, ctx.counts = step, routes, dim, rows, counts
+    def forward(
+        ctx,
+        step: Step,
+        gradients: Gradients | None,
+        routes,
+        dim: int | None,
+        rows: int,
+        counts: tuple[int, int],
+        *tensors: Tensor,
+    ):
+        ctx.step, ctx.gradients, ctx.routes, ctx.dim, ctx.rows, ctx.counts = step, gradients, routes, dim, rows, counts
         ctx.save_for_backward(*tensors)
         ctx.autocast = autocast_state(tensors[0].device)
         inputs, shared, sources = _groups(tensors, counts)
@@ -71,7 +85,7 @@ class _Stream(torch.autograd.Function):
         tensors = ctx.saved_tensors
         inputs, shared, sources = _groups(tensors, ctx.counts)
         local = len(inputs) + len(shared)
-        needs = ctx.needs_input_grad[5:]
+        needs = ctx.needs_input_grad[6:]
         needed = [i for i, need in enumerate(needs) if need]
         # Sums over many pieces: in bf16 they would stop growing.
         wide = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if need else None
@@ -81,9 +95,14 @@ class _Stream(torch.autograd.Function):
         turns = zip(ctx.routes, pieces_in_turn(ctx.routes, sources), grads)
         for k, (here, pieces, part_grad) in enumerate(turns):
             back: dict[int, Tensor] = {}
-            blocks = block_gradients(
-                partial(ctx.step, k), ctx.rows, inputs, (*shared, *pieces), needed, part_grad, ctx.autocast
-            )
+            if ctx.gradients is None:
+                blocks = block_gradients(
+                    partial(ctx.step, k), ctx.rows, inputs, (*shared, *pieces), needed, part_grad, ctx.autocast
+                )
+            else:
+                given = dict(enumerate(ctx.gradients(k, part_grad, *shared, *pieces)))
+                blocks = ((slice(None), {i: given[i] for i in needed if given[i] is not None}),)
+                del given
             for block, found in blocks:
                 while found:
                     i, g = found.popitem()
@@ -101,7 +120,7 @@ class _Stream(torch.autograd.Function):
             # None of it may live on beside the next step's.
             del pieces, blocks, back
         collect(returning)
-        return *(None,) * 5, *(g if g is None else g.to(x.dtype) for g, x in zip(wide, tensors))
+        return *(None,) * 6, *(g if g is None else g.to(x.dtype) for g, x in zip(wide, tensors))
 
 
 def _groups(tensors: Sequence[Tensor], counts: tuple[int, int]) -> tuple[Sequence[Tensor], ...]:

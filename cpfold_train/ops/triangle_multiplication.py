@@ -19,10 +19,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm
 
-from cpfold_train.kernels.by_rows import by_rows, rows_per_block
-from cpfold_train.ops.linear import linear
+from cpfold_train.kernels.gated_output import gated_output
+from cpfold_train.kernels.gated_projection import gated_projection
 from cpfold_train.ops.stream import stream
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.cost import channel_groups, choose, triangle_multiplication_cost
@@ -47,7 +46,14 @@ class Weights(NamedTuple):
     g_out: Tensor
 
 
-def triangle_multiplication_outgoing(z: Tensor, pair_mask: Tensor, w: Weights, cp: ContextParallel) -> Tensor:
+def triangle_multiplication_outgoing(
+    z: Tensor,
+    pair_mask: Tensor,
+    w: Weights,
+    cp: ContextParallel,
+    residual: bool = False,
+    row_factors: Tensor | None = None,
+) -> Tensor:
     """``gate_ij W norm(sum_k a_ik b_jk)``, with a and b gated projections of z.
 
     Args:
@@ -55,27 +61,38 @@ def triangle_multiplication_outgoing(z: Tensor, pair_mask: Tensor, w: Weights, c
         pair_mask: tile (B, N/R, N/C).
         w: parameters.
         cp: the running grid.
+        residual: add z.
+        row_factors: (B, N/R), with which the rows of the update are multiplied: a dropout of theirs.
 
     Returns:
-        Update of the tile (B, N/R, N/C, c).
+        Update of the tile (B, N/R, N/C, c), or, with the residual, the new tile.
     """
     n = z.shape[1] * cp.grid.rows
     rows, cols = row_parts(cp.grid, n), col_parts(cp.grid, n)
     blocks = [col_parts(cp.grid, n, k) for k in range(cp.grid.cols)]
     pieces = [(tuple(zip(rows, block)), tuple(zip(cols, block))) for block in blocks]
-    return _update(z, pair_mask, w, lambda a, b: a @ b.mT, pieces, False, cp)
+    x = _product(z, pair_mask, w, lambda a, b: a @ b.mT, pieces, False, cp)
+    return _output(x, z, w, cp, residual, row_factors)
 
 
-def triangle_multiplication_incoming(z: Tensor, pair_mask: Tensor, w: Weights, cp: ContextParallel) -> Tensor:
+def triangle_multiplication_incoming(
+    z: Tensor,
+    pair_mask: Tensor,
+    w: Weights,
+    cp: ContextParallel,
+    residual: bool = False,
+    row_factors: Tensor | None = None,
+) -> Tensor:
     """``gate_ij W norm(sum_k a_ki b_kj)``; otherwise as :func:`triangle_multiplication_outgoing`."""
     n = z.shape[1] * cp.grid.rows
     rows, cols = row_parts(cp.grid, n), col_parts(cp.grid, n)
     blocks = [row_parts(cp.grid, n, k) for k in range(cp.grid.rows)]
     pieces = [(tuple(zip(block, rows)), tuple(zip(block, cols))) for block in blocks]
-    return _update(z, pair_mask, w, lambda a, b: a.mT @ b, pieces, True, cp)
+    x = _product(z, pair_mask, w, lambda a, b: a.mT @ b, pieces, True, cp)
+    return _output(x, z, w, cp, residual, row_factors)
 
 
-def _update(
+def _product(
     z: Tensor,
     pair_mask: Tensor,
     w: Weights,
@@ -84,19 +101,23 @@ def _update(
     incoming: bool,
     cp: ContextParallel,
 ) -> Tensor:
-    """The update of a tile; ``pieces`` are the tiles of a and of b that each rank needs in each step of the ring."""
-    n, c = z.shape[1] * cp.grid.rows, z.shape[3]
-    rows = rows_per_block(z.shape[0] * z.shape[2] * 4 * c * z.element_size(), z.device)
-    a_and_b = by_rows(_project, rows, (z, pair_mask), (w.norm_in_weight, w.norm_in_bias, w.p_in, w.g_in), dim=2)
-    a, b = a_and_b.chunk(2, 1)
+    """That of a and b, (B, c, N/R, N/C); ``pieces`` are the tiles of them that each rank needs in each step of the
+    ring."""
+    n = z.shape[1] * cp.grid.rows
+    a_and_b = gated_projection(z, pair_mask, w.norm_in_weight, w.norm_in_bias, w.p_in, w.g_in, cp.kernels)
     if _algorithm(z, incoming, cp) == "ring":
         has = tiles(cp.grid, n, n)
         routes = [[Route(cp, cp.all, (2, 3), has, wants, OP) for wants in step] for step in pieces]
-        x = stream(lambda _, a, b: product(a, b), routes, (), (a, b))
-    else:
-        x = _by_channels(a, b, product, n, incoming, cp)
-    shared = w.norm_in_weight, w.norm_in_bias, w.norm_out_weight, w.norm_out_bias, w.p_out, w.g_out
-    return by_rows(_gated_output, rows, (x.permute(0, 2, 3, 1), z), shared)
+        a, b = a_and_b.chunk(2, 1)
+        return stream(lambda _, a, b: product(a, b), routes, (), (a, b))
+    return _by_channels(a_and_b, product, n, incoming, cp)
+
+
+def _output(
+    x: Tensor, z: Tensor, w: Weights, cp: ContextParallel, residual: bool, row_factors: Tensor | None
+) -> Tensor:
+    norms = w.norm_in_weight, w.norm_in_bias, w.norm_out_weight, w.norm_out_bias
+    return gated_output(x, z, *norms, w.p_out, w.g_out, cp.kernels, residual, row_factors)
 
 
 def _algorithm(z: Tensor, incoming: bool, cp: ContextParallel) -> str:
@@ -104,15 +125,19 @@ def _algorithm(z: Tensor, incoming: bool, cp: ContextParallel) -> str:
     return choose(cp.algorithm, *costs, z.numel() * z.element_size())
 
 
-def _by_channels(a: Tensor, b: Tensor, product: Product, n: int, incoming: bool, cp: ContextParallel) -> Tensor:
-    """The product of all tiles, with all pairs of a few channels on each rank: (B, c, N/R, N/C) to the same.
+def _by_channels(a_and_b: Tensor, product: Product, n: int, incoming: bool, cp: ContextParallel) -> Tensor:
+    """The product of all tiles, with all pairs of a few channels on each rank: a and b in one, (B, 2c, N/R, N/C), to
+    (B, c, N/R, N/C).
 
     Channels go in groups: one travels while another is multiplied, there, back and in the backward pass. Where they do
     not divide, the first ranks get more of the outgoing edges and the last ranks more of the incoming ones.
     """
-    groups = channel_groups(cp.grid, a.shape[1])
+    channels = a_and_b.shape[1] // 2
+    groups = channel_groups(cp.grid, channels)
+    # In one split: the gradient of each is a copy of all parts into one tensor.
+    both = a_and_b.split([last - first for first, last in split(channels, groups)] * 2, 1)
     moves = []
-    for a_g, b_g in zip(a.chunk(groups, 1), b.chunk(groups, 1)):
+    for a_g, b_g in zip(both[:groups], both[groups:]):
         c = a_g.shape[1]
         as_tiles = with_dim(((0, c),) * cp.all.size, tiles(cp.grid, n, n))
         shares = split(c, cp.all.size)[:: -1 if incoming else 1]
@@ -124,26 +149,3 @@ def _by_channels(a: Tensor, b: Tensor, product: Product, n: int, incoming: bool,
         for a_g, b_g, as_channels, as_tiles in moves
     ]
     return finish(going[0]) if groups == 1 else torch.cat([finish(x) for x in going], 1)
-
-
-def _project(z: Tensor, mask: Tensor, norm_weight: Tensor, norm_bias: Tensor, p_in: Tensor, g_in: Tensor) -> Tensor:
-    """Rows (B, r, N/C, c) to a and b in one, channels first (B, 2c, r, N/C)."""
-    x = layer_norm(z, norm_weight.shape, norm_weight, norm_bias)
-    p, g = (torch.cat([p_in, g_in]) @ x.flatten(1, 2).mT).unflatten(2, z.shape[1:3]).chunk(2, 1)
-    return p * g.sigmoid() * mask[:, None].to(p.dtype)
-
-
-def _gated_output(
-    x: Tensor,
-    z: Tensor,
-    norm_in_weight: Tensor,
-    norm_in_bias: Tensor,
-    norm_out_weight: Tensor,
-    norm_out_bias: Tensor,
-    p_out: Tensor,
-    g_out: Tensor,
-) -> Tensor:
-    """Rows of the product and of z, (B, r, N/C, c), to rows of the update."""
-    x = layer_norm(x.contiguous(), norm_out_weight.shape, norm_out_weight, norm_out_bias)
-    z = layer_norm(z, norm_in_weight.shape, norm_in_weight, norm_in_bias)
-    return linear(x, p_out) * linear(z, g_out).sigmoid()

@@ -66,6 +66,8 @@ class ContextParallel:
         row: ranks of the same column; moving along it changes the tile's row (mesh axis ``cp_row``).
         col: ranks of the same row; moving along it changes the tile's column (mesh axis ``cp_col``).
         all: every rank of the replica.
+        hosts: process group of all ranks of the world, for tensors on the host: what they tell each other must not
+            wait for what the GPUs have to do.
         ledger: what this rank sent and waited for.
         timeout: how long an exchange may take before it is an error.
         algorithm: how the triangle ops communicate.
@@ -115,6 +117,9 @@ class ContextParallel:
         self.row = self._axis("cp_row", ranks.mT.flatten(0, 1), groups)
         self.col = self._axis("cp_col", ranks.flatten(0, 1), groups)
         self.all = self._axis("cp", ranks.flatten(1), groups)
+        self.hosts = dist.group.WORLD
+        if dist.get_backend() == "nccl" and grid.world_size > 1:
+            self.hosts = dist.new_group(backend="gloo", timeout=timeout, group_desc="hosts")
 
     def _axis(self, name: str, ranks: Tensor, groups: dict[_Lines, dist.ProcessGroup | None]) -> Axis:
         """This rank's part of an axis whose parts, one a row of ``ranks`` (parts, size), make up the world."""
@@ -176,7 +181,9 @@ def to_local(values: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def fake_world(grid: Grid, algorithm: str = "auto", kernels: str = "torch") -> Iterator[ContextParallel]:
+def fake_world(
+    grid: Grid, algorithm: str = "auto", kernels: str = "torch", device_type: str = "cpu"
+) -> Iterator[ContextParallel]:
     """One rank of a world that is not there: messages are counted and go nowhere.
 
     Raises:
@@ -189,6 +196,6 @@ def fake_world(grid: Grid, algorithm: str = "auto", kernels: str = "torch") -> I
 
     dist.init_process_group("fake", store=FakeStore(), rank=grid.rank, world_size=grid.world_size)
     try:
-        yield ContextParallel(grid, algorithm=algorithm, kernels=kernels)
+        yield ContextParallel(grid, device_type, algorithm=algorithm, kernels=kernels)
     finally:
         dist.destroy_process_group()

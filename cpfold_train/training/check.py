@@ -9,7 +9,7 @@ import shutil
 from cpfold_train.data.features import NUM_BINS
 from cpfold_train.data.sampling import open_source
 from cpfold_train.errors import ConfigError
-from cpfold_train.kernels.choice import KERNELS, PACKAGES, is_installed
+from cpfold_train.kernels.choice import INSTALL, KERNELS, PACKAGES, is_installed
 from cpfold_train.model.config import RESIDUALS
 from cpfold_train.parallel.cost import ALGORITHMS
 from cpfold_train.training.boltz_checkpoint import WEIGHTS
@@ -29,6 +29,7 @@ def check(config: TrainConfig) -> None:
         ("batch_size", config.batch_size, 1),
         ("data.max_msa_rows", config.data.max_msa_rows, 1),
         ("data.max_atoms", config.data.max_atoms, 1),
+        ("data.buckets", config.data.buckets, 1),
         ("data.samples_per_epoch", config.data.samples_per_epoch, 1),
         ("data.num_workers", config.data.num_workers, 0),
         ("memory.blocks_at_once", config.memory.blocks_at_once, 1),
@@ -160,8 +161,8 @@ def _require_installed(config: TrainConfig) -> None:
     """Raise ConfigError where kernels that were asked for cannot run on this machine."""
     kernels = config.kernels
     if not is_installed(kernels):
-        how = {"triton": "pip install triton", "cuequivariance": "pip install -e '.[cuequivariance]'"}[kernels]
-        raise ConfigError(f"kernels={kernels} needs the {PACKAGES[kernels]} package: type {how}, or kernels=auto")
+        package, how = PACKAGES[kernels], INSTALL[kernels]
+        raise ConfigError(f"kernels={kernels} needs the {package} package: type {how}, or kernels=auto")
     if config.trainer.accelerator == "cpu":
         raise ConfigError(f"kernels={kernels} needs GPUs: type trainer.accelerator=gpu, or kernels=torch")
 

@@ -50,6 +50,7 @@ class DataConfig:
     max_atoms: int | None = MISSING
     max_msa_rows: int = MISSING
     max_templates: int = MISSING
+    buckets: int | None = MISSING
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     max_bad_share: float = MISSING
     num_workers: int = MISSING
@@ -218,7 +219,8 @@ class ParallelConfig:
 
 @dataclass
 class TrainConfig:
-    """One run; ``kernels`` are those of attention and pair stack, ``compile`` fuses what launches many small ones."""
+    """One run; ``kernels`` are those of attention and pair stack, ``compile`` fuses what launches many small ones, and
+    ``tf32`` says how exact fp32 matrix products are on GPUs."""
 
     crop_size: int = MISSING
     batch_size: int = MISSING
@@ -227,6 +229,7 @@ class TrainConfig:
     ckpt_path: str | None = MISSING
     kernels: str = MISSING
     compile: bool = MISSING
+    tf32: bool = MISSING
     cp: ContextParallelConfig = field(default_factory=ContextParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from cpfold_train.ops.linear import linear_by
+from cpfold_train.kernels.linear import linear_by
 from cpfold_train.training.config import TrainerConfig
 
 WIDTHS = 16
@@ -50,7 +50,8 @@ class Bf16Precision(MixedPrecision):
 
 
 class Fp8Precision(MixedPrecision):
-    """bf16-mixed with the linear layers of :mod:`cpfold_train.ops.linear` in fp8, by Transformer Engine (not measured).
+    """bf16-mixed with the linear layers of :mod:`cpfold_train.kernels.linear` in fp8, by Transformer Engine (not
+    measured).
 
     Lightning's own plugin replaces modules, which would miss the weights that ops take, and in doing so thaws frozen
     layers and flattens norms; and it casts all of the model, fp32 islands included. Here no module changes. Each tensor

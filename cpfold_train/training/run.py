@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 
-from cpfold_train.devices import DEVICES, like_device, own_gpu_name
+from cpfold_train.devices import DEVICES, called_alike, own_gpu_name
 from cpfold_train.errors import RunError
 from cpfold_train.kernels.by_rows import set_block_bytes
 from cpfold_train.kernels.regions import compile_regions
@@ -26,7 +26,8 @@ from cpfold_train.training.fault import FAULTS, TellFaults, sentence_on
 from cpfold_train.training.figures import StepFigures
 from cpfold_train.training.freeze import choose_trained
 from cpfold_train.training.fsdp import ShardedGridStrategy
-from cpfold_train.training.launch import World
+from cpfold_train.training.gpus import set_up_gpus
+from cpfold_train.training.launch import World, device_here
 from cpfold_train.training.metrics_csv import MetricsCSV
 from cpfold_train.training.module import CoFoldingModule
 from cpfold_train.training.module_statistics import ModuleStatistics
@@ -41,7 +42,7 @@ from cpfold_train.training.save_last import SaveLast
 from cpfold_train.training.schedule_start import StartSchedule, schedule_start
 from cpfold_train.training.signals import SaveOnSigterm
 from cpfold_train.training.skip import SkipBadSteps
-from cpfold_train.training.strategy import GridStrategy
+from cpfold_train.training.strategy import GridStrategy, leave_out
 from cpfold_train.training.trace_steps import TraceSteps
 
 
@@ -62,6 +63,8 @@ def run(
     """
     quiet_lightning()
     return_large_tensors()
+    if device_here(config.trainer.accelerator) == "gpu":
+        set_up_gpus(config.tf32)
     chunk_mib = config.memory.chunk_mib
     set_block_bytes(None if chunk_mib is None else int(chunk_mib * 2**20))
     compile_regions("inductor" if config.compile else None)
@@ -78,8 +81,6 @@ def run(
         timeout,
         config.cp.algorithm,
         config.kernels,
-        # The confidence module's, where it has no loss.
-        find_unused_parameters=not module.judged,
     )
     strategy.again, strategy.faults = again, run_dir / FAULTS
     # What FSDP gathers in inference mode could not be used in training.
@@ -102,6 +103,8 @@ def run(
     if config.model.init_from and not config.ckpt_path:
         initialise(module.model, Path(config.model.init_from), config.model.init_weights, config.model.init_skip)
     module.judged = choose_trained(module.model, config.finetune, module.judged)
+    if not module.judged:
+        leave_out(module, "model.confidence_module")
     require_metric(config.early_stop.monitor, module.judged)
     accumulate = config.trainer.accumulate_grad_batches
     quarantine = run_dir / "quarantine.jsonl"
@@ -166,7 +169,7 @@ def _callbacks(config: TrainConfig, run_dir: Path, again: StartAgain | None) -> 
 def peak_flops(trainer: TrainerConfig) -> float | None:
     """Operations a second of this machine's GPU at its best, in the dtype of most products; None of other devices."""
     name = own_gpu_name()
-    if trainer.accelerator == "cpu" or name is None or (like := like_device(name)) is None:
+    if trainer.accelerator == "cpu" or name is None or (like := called_alike(name)) is None:
         return None
     return DEVICES[like].bf16 if trainer.precision in IN_BF16 else DEVICES[like].fp32
 

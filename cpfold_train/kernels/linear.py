@@ -21,6 +21,11 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return _instead[-1](x, weight) if _instead else F.linear(x, weight)
 
 
+def is_replaced() -> bool:
+    """Whether :func:`linear_by` names something else: kernels with products of their own must then not be used."""
+    return bool(_instead)
+
+
 @contextmanager
 def linear_by(function: Linear) -> Iterator[None]:
     """A region in which ``function`` computes :func:`linear`, in all threads: the backward pass has its own."""

@@ -1,0 +1,61 @@
+"""What the kernels of the local parts share: the LayerNorm of a tile in registers, its gradient, and the launches.
+
+The norm's weight and bias are not here: :func:`cpfold_train.kernels.folded.folded` makes them part of the projection
+that follows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from cpfold_train.kernels.triton.interpret import product_type
+
+EPS = tl.constexpr(1e-5)
+
+
+class Tile(NamedTuple):
+    """How a kernel is cut up: pairs and output channels at a time, warps, and stages of its pipeline."""
+
+    pairs: int
+    channels: int
+    num_warps: int
+    num_stages: int
+
+
+def dot_constants(dtype: torch.dtype) -> dict[str, Any]:
+    """``DOT`` and ``PRECISION`` of a kernel whose products take ``dtype``. fp32 is exact, unless torch's own products
+    are allowed TF32."""
+    tf32 = torch.get_float32_matmul_precision() != "highest"
+    return {"DOT": product_type(dtype), "PRECISION": "tf32" if tf32 else "ieee"}
+
+
+def parts(device: torch.device, slices: int, blocks: int) -> int:
+    """Into how many parts a sum over ``blocks`` is split, so that with ``slices`` of channels all multiprocessors are
+    busy."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return max(1, min(blocks, processors // slices))
+
+
+@triton.jit
+def normalise(x, C: tl.constexpr, AXIS: tl.constexpr):
+    """``(x - mean) / sqrt(var + eps)`` over an axis of C channels, and the second factor."""
+    x = x - tl.expand_dims(tl.sum(x, AXIS) / C, AXIS)
+    scale = tl.expand_dims(tl.rsqrt(tl.sum(x * x, AXIS) / C + EPS), AXIS)
+    return x * scale, scale
+
+
+@triton.jit
+def normalise_backward(grad, normed, scale, C: tl.constexpr, AXIS: tl.constexpr):
+    """Gradient of what was normalised, from that of the result."""
+    mean = tl.expand_dims(tl.sum(grad, AXIS) / C, AXIS)
+    along = tl.expand_dims(tl.sum(grad * normed, AXIS) / C, AXIS)
+    return (grad - mean - normed * along) * scale
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(x * -1.4426950408889634))
