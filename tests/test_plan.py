@@ -331,8 +331,8 @@ def test_a_kernel_without_scores_moves_less():
     settings = ("cp.algorithm=alltoall", "trainer.precision=bf16-mixed")
     traces = (traced(Grid(2, 2), (*settings, f"kernels={kernels}")) for kernels in ("torch", "cuequivariance"))
     plain, fused = (totals(trace.tallies) for trace in traces)
-    # What goes with it, Triton's, makes some products again instead of keeping them.
-    assert sum(plain.flops.values()) <= sum(fused.flops.values()) < 1.05 * sum(plain.flops.values())
+    # Triton's kernels, which go with it, make other products again.
+    assert sum(fused.flops.values()) == pytest.approx(sum(plain.flops.values()), rel=0.1)
     assert fused.exps > 0
     # Rows are sent normalised, in bf16.
     assert fused.messages == plain.messages
