@@ -15,9 +15,21 @@ from torch import Tensor
 from cpfold_train.bench.command import boltz_python
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.random import Draws
+from cpfold_train.testing.diffusion_cases import (
+    ATOMS,
+    CONFIG,
+    INPUTS,
+    TOKEN_S,
+    TOKEN_Z,
+    A,
+    B,
+    M,
+    diffusion,
+    draws,
+    features,
+)
 from tests.atoms import dense
 from tests.parity import TOTALS, cut, join, pad, randomise, real
-from tests.test_diffusion_parity import ATOMS, CONFIG, INPUTS, TOKEN_S, TOKEN_Z, A, B, M, diffusion, draws, features
 
 ORACLE = Path(__file__).parent / "oracle" / "boltz_diffusion.py"
 LAYERS = ("token_transformer_depth", "token_transformer_heads", "conditioning_transition_layers", "dim_fourier")

@@ -13,6 +13,7 @@ from torch import Tensor
 from cpfold_train.data.batch import collate
 from cpfold_train.data.make_template import make_template
 from cpfold_train.data.shards import open_shards, read_sample
+from cpfold_train.losses.diffusion import diffusion_loss
 from cpfold_train.losses.total import confidence_losses, structure_losses
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.confidence_scores import confidence_scores
@@ -109,17 +110,21 @@ def unit(cp) -> AtomDiffusion:
     return process
 
 
-def placed(cp, coords: list[Tensor]) -> list[tuple[float, float]]:
-    """How far the truth of each complex, (A, 3), is from a rigid motion of it in bf16-mixed: rms and most, Angstrom."""
+def placed(cp, coords: list[Tensor]) -> list[tuple[float, float, float]]:
+    """In bf16-mixed, how far the truth of each complex, (A, 3), is from a rigid motion of it, rms and most in Angstrom;
+    and the diffusion loss of the truth itself at a noise level of 0.05 Angstrom."""
     found = []
-    for number, x in enumerate(coords):
-        mask = torch.ones(1, len(x))
-        feats = {"coords": x[None], "atom_pad_mask": mask}
+    for x in coords:
+        mask, sigmas = torch.ones(1, len(x)), torch.tensor([0.05])
+        feats = {"coords": x[None], "atom_pad_mask": mask, "atom_resolved_mask": mask}
+        feats |= {"atom_to_token": torch.zeros_like(mask).long(), "mol_type": torch.zeros(1, 1).long()}
         with torch.autocast("cpu", BF16):
-            out = unit(cp)(None, None, feats, None, 1, Draws(torch.tensor([number])), cp)
-        truth = out["aligned_true_atom_coords"].double()
-        error = (weighted_rigid_align(x[None].double(), truth, mask, mask, cp) - truth).square().sum(-1)
-        found.append((float(error.mean().sqrt()), float(error.max().sqrt())))
+            out = unit(cp)(None, None, feats, None, 1, Draws(torch.tensor([0])), cp)
+        truth = out["aligned_true_atom_coords"]
+        loss = diffusion_loss(x[None], truth, sigmas, feats, cp)
+        error = weighted_rigid_align(x[None].double(), truth.double(), mask, mask, cp) - truth
+        error = error.square().sum(-1)
+        found.append((float(error.mean().sqrt()), float(error.max().sqrt()), float(loss)))
     return found
 
 
@@ -127,9 +132,9 @@ def test_the_truth_is_moved_as_a_whole(ranks):
     """Every entry of the data that comes with the package."""
     structures = [read_sample(entry)[0] for entry in open_shards(["data/shards/*.tar", "data/large/*.tar"])]
     (found,) = ranks.run(placed, 1, 1, [torch.from_numpy(x.coords[x.resolved]) for x in structures])
-    for structure, (rms, most) in zip(structures, found):
-        print(f"{structure.meta['id']}: {len(structure.asym_id)} tokens, rms {rms:.1e}, most {most:.1e}")
-        assert rms < 3e-5 and most < 1e-4
+    for structure, (rms, most, loss) in zip(structures, found):
+        print(f"{structure.meta['id']}: {len(structure.asym_id)} tokens, rms {rms:.1e}, most {most:.1e}, {loss:.1e}")
+        assert rms < 3e-5 and most < 1e-4 and loss < 1e-6
     assert len(found) > 10
 
 

@@ -24,9 +24,9 @@ from cpfold_train.model.config import (
 from cpfold_train.ops import outer_product_mean as opm
 from cpfold_train.ops.shares import gather_shares
 from cpfold_train.parallel.context import to_local
+from cpfold_train.testing.trunk_cases import draws, features
 from cpfold_train.training.precision import Bf16Precision
 from tests.parity import randomise
-from tests.test_parity import draws, features
 
 BF16, FP32 = torch.bfloat16, torch.float32
 C_Z = 32

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import nn
 
@@ -21,6 +23,7 @@ def make_inputs(
 
     Args:
         names: some keys of the shapes below; others are ignored.
+        dtype: of what has the size of z or m in training; the others are in fp32 at least.
     """
     n, samples = sizes.n, sizes.samples
     tile, tokens, atoms = (n // grid.rows, n // grid.cols), n // grid.cp_size, sizes.atoms // grid.cp_size
@@ -40,11 +43,21 @@ def make_inputs(
         "pde_logits": (samples, *tile, bins.num_pde_bins),
         "pae_logits": (samples, *tile, bins.num_pae_bins),
     }
+    wide = torch.promote_types(dtype, torch.float32)
     return {
-        name: torch.randn(shapes[name], dtype=dtype, device=device, requires_grad=True)
+        name: torch.randn(
+            shapes[name], dtype=dtype if name in ("z", "rel_pos", "m") else wide, device=device, requires_grad=True
+        )
         for name in names
         if name in shapes
     }
+
+
+def precision(dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, AbstractContextManager]:
+    """Of the weights, and in what an op is called, so that bf16 is what it is in ``trainer.precision=bf16-true``: z and
+    m in bf16 and products under autocast, weights and the parts of the model that are fp32 islands in fp32."""
+    mixed = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    return torch.promote_types(dtype, torch.float32), mixed
 
 
 def make_features(names: tuple[str, ...], sizes: Sizes, grid: Grid, device: torch.device) -> Inputs:

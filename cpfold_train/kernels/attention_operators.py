@@ -70,12 +70,19 @@ WIDE = {
 }
 """Of wider heads."""
 FULL = Tiling(Blocks(32, 32, 1, 4, 1), Blocks(16, 16, 1, 8, 1), Blocks(32, 32, 1, 4, 1), Blocks(32, 32, 1, 4, 1))
-"""In fp32, whose products are not for matrix units unless TF32 is allowed."""
+"""In fp32, whose exact products are not for matrix units, and in TF32 before Hopper."""
+TF32 = Tiling(Blocks(64, 64, 1, 4, 2), Blocks(32, 64, 1, 4, 2), Blocks(64, 64, 1, 4, 2), Blocks(64, 32, 1, 4, 2))
 
 
 def padded(width: int) -> int:
     """The power of two to which the kernels pad a head."""
     return max(WIDTHS[0], 1 << (width - 1).bit_length())
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Of products of fp32: as torch's own, exact or in TF32, whichever ``torch.set_float32_matmul_precision`` says."""
+    allowed = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if allowed else "ieee"
 
 
 def tiling(q: Tensor) -> Tiling:
@@ -87,7 +94,7 @@ def tiling(q: Tensor) -> Tiling:
 def tiling_of(dtype: torch.dtype, width: int, major: int) -> Tiling:
     """Tiles by dtype, width of the heads and major compute capability."""
     if dtype == torch.float32:
-        return FULL
+        return TF32 if precision(dtype) == "tf32" and major in (HOPPER, BLACKWELL) else FULL
     tilings = NARROW if padded(width) <= 32 else WIDE
     return tilings.get(major, tilings[AMPERE])
 

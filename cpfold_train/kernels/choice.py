@@ -13,6 +13,8 @@ KERNELS = ("auto", "torch", "triton", "cuequivariance")
 """What ``kernels`` may be in a configuration. ``auto`` becomes one of the others once the device is known."""
 PACKAGES = {"triton": "triton", "cuequivariance": "cuequivariance_torch"}
 """What each of them imports. Triton comes with CUDA builds of torch."""
+INSTALL = {"triton": "pip install triton", "cuequivariance": "pip install -e '.[cuequivariance]'"}
+"""What to type for them."""
 BLACKWELL = (10, 0)
 """Compute capability from which on cuEquivariance has attention kernels of its own for the device."""
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from cpfold_train.devices import find_device
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.plan.depth import by_category, by_module
-from cpfold_train.plan.devices import find_device
 from cpfold_train.plan.estimate import ASSUMPTIONS, FLOOR, Costs
 from cpfold_train.plan.plan import GIB, MIB, Plan
 from cpfold_train.plan.trace import CATEGORIES, Moment

@@ -54,7 +54,7 @@ def two_blocks_for_all(tracer: Tracer) -> Iterator[None]:
         pairs = next(found)
         yield pairs
         # Without coordinates every row has equally many neighbours.
-        rows = len(pairs[0]) // min(smooth_lddt._NEIGHBOURS, len(truth))
+        rows = len(pairs[0]) // min(smooth_lddt.NEIGHBOURS, len(truth))
         if (left := len(range(first, len(truth), step)) - rows) > 0:
             with tracer.times(left / min(left, rows)):
                 yield next(found)

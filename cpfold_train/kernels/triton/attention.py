@@ -29,6 +29,7 @@ from cpfold_train.kernels.attention_operators import (
     Blocks,
     bias_groups,
     padded,
+    precision,
     tiling,
     tiling_of,
 )
@@ -179,12 +180,6 @@ def forward(
             out + r1 * out_row, gate + r1 * gate_row, lse + r1 * heads * M, highest1, total1, acc1,
             m, M, out_token, gate_token, r0 + 1 < rows, WIDTH, PADDED, GATED,
         )  # fmt: skip
-
-
-def precision(dtype: torch.dtype) -> str:
-    """Of products of fp32, as torch's own are computed."""
-    allowed = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if allowed else "ieee"
 
 
 def constants(dtype: torch.dtype, width: int, blocks: Blocks) -> dict[str, object]:

@@ -34,9 +34,9 @@ def _keys(k, v, q, grad, bias_t, lse, delta, dk, dv, DOT: tl.constexpr, PRECISIO
     """Gradients of some keys and values with another block of queries added; lse in base 2."""
     q, grad = q.to(DOT), grad.to(DOT)
     scores = tl.dot(k, tl.trans(q), acc=bias_t, input_precision=PRECISION)
+    dweights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
     weights = tl.exp2(scores * LOG2E - lse[None, :])
     dv = tl.dot(weights.to(DOT), grad, acc=dv, input_precision=PRECISION)
-    dweights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
     dscores = weights * (dweights - delta[None, :])
     dk = tl.dot(dscores.to(DOT), q, acc=dk, input_precision=PRECISION)
     return dk, dv
