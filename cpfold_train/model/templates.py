@@ -15,7 +15,7 @@ from cpfold_train.model.config import MemoryConfig, TemplateConfig
 from cpfold_train.model.constants import NUM_TOKENS
 from cpfold_train.model.layers import linear, without_autocast
 from cpfold_train.model.pair_stack import PairStack
-from cpfold_train.ops.recompute import recompute
+from cpfold_train.ops.recompute import call, recompute
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.random import Draws
 
@@ -84,9 +84,13 @@ class TemplateV2Module(nn.Module):
     ) -> Tensor:
         """Tile (B, N/R, N/C, template_dim) of one template of each sample, whose features are (B, N, ...)."""
         v = self._embed(z, template, cp)
-        update = v
-        for i, block in enumerate(self.pairformer.layers):
-            update = block.update_pairs(update, token_mask, cp, None if draws is None else draws.at("block", i))
+        update, blocks = v, self.pairformer.layers
+        # Blocks that together are no wider than z hold no more than one of the Pairformer: the template's own
+        # recomputation is enough. Of more blocks each is computed once more.
+        run = recompute if self.memory.recompute and len(blocks) * v.shape[-1] > z.shape[-1] else call
+        for i, block in enumerate(blocks):
+            at = None if draws is None else draws.at("block", i)
+            update = run(block.update_pairs, update, token_mask, cp, at)
         return layer_norm(v + update, self.v_norm.weight, self.v_norm.bias, cp.kernels, z.dtype)
 
     def _embed(self, z: Tensor, template: dict[str, Tensor], cp: ContextParallel) -> Tensor:
