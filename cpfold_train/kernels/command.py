@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
+from cpfold_train.errors import ConfigError
 from cpfold_train.kernels.compiled import ARCHITECTURES, KIB, Compiled, compiled, launches, require_compiler
 
 
@@ -19,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the subcommand."""
     known = ", ".join(ARCHITECTURES)
     parser.add_argument("--arch", default="sm_90", metavar="ARCH", help=f"one of {known} (default: sm_90)")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT,...", help="kernels whose names have one of these in them (default: all)"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
 
 
@@ -29,7 +33,11 @@ def run(args: argparse.Namespace) -> None:
         ConfigError: this machine cannot compile for the architecture.
     """
     require_compiler(args.arch)
-    found = [compiled(one, args.arch) for one in track(launches(), "compiling", console=Console(stderr=True))]
+    chosen = [one for one in launches(args.arch) if any(text in one.name for text in args.only.split(","))]
+    if not chosen:
+        names = ", ".join(one.name for one in launches(args.arch))
+        raise ConfigError(f"--only {args.only} is in the name of no kernel: type a part of one of {names}")
+    found = [compiled(one, args.arch) for one in track(chosen, "compiling", console=Console(stderr=True))]
     if args.json:
         print(json.dumps([asdict(kernel) for kernel in found], indent=1))
     else:

@@ -116,13 +116,15 @@ def require_compiler(arch: str) -> None:
             ) from None
 
 
-def launches() -> list[Launch]:
-    """Typical launches of all kernels: ``LAUNCHES`` of the modules of :mod:`cpfold_train.kernels.triton`."""
+def launches(arch: str) -> list[Launch]:
+    """Typical launches of all kernels on an architecture: ``LAUNCHES`` of the modules of
+    :mod:`cpfold_train.kernels.triton`."""
     from cpfold_train.kernels import triton
 
     names = sorted(module.name for module in pkgutil.iter_modules(triton.__path__, f"{triton.__name__}."))
     modules = (importlib.import_module(name) for name in names)
-    return [launch for module in modules for launch in getattr(module, "LAUNCHES", ())]
+    found = [launch for module in modules for launch in getattr(module, "LAUNCHES", ())]
+    return [launch for launch in found if launch.major in (None, _number(arch) // 10)]
 
 
 def compiled(launch: Launch, arch: str) -> Compiled:
@@ -146,7 +148,7 @@ def compiled(launch: Launch, arch: str) -> Compiled:
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] in "*i"}
     source = ASTSource(launch.kernel, signature, constexprs=dict(launch.constants), attrs=aligned)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    made = triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), WARP), options=options)
+    made = triton.compile(source, target=GPUTarget("cuda", _number(arch), WARP), options=options)
     usage, instructions, targets = _disassembled(made.asm["cubin"])
     registers, static = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "SHARED"))
     shared = max(static, made.metadata.shared)
@@ -207,6 +209,11 @@ def inner_loop(instructions: list[str], targets: list[int | None]) -> int:
             body = instructions[first : last + 1]
             loops.append((any(map(MATRIX.match, body)), "MUFU.EX2" in body, -len(body)))
     return -max(loops)[2] if loops else 0
+
+
+def _number(arch: str) -> int:
+    """90 of ``sm_90``: ten times the major compute capability, and the minor one."""
+    return int(arch.removeprefix("sm_"))
 
 
 def _count(found: Counter[str], pattern: re.Pattern[str]) -> int:
