@@ -18,6 +18,8 @@ SUBCOMMANDS = {
     "evaluate": ("cpfold_train.evaluate.command", "score predicted structures against the truth"),
     "plan": ("cpfold_train.plan.command", "memory, communication and time of a run on any grid, before it is started"),
     "bench": ("cpfold_train.bench.command", "time an op on a grid of ranks, and count what it sends and holds"),
+    "gpu-check": ("cpfold_train.gpu_check.command", "prove and measure this machine's GPUs within ten minutes"),
+    "kernels": ("cpfold_train.kernels.command", "compile the Triton kernels without a GPU, and say what they became"),
     "bench-data": ("cpfold_train.bench.data", "time a data worker, and measure the memory that its samples take"),
 }
 """Name of each subcommand: module with ``add_arguments(parser)`` and ``run(args)``, and a line of help."""

@@ -1,44 +1,14 @@
-"""Made-up atoms of the two complexes of :mod:`tests.parity`, and the package's dense forms of any."""
+"""The package's dense forms of atom features."""
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from cpfold_train.parallel.grid import Grid
-from tests.parity import ATOMS, LENGTHS, TOTALS, cut, pad
 
-
-def atom_features(grid: Grid) -> dict[str, Tensor]:
-    """Features of a rank's atoms, in fp64."""
-    draw = torch.Generator().manual_seed(17)
-    b, a = len(ATOMS), max(TOTALS)
-
-    def integers(high: int, *shape: int) -> Tensor:
-        return torch.randint(0, high, (b, a, *shape), generator=draw)
-
-    owner = torch.zeros(b, a, dtype=torch.int32)
-    for i, counts in enumerate(ATOMS):
-        owner[i, : TOTALS[i]] = torch.repeat_interleave(torch.tensor(counts))
-    whole = {
-        "ref_pos": torch.randn(b, a, 3, generator=draw, dtype=torch.float64),
-        "ref_charge": integers(3).double() - 1,
-        "ref_element": integers(128).byte(),
-        "ref_atom_name_chars": integers(64, 4).byte(),
-        # Several tokens a residue, as in ligands.
-        "ref_space_uid": owner // 2,
-        "atom_to_token": owner,
-        "atom_pad_mask": torch.stack([torch.arange(a) < total for total in TOTALS]).double(),
-    }
-    feats = {name: cut(pad(x, "atom", grid), "atom", grid) for name, x in whole.items()}
-    n = grid.pad_tokens(max(LENGTHS))
-    starts = [torch.tensor([0, *counts]).cumsum(0) for counts in ATOMS]
-    padded = [torch.cat([start, start[-1:].expand(n + 1 - len(start))]) for start in starts]
-    return {**feats, "token_atom_start": torch.stack(padded).int()}
-
-
-def dense(feats: dict[str, Tensor]) -> dict[str, Tensor]:
+def dense(feats: dict[str, Any]) -> dict[str, Tensor]:
     """Atom features of all atoms as the package takes them."""
     real = feats["atom_pad_mask"].double()
     n = feats["token_atom_start"].shape[1] - 1

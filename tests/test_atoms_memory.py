@@ -2,6 +2,7 @@
 
 import multiprocessing as mp
 
+import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,6 +25,7 @@ def features(grid):
     integers = dict.fromkeys(["ref_element", "ref_space_uid", "atom_to_token"], torch.int32)
     feats = {name: torch.zeros(1, own, dtype=dtype) for name, dtype in integers.items()}
     feats |= {name: torch.zeros(1, own) for name in ("ref_charge", "atom_pad_mask")}
+    feats["atoms_per_token"] = torch.zeros(1, TOKENS, dtype=torch.int32)
     return feats | {"ref_pos": torch.zeros(1, own, 3), "ref_atom_name_chars": torch.zeros(1, own, 4, dtype=torch.uint8)}
 
 
@@ -51,7 +53,7 @@ def measured(part, shape, answer):
     """Peak of live bytes above inputs and weights, forward and backward, and bytes sent, of a rank in the middle."""
     grid = Grid(*shape, 1, shape[0] * shape[1] // 2)
     own = ATOMS // grid.cp_size
-    start = torch.arange(TOKENS + 1, dtype=torch.int32)[None] * (ATOMS // TOKENS)
+    start = np.arange(TOKENS + 1, dtype=np.int32)[None] * (ATOMS // TOKENS)
     with fake_world(grid) as cp, FakeTensorMode(allow_non_fake_inputs=True), LiveMemory() as memory:
         given = {"z": torch.empty(1, TOKENS // grid.rows, TOKENS // grid.cols, TOKEN_Z)}
         given |= {"s": torch.empty(1, TOKENS, TOKEN_S), "bias": torch.empty(1, own // 32, 32, 128, HEADS)}

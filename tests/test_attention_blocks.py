@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from functools import partial
 from types import ModuleType
 
 import pytest
@@ -49,28 +49,59 @@ def test_blocks(small_blocks):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
-def stand_in() -> tuple[ModuleType, list[tuple[int, ...]]]:
-    """A module with the interface of the cuEquivariance kernel, in plain torch, and the shapes of the biases it got."""
+def triangle_attention(q, k, v, bias, mask=None, scale=None, return_aux=False, *, kv_lengths=None):
+    """What the cuEquivariance package calls so, in plain torch."""
+    batch, _, heads, queries, _ = q.shape
+    assert bias.shape == (batch, 1, heads, queries, k.shape[3]) and not (mask or return_aux or kv_lengths)
+    return torch.softmax(scale * q @ k.mT + bias, -1) @ v
 
-    def triangle_attention(q, k, v, bias, mask=None, scale=None, return_aux=False):
-        batch, _, heads, queries, _ = q.shape
-        assert bias.shape == (batch, 1, heads, queries, k.shape[3]) and mask is None and not return_aux
-        calls.append(tuple(bias.shape))
-        return torch.softmax(scale * q @ k.mT + bias, -1) @ v
+
+def stand_in() -> tuple[ModuleType, list[tuple[int, ...]]]:
+    """A module with :func:`triangle_attention`, and the shapes of the queries it got."""
+
+    def counted(q, *args, **kwargs):
+        calls.append(tuple(q.shape))
+        return triangle_attention(q, *args, **kwargs)
 
     calls: list[tuple[int, ...]] = []
     module = ModuleType("cuequivariance_torch")
-    module.triangle_attention = triangle_attention
+    module.triangle_attention = counted
     return module, calls
+
+
+def test_the_stand_in_takes_what_cuequivariance_takes():
+    package = pytest.importorskip("cuequivariance_torch", reason="the package of cuEquivariance is not installed")
+    theirs, ours = (inspect.signature(f).parameters for f in (package.triangle_attention, triangle_attention))
+    assert list(ours) == list(theirs)
+    for name, parameter in ours.items():
+        assert (parameter.kind, parameter.default) == (theirs[name].kind, theirs[name].default), name
+
+
+@pytest.mark.parametrize(
+    "dtype, queries, width, fits",
+    [
+        (torch.bfloat16, 101, 32, True),
+        (torch.bfloat16, 100, 32, False),
+        (torch.bfloat16, 200, 24, False),
+        (torch.bfloat16, 201, 24, True),
+        (torch.bfloat16, 300, 20, False),
+        (torch.bfloat16, 300, 136, False),
+        (torch.float32, 300, 32, True),
+        (torch.float32, 300, 48, False),
+        (torch.float64, 300, 32, False),
+    ],
+)
+def test_what_would_fall_back_to_torch_does_not_go_to_cuequivariance(dtype, queries, width, fits):
+    assert blocks.in_cuequivariance(torch.empty(1, 1, 1, queries, width, dtype=dtype)) == fits
 
 
 def test_kernel_of_cuequivariance_is_called_as_it_wants_to_be(monkeypatch):
     module, calls = stand_in()
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    function = partial(blocks.biased_attention, kernels="cuequivariance")
-    for actual, expected in zip(with_gradients(function), with_gradients(formula)):
-        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
-    assert calls == [(B, 1, HEADS, N, N)]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, bias = (torch.randn(size, generator=generator) for size in [(2, 1, 2, 208, 8)] * 3 + [(2, 2, 208, 208)])
+    torch.testing.assert_close(blocks.biased_attention(q, k, v, bias, "cuequivariance"), formula(q, k, v, bias))
+    assert calls == [tuple(q.shape)]
 
 
 def attend_with(cp, kernels: str) -> tuple[list[torch.Tensor], int]:
@@ -80,11 +111,11 @@ def attend_with(cp, kernels: str) -> tuple[list[torch.Tensor], int]:
     algorithm, cp.algorithm, cp.kernels = cp.algorithm, "alltoall", kernels
     try:
         torch.manual_seed(0)
-        layer = TriangleAttentionStartingNode(8, 4, 2).double()
+        layer = TriangleAttentionStartingNode(8, 4, 2)
         torch.nn.init.normal_(layer.mha.linear_o.weight)
-        z = torch.randn(1, 8 // cp.grid.rows, 8 // cp.grid.cols, 8, dtype=torch.float64)
-        out = layer(z, torch.ones(1, 8, dtype=torch.float64), cp)
-        return [out.detach(), *torch.autograd.grad(out.square().sum(), layer.parameters())], len(calls)
+        z = torch.randn(1, 208 // cp.grid.rows, 208 // cp.grid.cols, 8)
+        out = layer(z, torch.ones(1, 208), cp)
+        return [out.detach(), *torch.autograd.grad(out.square().mean(), layer.parameters())], len(calls)
     finally:
         cp.algorithm, cp.kernels = algorithm, "torch"
         del sys.modules[module.__name__]
@@ -93,15 +124,17 @@ def attend_with(cp, kernels: str) -> tuple[list[torch.Tensor], int]:
 @pytest.mark.parametrize("grid", [(1, 1), (2, 2)], ids=lambda g: f"{g[0]}x{g[1]}")
 def test_kernels_are_chosen_by_the_running_grid(ranks, grid):
     with_torch, with_stand_in = (ranks.run(attend_with, *grid, kernels) for kernels in ("torch", "cuequivariance"))
-    for (expected, never), (actual, calls) in zip(with_torch, with_stand_in):
+    for (_, never), (_, calls) in zip(with_torch, with_stand_in):
         assert never == 0 < calls
-        for one, other in zip(actual, expected):
-            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    # Which rank adds what to the gradient of a parameter depends on what travels, z or its norm.
+    actual, expected = ([sum(x) for x in zip(*(found for found, _ in way))] for way in (with_stand_in, with_torch))
+    for one, other in zip(actual, expected):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
 
 
 def ring(cp) -> list[torch.Tensor]:
     def function(q, k, v, bias):
-        kv, has = torch.cat([k, v], -1), (((0, ROWS), (0, N)),)
+        kv, has = torch.stack([k, v], -2), (((0, ROWS), (0, N)),)
         parts = [(0, 25), (25, N)]
         steps = [
             (
@@ -110,7 +143,7 @@ def ring(cp) -> list[torch.Tensor]:
             )
             for part in parts
         ]
-        return ring_attention(q, kv, bias, steps)
+        return ring_attention(q, kv, bias, steps, "torch")
 
     original, blocks.rows_per_block = blocks.rows_per_block, lambda *_: 2
     try:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import multiprocessing as mp
+import runpy
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from cpfold_train.__main__ import main
+from cpfold_train.bench import command
 from cpfold_train.bench.case import Sizes
 from cpfold_train.bench.cases import CASES
-from cpfold_train.bench.inputs import make_features, make_inputs, randomise
+from cpfold_train.bench.inputs import make_features, make_inputs, precision, randomise
 from cpfold_train.bench.simulate import simulate
 from cpfold_train.model.config import (
     AtomConfig,
@@ -137,6 +142,64 @@ def test_command_prints_one_json_object(capfd):
     assert {"wall_s", "cpu_s_total", "sent_mib_per_rank", "sent_tiles", "exposed_comm_s", "machine"} <= result.keys()
 
 
+@pytest.mark.parametrize("op", ["pairformer_block", "diffusion_module"])
+def test_bf16_keeps_the_islands_of_fp32(ranks, op):
+    """As in training: s and the diffusion stay in fp32, z is in bf16, and weights are in fp32."""
+    assert ranks.run(in_bf16, 1, 1, op) == [{"s": torch.float32, "z": torch.bfloat16, "weights": {torch.float32}}]
+
+
+def in_bf16(cp, op) -> dict:
+    case, device = CASES[op], torch.device("cpu")
+    weights, mixed = precision(torch.bfloat16, device)
+    module = case.build(CONFIG).to(weights)
+    x = make_features(case.inputs, SIZES, cp.grid, device)
+    x |= make_inputs(case.inputs, CONFIG, SIZES, cp.grid, torch.bfloat16, device)
+    with mixed:
+        out = case.call(module, x, cp)
+    # The single track of a block, and denoised coordinates.
+    assert out[0].dtype == torch.float32
+    return {"s": x["s"].dtype, "z": x["z"].dtype, "weights": {p.dtype for p in module.parameters()}}
+
+
+class StandIn(torch.nn.Module):
+    """For a transition of the package, which is not installed: it tells how it was called."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(dim, dim))
+
+    def forward(self, z):
+        self.seen = z.dtype, self.weight.dtype, torch.is_autocast_enabled(z.device.type), z.device.type
+        return z @ self.weight
+
+
+def test_the_package_runs_where_we_run(monkeypatch, tmp_path):
+    layers = "attentionv2 outer_product_mean pair_averaging pairformer transition triangular_attention triangular_mult"
+    paths = ["layers", "modules", "modules.trunkv2", "layers.triangular_attention.attention"]
+    for path in ("boltz", "boltz.model", *(f"boltz.model.{path}" for path in paths)):
+        monkeypatch.setitem(sys.modules, path, MagicMock())
+    for layer in layers.split():
+        monkeypatch.setitem(sys.modules, f"boltz.model.layers.{layer}", MagicMock())
+    stock = runpy.run_path(command.__file__.replace("command.py", "stock.py"))
+    module = StandIn(8, 32)
+    stock["CASES"]["transition"] = (lambda widths: module), stock["CASES"]["transition"][1]
+    widths = {"token_s": 4, "token_z": 8, "msa_s": 4}
+    stock["stock_step"]("transition", widths, 6, 2, torch.bfloat16, torch.device("cpu"), module.state_dict())()
+    assert module.seen == (torch.bfloat16, torch.float32, True, "cpu")
+    given = {}
+
+    def run(arguments, **_):
+        given.update(torch.load(arguments[2], weights_only=True))
+        torch.save({"wall_s": 1.0, "cpu_s": 1.0, "peak_mib": 1.0}, arguments[3])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(command.subprocess, "run", run)
+    own = {"op": "transition", "token_z": 8, "repeats": 1, "dtype": "bf16", "device": "cuda"}
+    torch.save({}, tmp_path / "state.pt")
+    command._stock(SimpleNamespace(**own, boltz_threads=1, boltz_python="python"), str(tmp_path), SIZES)
+    assert given["device"] == "cuda" and given["dtype"] == torch.bfloat16
+
+
 def test_refusals(capsys):
     assert main(["bench", "transition", "--grid", "2x"]) == 2
     assert "2x2" in capsys.readouterr().err
@@ -144,18 +207,20 @@ def test_refusals(capsys):
     assert "--world 4" in capsys.readouterr().err
     assert main(["bench", "transition", "--world", "4", "--rank", "4"]) == 2
     assert "--world P" in capsys.readouterr().err
+    assert main(["bench", "transition", "--kernels", "triton"]) == 2
+    assert "type --device cuda" in capsys.readouterr().err
     assert main(["bench", "smooth_lddt", "--against", "boltz", "--boltz-python", "python"]) == 2
     assert "type one of triangle_multiplication" in capsys.readouterr().err
 
 
 def test_data_figures(capfd):
-    command = ["bench-data", "tests/data/*.tar", "--grid", "1x1,2x3", "--crop", "400", "--samples", "1"]
-    assert main([*command, "--json"]) == 0
+    arguments = ["bench-data", "tests/data/*.tar", "--grid", "1x1,2x3", "--crop", "400", "--samples", "1"]
+    assert main([*arguments, "--json"]) == 0
     whole, tile = json.loads(capfd.readouterr().out)["cases"]
     assert (whole["grid"], tile["grid"], tile["crop"]) == ("1x1", "2x3", 400)
     assert tile["batch_mib"] < whole["batch_mib"] / 4 and 400**2 * 8 / 2**20 < whole["batch_mib"] < whole["peak_mib"]
     assert whole["samples_per_s"] > 0
-    assert main([*command, "--crop", "99999"]) == 2
+    assert main([*arguments, "--crop", "99999"]) == 2
     assert "the largest sample has" in capfd.readouterr().err
-    assert main([*command, "--crop", "x"]) == 2
+    assert main([*arguments, "--crop", "x"]) == 2
     assert "--crop 384,768" in capfd.readouterr().err

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import subprocess
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,9 +15,21 @@ from torch import Tensor
 from cpfold_train.bench.command import boltz_python
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.random import Draws
+from cpfold_train.testing.diffusion_cases import (
+    ATOMS,
+    CONFIG,
+    INPUTS,
+    TOKEN_S,
+    TOKEN_Z,
+    A,
+    B,
+    M,
+    diffusion,
+    draws,
+    features,
+)
 from tests.atoms import dense
 from tests.parity import TOTALS, cut, join, pad, randomise, real
-from tests.test_diffusion_parity import ATOMS, CONFIG, INPUTS, TOKEN_S, TOKEN_Z, A, B, M, diffusion, draws, features
 
 ORACLE = Path(__file__).parent / "oracle" / "boltz_diffusion.py"
 LAYERS = ("token_transformer_depth", "token_transformer_heads", "conditioning_transition_layers", "dim_fourier")
@@ -54,9 +68,10 @@ def our_step(cp):
 
 def full(feats: dict[str, Tensor]) -> dict[str, Tensor]:
     """One complex without padded atoms: the package centres on all atoms that it samples, padded ones included."""
-    one = {name: x[:1].clone() for name, x in feats.items()}
+    one = {name: deepcopy(x[:1]) for name, x in feats.items()}
     one["atom_to_token"][:, TOTALS[0] :] = len(one["token_pad_mask"][0]) - 1
     one["token_atom_start"][:, -1] = one["atom_pad_mask"].shape[1]
+    one["atoms_per_token"] = torch.from_numpy(np.diff(one["token_atom_start"]))
     one["atom_pad_mask"][:] = 1
     return one
 

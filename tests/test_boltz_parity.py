@@ -18,9 +18,9 @@ from cpfold_train.losses.distogram import distogram_loss
 from cpfold_train.model.config import AtomConfig, MemoryConfig, ModelConfig, MSAConfig, PairformerConfig, TemplateConfig
 from cpfold_train.model.trunk import Trunk
 from cpfold_train.parallel.grid import Grid
+from cpfold_train.testing.trunk_cases import features
 from tests.atoms import dense
 from tests.parity import LENGTHS, join, randomise, real
-from tests.test_parity import features
 
 CONFIG = ModelConfig(
     16, 10, 8, 1,

@@ -17,8 +17,8 @@ from cpfold_train.model.config import ConfidenceConfig, MemoryConfig, ModelConfi
 from cpfold_train.model.constants import DNA, NONPOLYMER, PROTEIN
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.random import Draws
+from cpfold_train.testing.trunk_cases import features
 from tests.parity import LENGTHS, cut, join, pad, randomise, real
-from tests.test_parity import features
 
 C_S, C_Z, M = 16, 10, 2
 N, B = max(LENGTHS), len(LENGTHS)

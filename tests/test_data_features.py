@@ -10,7 +10,7 @@ import torch
 
 from cpfold_train.data import msa
 from cpfold_train.data.alignment import UNPAIRED, Alignment
-from cpfold_train.data.batch import PLACEMENTS, Augmentation, make_crop, tile_features
+from cpfold_train.data.batch import ON_HOST, PLACEMENTS, Augmentation, make_crop, tile_features
 from cpfold_train.data.features import bond_tile, distogram_tile, token_features
 from cpfold_train.data.make_template import make_template
 from cpfold_train.data.residues import BOND_TYPES, GAP
@@ -53,7 +53,7 @@ def test_tiles_are_parts_of_the_whole(samples, key, rows, cols):
         grid = Grid(rows, cols, 1, rank)
         part = tile_features(crop, grid, n, s, a, t)
         (i0, i1), (j0, j1), (r0, r1) = grid.row_tokens(n), grid.col_tokens(n), grid.msa_rows(s)
-        assert {*part} == {*PLACEMENTS, "id"}
+        assert {*part} == {*PLACEMENTS, ON_HOST, "id"}
         for name, placement in PLACEMENTS.items():
             expected = whole[name]
             if placement == "tile":
@@ -75,7 +75,7 @@ def test_padding_is_zero(samples):
             continue
         if name.startswith("template_") or name == "visibility_ids":
             value = np.swapaxes(value, 0, 1)
-        padding = {"msa": GAP, "token_atom_start": atoms}.get(name, 0)
+        padding = GAP if name == "msa" else 0
         assert (value[atoms if placement == "atoms" else real :] == padding).all(), name
         if placement == "tile":
             assert (value[:, real:] == padding).all(), name
@@ -91,6 +91,8 @@ def test_atoms_of_each_token(samples, key):
     features = tile_features(crop, Grid(), 144, 37, 40 * 32)
     start = features["token_atom_start"]
     assert start.shape == (145,) and start.dtype == np.int32 and start[0] == 0
+    assert (start[len(crop.tokens) :] == len(crop.atoms.atom)).all()
+    np.testing.assert_array_equal(features["atoms_per_token"], np.diff(start))
     real = features["atom_pad_mask"] == 1
     np.testing.assert_array_equal(np.repeat(np.arange(144), np.diff(start)), features["atom_to_token"][real])
 

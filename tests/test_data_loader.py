@@ -6,10 +6,11 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from cpfold_train.data.batch import PLACEMENTS
+from cpfold_train.data.batch import ON_HOST, PLACEMENTS
 from cpfold_train.data.loader import TileLoader
 from cpfold_train.data.sampling import Source
 from cpfold_train.errors import ConfigError, DataError
@@ -27,7 +28,10 @@ def loader(grid=None, **settings):
 def same(a, b):
     assert a.keys() == b.keys()
     for name in a:
-        assert a[name] == b[name] if name in ("id", "crop_size") else torch.equal(a[name], b[name]), name
+        if name in ("id", "crop_size"):
+            assert a[name] == b[name], name
+        else:
+            assert np.array_equal(a[name], b[name]), name
 
 
 def draws(batches):
@@ -40,7 +44,10 @@ def test_batch_shapes():
     n, s = grid.pad_tokens(100), 16
     assert batch["res_type"].shape == (2, n, 33) and batch["token_bonds"].shape == (2, n // 2, n // 3, 1)
     assert batch["disto_target"].shape == (2, n // 2, n // 3, 1) and batch["msa"].shape == (2, s // 2, n // 3)
-    assert set(batch) == {*PLACEMENTS, "id", "filler", "crop_size"} and batch["num_tokens"].tolist() == [100, 100]
+    assert set(batch) == {*PLACEMENTS, ON_HOST, "id", "filler", "crop_size"} and batch["num_tokens"].tolist() == [
+        100,
+        100,
+    ]
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])

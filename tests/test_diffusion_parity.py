@@ -2,103 +2,41 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cpfold_train.model.config import AtomConfig, DiffusionConfig, MemoryConfig
-from cpfold_train.model.diffusion_conditioning import DiffusionConditioning, PairwiseConditioning
-from cpfold_train.model.edm import AtomDiffusion, noise_levels, randomly_placed
+from cpfold_train.model.config import DiffusionConfig, MemoryConfig
+from cpfold_train.model.edm import noise_levels, randomly_placed
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.parallel.random import Draws
-from tests.atoms import atom_features
-from tests.parity import LENGTHS, TOTALS, check, cut, join, pad, randomise, real
-
-TOKEN_S, TOKEN_Z, M = 6, 5, 3
-ATOMS = AtomConfig(8, 4, 1, 2, 1, 2)
-CONFIG = DiffusionConfig(
-    token_transformer_depth=2, token_transformer_heads=2, conditioning_transition_layers=2, dim_fourier=8
+from cpfold_train.testing.atoms import atom_features
+from cpfold_train.testing.diffusion_cases import (
+    DIFFUSION,
+    INPUTS,
+    RECOMPUTED,
+    B,
+    M,
+    diffusion,
+    draws,
+    features,
+    trained,
 )
-RECOMPUTED = MemoryConfig()
-B, N, A = len(LENGTHS), max(LENGTHS), max(TOTALS)
+from tests.parity import TOTALS, check_case, cut, join, pad, randomise, real
 
-
-def random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-INPUTS = {
-    "s_inputs": (random(B, N, TOKEN_S, seed=1), "token"),
-    "s_trunk": (random(B, N, TOKEN_S, seed=2), "token"),
-    "z": (random(B, N, N, TOKEN_Z, seed=3), "pair"),
-    "rel_pos": (random(B, N, N, TOKEN_Z, seed=4), "pair"),
-    "coords": (random(B, A, 3, seed=5) * 10 + 30, "atom"),
-}
-
-
-class Diffusion(nn.Module):
-    """Conditioning and structure module, under the names that they have in a checkpoint."""
-
-    def __init__(self, memory: MemoryConfig) -> None:
-        super().__init__()
-        self.diffusion_conditioning = DiffusionConditioning(TOKEN_S, TOKEN_Z, ATOMS, CONFIG)
-        self.structure_module = AtomDiffusion(TOKEN_S, ATOMS, CONFIG, memory)
-
-
-def diffusion(memory: MemoryConfig = RECOMPUTED) -> Diffusion:
-    return Diffusion(memory).double()
-
-
-def features(grid: Grid, coords: Tensor) -> dict[str, Tensor]:
-    """Those of a rank; ``coords`` are its own."""
-    n = grid.pad_tokens(N)
-    mask = torch.stack([torch.arange(n) < length for length in LENGTHS]).double()
-    return {**atom_features(grid), "token_pad_mask": mask, "coords": coords}
-
-
-def pairwise() -> PairwiseConditioning:
-    return PairwiseConditioning(TOKEN_Z, 2).double()
-
-
-def draws(batch: int = B) -> Draws:
-    return Draws(torch.arange(batch) + 5)
-
-
-def trained(module, x, cp, name="denoised_atom_coords"):
-    feats = features(cp.grid, x["coords"])
-    conditioning = module.diffusion_conditioning(x["s_trunk"], x["z"], x["rel_pos"], feats, cp)
-    out = module.structure_module(x["s_inputs"], x["s_trunk"], feats, conditioning, M, draws(), cp)
-    return out[name]
-
-
-def conditioned(module, x, cp):
-    return module(x["z"], x["rel_pos"])
-
-
-CASES = {
-    "pair conditioning": (pairwise, conditioned, ("z", "rel_pos"), "pair"),
-    "recomputed": (diffusion, trained, tuple(INPUTS), "atom"),
-    "kept": (partial(diffusion, MemoryConfig(recompute=False)), trained, tuple(INPUTS), "atom"),
-}
 GRIDS = {
     "pair conditioning": [(2, 3)],
-    "recomputed": [(1, 2), (3, 1), (2, 3), (3, 3)],
-    "kept": [(2, 2)],
+    "diffusion, recomputed": [(1, 2), (3, 1), (2, 3), (3, 3)],
+    "diffusion, kept": [(2, 2)],
 }
 
 
 @pytest.mark.parametrize(
     ("case", "grid"),
-    [(case, grid) for case in CASES for grid in GRIDS[case]],
+    [(case, grid) for case in DIFFUSION for grid in GRIDS[case]],
     ids=lambda value: value if isinstance(value, str) else f"{value[0]}x{value[1]}",
 )
 def test_grid_parity(ranks, case, grid):
-    build, call, names, out_placement = CASES[case]
-    inputs = {name: INPUTS[name][0] for name in names}
-    placements = {name: INPUTS[name][1] for name in names}
-    check(ranks, *grid, build, call, inputs, placements, out_placement)
+    check_case(ranks, *grid, DIFFUSION[case])
 
 
 def gradients(cp, memory: MemoryConfig) -> list[Tensor]:

@@ -10,21 +10,27 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+from contextlib import nullcontext
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpfold_train.kernels.gated_output import gated_output
 from cpfold_train.kernels.gated_projection import gated_projection
 from cpfold_train.kernels.linear import linear_by
 from cpfold_train.kernels.transition import transition
-from cpfold_train.kernels.work import WORK
+from cpfold_train.kernels.work import NAMESPACE, WORK, Work
 from cpfold_train.model.pair_stack import PairStack, TriangleMultiplicationIncoming, TriangleMultiplicationOutgoing
+from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.random import Draws
-from tests.parity import cut, pad, randomise
+from tests.parity import LENGTHS, join, real, run
 
 pytest.importorskip("triton")
 
@@ -102,3 +108,111 @@ def test_fused_as_torch_in_fp64(case, precision):
     assert 0 < max(errors.values()) < BOUNDS[products], errors
     for name, x in outcome(function, tensors, "torch", dtype, products).items():
         assert found[name].dtype == x.dtype
+
+
+def test_fp64_and_replaced_products_take_torch():
+    """Bit for bit; and where linear layers are computed otherwise, these are."""
+    for function, tensors in (CASES["gated output, dropout"], CASES["transition, residual"]):
+        expected, found = (
+            outcome(function, tensors, kernels, torch.float64, torch.float64) for kernels in ("torch", "triton")
+        )
+        assert all(torch.equal(x, found[name]) for name, x in expected.items())
+        instead = Mock(side_effect=nn.functional.linear)
+        with linear_by(instead):
+            function(*(x.float() for x in tensors), kernels="triton")
+        assert instead.called
+
+
+PLACEMENTS = {"z": "pair", "token_mask": "token"}
+
+
+def multiplied(module: nn.Module, x: dict[str, Tensor], cp: ContextParallel) -> Tensor:
+    return module(x["z"], pair_mask(x["token_mask"], cp.grid), cp)
+
+
+def updated(module: nn.Module, x: dict[str, Tensor], cp: ContextParallel) -> Tensor:
+    return module.update_pairs(x["z"], x["token_mask"], cp, Draws(torch.tensor([3, 4])))
+
+
+BLOCKS = {
+    "outgoing": (TriangleMultiplicationOutgoing, (C,), multiplied),
+    "incoming": (TriangleMultiplicationIncoming, (C,), multiplied),
+    "pair stack": (PairStack, (C, 0.25, 8, 2), updated),
+}
+
+
+def on_a_grid(cp: ContextParallel, block: str, kernels: str, dtype: torch.dtype) -> dict:
+    """Output and gradients of a block on this rank, with dropout."""
+    build, sizes, call = BLOCKS[block]
+    n = max(LENGTHS)
+    mask = torch.stack([torch.arange(n) < length for length in LENGTHS]).double()
+    inputs = {"z": random(len(LENGTHS), n, n, C, seed=30), "token_mask": mask}
+
+    def in_dtype(module: nn.Module, x: dict[str, Tensor], cp: ContextParallel) -> Tensor:
+        return call(module, {name: value.to(dtype) for name, value in x.items()}, cp).double()
+
+    cp.kernels = kernels
+    try:
+        return run(cp, lambda: build(*sizes).to(dtype), in_dtype, inputs, PLACEMENTS, "pair")
+    finally:
+        cp.kernels = "torch"
+
+
+@pytest.mark.parametrize(
+    "block, grid", [("outgoing", (1, 1)), ("incoming", (1, 2)), ("pair stack", (1, 1)), ("pair stack", (2, 3))]
+)
+def test_blocks_on_grids(ranks, block, grid):
+    """With Triton's kernels in fp32 as with torch on 1x1 in fp64."""
+    (expected,) = ranks.run(on_a_grid, 1, 1, block, "torch", torch.float64)
+    parts = ranks.run(on_a_grid, *grid, block, "triton", torch.float32)
+    pairs = {"out": [part["out"] for part in parts], "z": [part["inputs"]["z"] for part in parts]}
+    found = {name: real(join(x, "pair", Grid(*grid), partial=False), "pair") for name, x in pairs.items()}
+    found |= {name: sum(part["parameters"][name].double() for part in parts) for name in expected["parameters"]}
+    wanted = {"out": real(expected["out"], "pair"), "z": real(expected["inputs"]["z"], "pair")}
+    errors = {name: error(found[name], x) for name, x in (wanted | expected["parameters"]).items()}
+    print(block, grid, {name: f"{e:.1e}" for name, e in errors.items()})
+    assert 0 < max(errors.values()) < 5e-6, errors
+
+
+class Watch(TorchDispatchMode):
+    """Lists the fused operators that run, with what each of them says it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, Work]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == NAMESPACE:
+            name = func._schema.name.split("::")[1]
+            self.seen.append((name, WORK[name](*args, out)))
+        return out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_planned_as_run(case):
+    """Fake tensors take the same way and are as large; what each operator does is known."""
+    function, tensors = CASES[case]
+    found, seen = [], []
+    for mode in (nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
+        with mode, Watch() as watch:
+            out = outcome(function, tensors, "triton", torch.float32, torch.bfloat16)
+        found.append({name: (x.shape, x.dtype, x.stride()) for name, x in out.items()})
+        seen.append(watch.seen)
+    assert found[0] == found[1]
+    assert seen[0] == seen[1]
+    (name, forward), (back, backward) = seen[0]
+    assert back == f"{name}_backward"
+    assert 3 < backward.flops / forward.flops <= 4 and forward.moved_bytes < backward.moved_bytes
+
+
+@pytest.mark.parametrize("case", ["gated projection", "gated output, dropout", "transition, residual"])
+def test_only_inputs_are_kept(case):
+    """z, the mask and the product, for the backward pass: no projection and no hidden channel."""
+    function, tensors = CASES[case]
+    given = [x.float().requires_grad_() for x in tensors]
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        function(*given, kernels="triton")
+    tiles = {x.data_ptr() for x in kept if x.numel() >= MASK.numel() and len(x) == B}
+    assert tiles and tiles <= {x.data_ptr() for x in given}

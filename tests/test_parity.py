@@ -2,79 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
 from cpfold_train.losses.distogram import distogram_loss
-from cpfold_train.model.config import AtomConfig, MemoryConfig, ModelConfig, MSAConfig, PairformerConfig
-from cpfold_train.model.msa import MSALayer, OuterProductMean, PairWeightedAveraging
-from cpfold_train.model.pair_stack import (
-    PairStack,
-    TriangleAttentionEndingNode,
-    TriangleAttentionStartingNode,
-    TriangleMultiplicationIncoming,
-    TriangleMultiplicationOutgoing,
-)
-from cpfold_train.model.pairformer import AttentionPairBias, PairformerLayer, PairformerModule
-from cpfold_train.model.trunk import DistogramModule, Trunk
+from cpfold_train.model.config import MemoryConfig, PairformerConfig
+from cpfold_train.model.pair_stack import PairStack, TriangleAttentionEndingNode, TriangleAttentionStartingNode
+from cpfold_train.model.pairformer import PairformerModule
 from cpfold_train.ops import offload, triangle_attention
 from cpfold_train.ops import outer_product_mean as opm
 from cpfold_train.ops import pair_weighted_averaging as pwa
-from cpfold_train.ops.attention_pair_bias import all_tokens
-from cpfold_train.ops.outer_product_mean import pair_counts
-from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.ops.recompute import recompute
 from cpfold_train.parallel.context import TILED, ContextParallel
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.parallel.random import Draws
-from tests.atoms import atom_features
-from tests.parity import DEPTHS, GRIDS, LENGTHS, check, cut, pad, randomise
-
-C_S, C_Z, C_M = 16, 10, 12
-
-
-def random(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-N, S, B = max(LENGTHS), max(DEPTHS), len(LENGTHS)
-TOKEN_MASK = torch.stack([torch.arange(N) < n for n in LENGTHS]).double()
-MSA_MASK = torch.stack([torch.arange(S) < s for s in DEPTHS]).double()[:, :, None] * TOKEN_MASK[:, None]
-MSA_MASK[0, 3, 4:7] = 0
-INPUTS = {
-    "z": (random(B, N, N, C_Z, seed=1), "pair"),
-    "s": (random(B, N, C_S, seed=2), "token"),
-    "m": (random(B, S, N, C_M, seed=3), "msa"),
-    "token_mask": (TOKEN_MASK, "token"),
-    "msa_mask": (MSA_MASK, "msa"),
-}
-
-
-def draws():
-    return Draws(torch.tensor([3, 4]))
-
-
-def multiplication(module, x, cp, algorithm):
-    cp.algorithm = algorithm if cp.grid.cp_size > 1 else "alltoall"
-    return module(x["z"], pair_mask(x["token_mask"], cp.grid), cp)
-
-
-def attention(module, x, cp, algorithm):
-    cp.algorithm = algorithm if cp.grid.cp_size > 1 else "alltoall"
-    return module(x["z"], x["token_mask"], cp)
-
-
-def single_attention(module, x, cp):
-    return all_tokens(module(x["s"], x["z"], x["token_mask"], cp), cp)
+from cpfold_train.testing import trunk_cases
+from cpfold_train.testing.parity import placed
+from cpfold_train.testing.trunk_cases import C_S, C_Z, INPUTS, TRUNK, N, attention, double, draws, features, small_trunk
+from tests.parity import GRIDS, check, check_case, cut, pad, randomise
 
 
 def averaging(module, x, cp):
     # Three heads at a time, which do not divide the eight. Ranks that differ in this would not understand each other.
     original, pwa.rows_per_block = pwa.rows_per_block, lambda *_: 3
     try:
-        return module(x["m"], x["z"], x["token_mask"], cp)
+        return trunk_cases.averaging(module, x, cp)
     finally:
         pwa.rows_per_block = original
 
@@ -82,60 +36,17 @@ def averaging(module, x, cp):
 def outer_product(module, x, cp):
     # Of seven sequences two or three travel at a time.
     opm.FETCHED_BYTES = 1 << 15
-    return module(x["m"], x["msa_mask"], pair_counts(x["msa_mask"], cp), cp)
+    return trunk_cases.outer_product(module, x, cp)
 
 
-def distogram(module, x, cp):
-    return module(x["z"], cp)
-
-
-def msa_layer_z(module, x, cp):
-    count = pair_counts(x["msa_mask"], cp)
-    return module(x["z"], x["m"], x["token_mask"], x["msa_mask"], count, cp, draws())[0]
-
-
-def msa_layer_m(module, x, cp):
-    count = pair_counts(x["msa_mask"], cp)
-    return module(x["z"], x["m"], x["token_mask"], x["msa_mask"], count, cp, draws())[1]
-
-
-def pairformer_s(module, x, cp):
-    return module(x["s"], x["z"], x["token_mask"], cp, draws())[0]
-
-
-def double(cls, *args, **kwargs):
-    return cls(*args, **kwargs).double()
-
-
-MSA = MSAConfig(C_M, 1, 0.15, 0.25, 6, 2)
-CASES = {
-    "attention pair bias": (
-        partial(double, AttentionPairBias, C_S, C_Z, 4), single_attention, ["s", "z", "token_mask"], "token"),
-    "pair weighted averaging": (
-        partial(double, PairWeightedAveraging, C_M, C_Z), averaging, ["m", "z", "token_mask"], "msa"),
-    "outer product mean": (partial(double, OuterProductMean, C_M, C_Z), outer_product, ["m", "msa_mask"], "pair"),
-    "distogram head": (partial(double, DistogramModule, C_Z, 8), distogram, ["z"], "pair"),
-    "msa block, z": (partial(double, MSALayer, MSA, C_Z), msa_layer_z, ["m", "z", "token_mask", "msa_mask"], "pair"),
-    "msa block, m": (partial(double, MSALayer, MSA, C_Z), msa_layer_m, ["m", "z", "token_mask", "msa_mask"], "msa"),
-    "pairformer block": (
-        partial(double, PairformerLayer, C_S, C_Z, 4, 0.25, 6, 2), pairformer_s, ["s", "z", "token_mask"], "token"),
-}  # fmt: skip
-for way in ("alltoall", "ring"):
-    for cls in (TriangleMultiplicationOutgoing, TriangleMultiplicationIncoming):
-        call = partial(multiplication, algorithm=way)
-        CASES[f"{cls.__name__}, {way}"] = (partial(double, cls, C_Z), call, ["z", "token_mask"], "pair")
-    for cls in (TriangleAttentionStartingNode, TriangleAttentionEndingNode):
-        call = partial(attention, algorithm=way)
-        CASES[f"{cls.__name__}, {way}"] = (partial(double, cls, C_Z, 6, 2), call, ["z", "token_mask"], "pair")
+IN_PARTS = {"pair weighted averaging": averaging, "outer product mean": outer_product}
+CASES = TRUNK | {name: replace(TRUNK[name], call=call) for name, call in IN_PARTS.items()}
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g[0]}x{g[1]}")
 @pytest.mark.parametrize("case", CASES)
 def test_grid_parity(ranks, case, grid):
-    build, call, names, out_placement = CASES[case]
-    inputs = {name: INPUTS[name][0] for name in names}
-    placements = {name: INPUTS[name][1] for name in names}
-    check(ranks, *grid, build, call, inputs, placements, out_placement)
+    check_case(ranks, *grid, CASES[case])
 
 
 def grouped_attention(module, x, cp):
@@ -150,68 +61,14 @@ def grouped_attention(module, x, cp):
 @pytest.mark.parametrize("cls", [TriangleAttentionStartingNode, TriangleAttentionEndingNode])
 @pytest.mark.parametrize("heads", [1, 2])
 def test_attention_in_groups_of_rows(ranks, cls, heads):
-    inputs, placements = ({name: INPUTS[name][i] for name in ("z", "token_mask")} for i in range(2))
+    inputs, placements = placed(INPUTS, ("z", "token_mask"))
     build = partial(double, cls, C_Z, 6, heads)
     check(ranks, 2, 3, build, grouped_attention, inputs, placements, "pair")
 
 
-def features(grid) -> dict[str, torch.Tensor]:
-    """A batch of two made-up complexes as one rank gets it, with every input that the trunk reads."""
-    draw = torch.Generator().manual_seed(7)
-
-    def integers(high, *shape):
-        return torch.randint(0, high, shape, generator=draw)
-
-    def numbers(*shape):
-        return torch.rand(*shape, generator=draw, dtype=torch.float64)
-
-    index = torch.arange(N).expand(B, N)
-    whole = {
-        "token_index": index, "residue_index": index // 2, "asym_id": index // 5, "entity_id": index // 10,
-        "sym_id": index // 5 % 2, "mol_type": integers(4, B, N), "method_feature": integers(12, B, N),
-        "modified": integers(2, B, N), "token_pad_mask": TOKEN_MASK, "token_disto_mask": TOKEN_MASK * (index != 4),
-        "cyclic_period": torch.where(index // 5 == 1, 5.0, 0.0).double(), "deletion_mean": numbers(B, N),
-        "res_type": torch.nn.functional.one_hot(integers(33, B, N), 33).double(), "profile": numbers(B, N, 33),
-    }  # fmt: skip
-    pair = {
-        "token_bonds": integers(2, B, N, N, 1).double(), "type_bonds": integers(7, B, N, N),
-        "contact_conditioning": integers(5, B, N, N), "contact_threshold": 4 + 16 * numbers(B, N, N),
-        "disto_target": integers(8, B, N, N, 2),
-    }  # fmt: skip
-    msa = {
-        "msa": integers(33, B, S, N), "msa_mask": MSA_MASK, "has_deletion": integers(2, B, S, N).double(),
-        "deletion_value": numbers(B, S, N), "msa_paired": integers(2, B, S, N).double(),
-    }  # fmt: skip
-    parts = [(whole, "token"), (pair, "pair"), (msa, "msa")]
-    made = {name: cut(pad(x, kind, grid), kind, grid) for group, kind in parts for name, x in group.items()}
-    made |= {name: pad(x, "token", grid).transpose(1, 2) for name, x in template_features().items()}
-    return {**made, **atom_features(grid)}
-
-
-def template_features() -> dict[str, torch.Tensor]:
-    """Two templates of one made-up complex and one of the other, tokens in dim 1: each shows some of the tokens."""
-    index, t = torch.arange(N)[:, None], 2
-    shown = torch.stack([(index % 4 != 3).expand(N, t), (index < 8) & (torch.arange(t) == 0)]).double()
-    known = shown * (torch.stack([index, index + 1]) % 5 != 0)
-    rotation = torch.linalg.qr(random(B, N, t, 3, 3, seed=21))[0]
-    origin = 9 * random(B, N, t, 3, seed=22)
-    return {
-        "template_restype": (torch.stack([index, 3 * index]) % 33 * shown).long(),
-        "template_frame_rot": rotation * shown[..., None, None],
-        "template_frame_t": origin * known[..., None],
-        "template_ca": origin * shown[..., None],
-        "template_cb": (origin + random(B, N, t, 3, seed=23)) * shown[..., None],
-        "template_mask_cb": shown,
-        "template_mask_frame": known,
-        "template_mask": shown,
-        "visibility_ids": torch.where(shown > 0, 1, -1 - index // 5),
-    }
-
-
 def train_step(cp: ContextParallel, memory: MemoryConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict]:
     """Loss shares, gradients and placements of a small trunk: dropout on, one recycling, blocks recomputed."""
-    config = ModelConfig(C_S, C_Z, 8, 1, MSA, PairformerConfig(1, 4, 0.25, 6, 2), AtomConfig(8, 4, 2, 2))
-    trunk = Trunk(config, memory).double()
+    trunk = small_trunk(memory)
     randomise(trunk)
     feats = features(cp.grid)
     out = trunk(feats, cp, recycling_steps=1, draws=draws())

@@ -24,9 +24,9 @@ from cpfold_train.model.config import (
 from cpfold_train.ops import outer_product_mean as opm
 from cpfold_train.ops.shares import gather_shares
 from cpfold_train.parallel.context import to_local
+from cpfold_train.testing.trunk_cases import draws, features
 from cpfold_train.training.precision import Bf16Precision
 from tests.parity import randomise
-from tests.test_parity import draws, features
 
 BF16, FP32 = torch.bfloat16, torch.float32
 C_Z = 32
@@ -60,12 +60,12 @@ def step(cp, precision: str) -> dict[str, Tensor]:
     seen = watch_islands(model)
     if precision == "bf16-true":
         Bf16Precision("cpu").convert_module(SimpleNamespace(model=model))
-    feats = {name: x.float() if x.is_floating_point() else x for name, x in features(cp.grid).items()}
+    feats = {name: x.float() if x.dtype == torch.float64 else x for name, x in features(cp.grid).items()}
     feats |= {
         "coords": 5 * feats["ref_pos"],
         "atom_resolved_mask": feats["atom_pad_mask"],
         "bfactor": 30 * feats["atom_pad_mask"],
-        "token_to_rep_atom": feats["token_atom_start"][:, :-1].clamp(max=100),
+        "token_to_rep_atom": torch.from_numpy(feats["token_atom_start"][:, :-1].clip(max=100)),
     }
     kept: list[Tensor] = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x)

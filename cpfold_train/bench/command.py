@@ -18,15 +18,16 @@ import torch
 import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from cpfold_train.bench.case import ATOMS_PER_TOKEN, Sizes
 from cpfold_train.bench.cases import CASES
-from cpfold_train.bench.inputs import allocate_gradients, make_features, make_inputs, randomise
+from cpfold_train.bench.inputs import allocate_gradients, make_features, make_inputs, precision, randomise
 from cpfold_train.bench.measure import machine, measure
 from cpfold_train.bench.simulate import simulate
 from cpfold_train.bench.trunk_cases import TRUNK
 from cpfold_train.errors import ConfigError
-from cpfold_train.kernels.choice import KERNELS
+from cpfold_train.kernels.choice import INSTALL, KERNELS, PACKAGES, is_installed
 from cpfold_train.memory import return_large_tensors
 from cpfold_train.model.config import ModelConfig
 from cpfold_train.parallel.context import ContextParallel
@@ -52,7 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--msa-depth", type=int, default=128, metavar="S", help="MSA sequences (default: 128)")
     parser.add_argument("--atoms", type=int, metavar="A", help="atoms (default: 8.2 a token)")
     parser.add_argument("--samples", type=int, default=4, metavar="M", help="diffusion samples (default: 4)")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="precision (default: fp32)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="fp32",
+        help="precision; bf16 is trainer.precision=bf16-true: z and m in bf16, products under autocast, the model's "
+        "islands of fp32 as in training (default: fp32)",
+    )
     parser.add_argument("--token-z", type=int, default=widths.token_z, help="width of z (default: %(default)s)")
     parser.add_argument(
         "--algorithm", choices=ALGORITHMS, default="auto", help="of the triangle ops (default: auto, by the cost model)"
@@ -88,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     sizes = Sizes(grid.pad_tokens(args.n), grid.pad_rows(args.msa_depth), atoms, args.samples)
     if args.world:
         config, dtype = ModelConfig(token_z=args.token_z), DTYPES[args.dtype]
-        figures = simulate(args.op, config, sizes, grid, dtype, args.algorithm)
+        figures = simulate(args.op, config, sizes, grid, dtype, args.algorithm, args.kernels)
         ranks = [{"peak_mib": figures["peak_bytes"] / MIB, "ops": figures["ops"]}]
         _show(_summary(ranks, args, grid, sizes) | {"simulated": True, "rank": args.rank}, args.json)
         return
@@ -97,10 +104,7 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--grid {grid} needs {grid.cp_size} GPUs and there are {torch.cuda.device_count()}: type a smaller --grid"
         )
-    if args.kernels == "cuequivariance" and (args.device != "cuda" or not find_spec("cuequivariance_torch")):
-        raise ConfigError(
-            "--kernels cuequivariance needs --device cuda and the package: type pip install -e '.[cuequivariance]'"
-        )
+    _require_kernels(args.kernels, args.device, args.dtype)
     if args.against and not args.boltz_python:
         raise ConfigError("--against boltz needs the package: type pip install -e '.[boltz]', or --boltz-python PATH")
 
@@ -124,6 +128,20 @@ def run(args: argparse.Namespace) -> None:
             result["against"]["time_ratio"] = result["wall_s"] / result["against"]["wall_s"]
             result["against"]["memory_ratio"] = max(result["peak_mib_per_rank"]) / result["against"]["peak_mib"]
     _show(result, args.json)
+
+
+def _require_kernels(kernels: str, device: str, dtype: str) -> None:
+    """Raise ConfigError where kernels cannot run here. Triton's run on a CPU only through its interpreter."""
+    if kernels == "torch":
+        return
+    if device != "cuda" and not (kernels == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+        raise ConfigError(f"--kernels {kernels} needs GPUs: type --device cuda, or --kernels torch")
+    if dtype == "fp64":
+        raise ConfigError(f"--kernels {kernels} has no fp64: type --dtype fp32, or --kernels torch")
+    if not is_installed(kernels):
+        raise ConfigError(
+            f"--kernels {kernels} needs the {PACKAGES[kernels]} package: type {INSTALL[kernels]}, or --kernels torch"
+        )
 
 
 def _grid(args: argparse.Namespace) -> Grid:
@@ -158,15 +176,22 @@ def _rank(rank: int, rows: int, cols: int, job: dict) -> None:
     randomise(module)
     if rank == 0 and job["against"]:
         torch.save(module.state_dict(), Path(job["folder"]) / "state.pt")
-    module = module.to(device, DTYPES[job["dtype"]])
+    dtype = DTYPES[job["dtype"]]
+    weights, mixed = precision(dtype, device)
+    module = module.to(device, weights)
     allocate_gradients(module)
     x = make_features(case.inputs, job["sizes"], cp.grid, device)
-    x |= make_inputs(case.inputs, config, job["sizes"], cp.grid, DTYPES[job["dtype"]], device)
-    grads = [torch.randn_like(out) for out in case.call(module, x, cp)]
+    x |= make_inputs(case.inputs, config, job["sizes"], cp.grid, dtype, device)
+
+    def forward() -> tuple[Tensor, ...]:
+        with mixed:
+            return case.call(module, x, cp)
+
+    grads = [torch.randn_like(out) for out in forward()]
 
     def step() -> None:
         cp.ledger.reset()
-        torch.autograd.backward(case.call(module, x, cp), grads)
+        torch.autograd.backward(forward(), grads)
 
     figures = measure(step, job["repeats"], device, lambda: barrier(cp))
     ops = {op: asdict(entry) for op, entry in cp.ledger.by_op().items()}
@@ -202,12 +227,12 @@ def _summary(ranks: list[dict], args: argparse.Namespace, grid: Grid, sizes: Siz
 
 
 def _stock(args: argparse.Namespace, folder: str, sizes: Sizes) -> dict:
-    """Figures of the stock package's module, with the weights of ours."""
+    """Figures of the stock package's module on one rank of the same kind of device, with the weights of ours."""
     config = ModelConfig(token_z=args.token_z)
     source, target = Path(folder) / "stock-in.pt", Path(folder) / "stock-out.pt"
     widths = {"token_s": config.token_s, "token_z": config.token_z, "msa_s": config.msa.msa_s}
     given = {"op": args.op, "n": sizes.n, "depth": sizes.msa_depth, "widths": widths, "repeats": args.repeats}
-    given |= {"threads": args.boltz_threads, "dtype": DTYPES[args.dtype]}
+    given |= {"threads": args.boltz_threads, "dtype": DTYPES[args.dtype], "device": args.device}
     torch.save({**given, "state": torch.load(Path(folder) / "state.pt", weights_only=True)}, source)
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(args.boltz_threads)}

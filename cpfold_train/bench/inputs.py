@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import nn
 
 from cpfold_train.bench.case import Inputs, Sizes
+from cpfold_train.data.batch import ON_HOST
 from cpfold_train.model.config import ModelConfig
 from cpfold_train.parallel.grid import Grid
 
@@ -20,6 +23,7 @@ def make_inputs(
 
     Args:
         names: some keys of the shapes below; others are ignored.
+        dtype: of what has the size of z or m in training; the others are in fp32 at least.
     """
     n, samples = sizes.n, sizes.samples
     tile, tokens, atoms = (n // grid.rows, n // grid.cols), n // grid.cp_size, sizes.atoms // grid.cp_size
@@ -39,11 +43,21 @@ def make_inputs(
         "pde_logits": (samples, *tile, bins.num_pde_bins),
         "pae_logits": (samples, *tile, bins.num_pae_bins),
     }
+    wide = torch.promote_types(dtype, torch.float32)
     return {
-        name: torch.randn(shapes[name], dtype=dtype, device=device, requires_grad=True)
+        name: torch.randn(
+            shapes[name], dtype=dtype if name in ("z", "rel_pos", "m") else wide, device=device, requires_grad=True
+        )
         for name in names
         if name in shapes
     }
+
+
+def precision(dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, AbstractContextManager]:
+    """Of the weights, and in what an op is called, so that bf16 is what it is in ``trainer.precision=bf16-true``: z and
+    m in bf16 and products under autocast, weights and the parts of the model that are fp32 islands in fp32."""
+    mixed = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    return torch.promote_types(dtype, torch.float32), mixed
 
 
 def make_features(names: tuple[str, ...], sizes: Sizes, grid: Grid, device: torch.device) -> Inputs:
@@ -70,7 +84,8 @@ def make_features(names: tuple[str, ...], sizes: Sizes, grid: Grid, device: torc
         "token_resolved_mask": torch.ones(n),
         "token_to_rep_atom": start[:-1],
         "token_to_center_atom": start[:-1],
-        "token_atom_start": start.int(),
+        "token_atom_start": start.numpy(),
+        "atoms_per_token": start.diff(),
         "frames_idx": start[:-1, None] + torch.arange(3),
         "chain_copies": torch.tensor([[1, 2], [2, 1]], dtype=torch.int32),
         "ref_pos": torch.randn(own, 3),
@@ -98,7 +113,7 @@ def make_features(names: tuple[str, ...], sizes: Sizes, grid: Grid, device: torc
         "sigmas": torch.ones(sizes.samples),
         "times": torch.zeros(sizes.samples),
     }
-    return {name: x.to(device) for name, x in feats.items()}
+    return {name: x if name == ON_HOST else x.to(device) for name, x in feats.items()}
 
 
 def _template(n: int, side: float) -> Inputs:

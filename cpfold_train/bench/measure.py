@@ -45,17 +45,23 @@ def measure(step: Callable[[], None], repeats: int, device: torch.device, barrie
     reset_peak(device)
     before = now_mib(device)
     step()
+    _wait(device)
     walls, cpus = [], []
     for _ in range(repeats):
         barrier()
         wall, cpu = time.perf_counter(), _cpu_seconds()
         step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        _wait(device)
         barrier()
         walls.append(time.perf_counter() - wall)
         cpus.append(_cpu_seconds() - cpu)
     return Figures(statistics.median(walls), statistics.median(cpus), peak_mib(device) - before)
+
+
+def _wait(device: torch.device) -> None:
+    """For the device to have done what the host has posted."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def machine() -> dict[str, str | int]:

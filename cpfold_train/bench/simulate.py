@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_iter
 
 from cpfold_train.bench.case import Sizes
 from cpfold_train.bench.cases import CASES
-from cpfold_train.bench.inputs import allocate_gradients, make_features, make_inputs
+from cpfold_train.bench.inputs import allocate_gradients, make_features, make_inputs, precision
 from cpfold_train.kernels import attention
 from cpfold_train.kernels.by_rows import BLOCK_BYTES
 from cpfold_train.model.config import ModelConfig
@@ -64,7 +64,15 @@ class LiveMemory(TorchDispatchMode):
         weakref.finalize(storage, forget)
 
 
-def simulate(op: str, config: ModelConfig, sizes: Sizes, grid: Grid, dtype: torch.dtype, algorithm: str) -> dict:
+def simulate(
+    op: str,
+    config: ModelConfig,
+    sizes: Sizes,
+    grid: Grid,
+    dtype: torch.dtype,
+    algorithm: str,
+    kernels: str = "torch",
+) -> dict:
     """Forward and backward of one op as the rank that ``grid`` names.
 
     Returns:
@@ -75,20 +83,24 @@ def simulate(op: str, config: ModelConfig, sizes: Sizes, grid: Grid, dtype: torc
     # Every call is made in Python, block for block, and a real core's cache does not matter here.
     attention.SCORE_BYTES = BLOCK_BYTES
     with torch.device("meta"):
-        module = case.build(config).to(dtype)
+        weights, mixed = precision(dtype, device)
+        module = case.build(config).to(weights)
     # Some of the features decide what travels, so they have values.
     features = make_features(case.inputs, sizes, grid, device)
-    with fake_world(grid, algorithm) as cp, FakeTensorMode(allow_non_fake_inputs=True), LiveMemory() as memory:
+    with fake_world(grid, algorithm, kernels) as cp, FakeTensorMode(allow_non_fake_inputs=True), LiveMemory() as memory:
         module = module.to_empty(device="cpu")
         allocate_gradients(module)
         x = features | make_inputs(case.inputs, config, sizes, grid, dtype, device)
-        outputs = case.call(module, x, cp)
+        with mixed:
+            outputs = case.call(module, x, cp)
         grads = [torch.empty_like(out) for out in outputs]
         del outputs
         cp.ledger.reset()
         memory.reset()
         before = memory.now
-        torch.autograd.backward(case.call(module, x, cp), grads)
+        with mixed:
+            outputs = case.call(module, x, cp)
+        torch.autograd.backward(outputs, grads)
         total = cp.ledger.total()
         ops = {name: asdict(entry) for name, entry in cp.ledger.by_op().items()}
     return {"peak_bytes": memory.peak - before, "sent_bytes": total.sent_bytes, "ops": ops}

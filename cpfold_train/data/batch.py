@@ -20,6 +20,7 @@ from cpfold_train.data.conditioning import Condition, conditioning_tile, draw_co
 from cpfold_train.data.crop import SPATIAL, Focus, crop_tokens
 from cpfold_train.data.features import bond_tile, distogram_tile, token_features
 from cpfold_train.data.frames import frame_features
+from cpfold_train.data.padding import Padding
 from cpfold_train.data.structure import Structure
 from cpfold_train.data.symmetry import Symmetry, find_symmetry, symmetry_features
 from cpfold_train.data.templates import Template, draw_templates, template_features
@@ -30,7 +31,7 @@ _NAMES = {
     "replicate": (
         "token_index residue_index asym_id entity_id sym_id mol_type method_feature modified token_pad_mask "
         "token_resolved_mask token_disto_mask cyclic_period deletion_mean res_type profile disto_center "
-        "token_to_rep_atom token_to_center_atom token_atom_start frames_idx frame_resolved_mask "
+        "token_to_rep_atom token_to_center_atom atoms_per_token frames_idx frame_resolved_mask "
         "template_restype template_frame_rot template_frame_t template_cb template_ca template_mask_cb "
         "template_mask_frame template_mask visibility_ids chain_copies sample_key num_tokens"
     ),
@@ -45,7 +46,12 @@ _NAMES = {
 }
 PLACEMENTS = {name: placement for placement, names in _NAMES.items() for name in names.split()}
 """How the ranks of a replica hold each batched feature: all the same; as tiles of dims 1 (cp_row) and 2 (cp_col); or,
-of atoms, as one share of dim 1 a rank, row of the grid by row of the grid. ``token_atom_start`` has n + 1 entries."""
+of atoms, as one share of dim 1 a rank, row of the grid by row of the grid."""
+ON_HOST = "token_atom_start"
+"""What says how much each rank sends, (B, n + 1), the same on all. An array, not a tensor: Lightning and
+DistributedDataParallel take all tensors of a batch to the GPU, and whoever reads one there waits for the GPU."""
+
+NO_PADDING = Padding()
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,8 @@ def tile_features(
         "deletion_mean": deletion_mean,
     }
     token = {name: _pad(value, n) for name, value in token.items()}
-    token["token_atom_start"] = np.pad(atoms.start.astype(np.int32), (0, n - len(tokens)), "edge")
+    start = np.pad(atoms.start.astype(np.int32), (0, n - len(tokens)), "edge")
+    token["atoms_per_token"] = np.diff(start)
     atom = atom_features(structure, atoms, crop.motions, share)
     template = template_features(crop.templates, structure, tokens, t)
     chains, copies, namings = others or crop.symmetry.sizes
@@ -172,6 +179,7 @@ def tile_features(
     sizes = {"copy_coords": copies, "copy_resolved": copies, "atom_swaps": namings}
     return {
         **token,
+        ON_HOST: start,
         **bond_tile(structure, tokens, rows, columns),
         **conditioning_tile(crop.conditions, len(tokens), rows, columns),
         "disto_target": distogram_tile(token["disto_center"], token["token_disto_mask"], rows, columns),
@@ -193,19 +201,23 @@ def _pad(value: np.ndarray, *sizes: int) -> np.ndarray:
     return padded
 
 
-def collate(crops: list[Crop], grid: Grid) -> dict[str, Any]:
+def collate(crops: list[Crop], grid: Grid, padding: Padding = NO_PADDING) -> dict[str, Any]:
     """Pad crops to a common size that the grid divides, and stack this rank's tiles.
 
+    Args:
+        crops: the samples.
+        grid: this rank's place.
+        padding: what the sizes are multiples of.
+
     Returns:
-        Tensors (B, ...) and ``id``, a list of B strings. There is at least one template, if an empty one: every
-        parameter of the model takes part in every step.
+        Tensors (B, ...), ``token_atom_start`` (B, n + 1) as an array, and ``id``, a list of B strings. There is at
+        least one template, if an empty one: every parameter of the model takes part in every step.
     """
-    n = grid.pad_tokens(max(len(crop.tokens) for crop in crops))
-    s = grid.pad_rows(max(len(crop.rows.sampled) for crop in crops))
-    a = grid.pad_atoms(max(len(crop.atoms.atom) for crop in crops))
+    sizes = [(len(crop.tokens), len(crop.rows.sampled), len(crop.atoms.atom)) for crop in crops]
+    n, s, a = padding.sizes(grid, *map(max, zip(*sizes)))
     t = max(1, *(len(crop.templates) for crop in crops))
     others = tuple(map(max, zip(*(crop.symmetry.sizes for crop in crops))))
     samples = [tile_features(crop, grid, n, s, a, t, others) for crop in crops]
     # Taken out one by one, so that the tiles are not in memory twice.
     batch = {name: torch.from_numpy(np.stack([sample.pop(name) for sample in samples])) for name in PLACEMENTS}
-    return {**batch, "id": [sample["id"] for sample in samples]}
+    return {**batch, ON_HOST: np.stack([sample[ON_HOST] for sample in samples]), "id": [s["id"] for s in samples]}

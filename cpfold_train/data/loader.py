@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from cpfold_train.data.batch import Augmentation, Crop, collate, make_crop
+from cpfold_train.data.padding import in_buckets
 from cpfold_train.data.quarantine import note
 from cpfold_train.data.sampling import Source, Stream, open_source
 from cpfold_train.data.shards import read_sample
@@ -62,6 +63,8 @@ class Making:
     settings: dict[str, Any]
     max_bad: int
     quarantine: Path | None
+    side: int
+    buckets: int | None
 
 
 class TileLoader:
@@ -82,6 +85,8 @@ class TileLoader:
         num_workers: processes that prepare batches, 0 for none.
         shuffle: draw other samples and crops in each epoch; without it every epoch is the same.
         samples_per_epoch: positions of an epoch over all replicas; by default the number of samples.
+        side: tokens along each side of a tile are padded to a multiple of this.
+        buckets: numbers of tokens and MSA rows that samples are padded to; None pads no more than needed.
         max_bad_share: share of an epoch's samples that may be unusable before iterating raises DataError.
         quarantine: file that receives the samples which could not be used.
         pin_memory: put batches in page-locked memory, for faster copies to a GPU.
@@ -114,6 +119,8 @@ class TileLoader:
         num_workers: int = 0,
         shuffle: bool = True,
         samples_per_epoch: int | None = None,
+        side: int = 1,
+        buckets: int | None = None,
         max_bad_share: float = 0.05,
         quarantine: Path | None = None,
         pin_memory: bool = False,
@@ -130,7 +137,8 @@ class TileLoader:
         settings = {"max_atoms": max_atoms, "max_msa_rows": max_msa_rows, "max_templates": max_templates}
         settings["augmentation"] = augmentation
         max_bad = int(max_bad_share * self.batches * batch_size)
-        self._making = Making(Stream(pools, samples, seed, shuffle), grid, settings, max_bad, quarantine)
+        stream = Stream(pools, samples, seed, shuffle)
+        self._making = Making(stream, grid, settings, max_bad, quarantine, side, buckets)
         self._workers = {"num_workers": num_workers, "pin_memory": pin_memory}
         if num_workers:
             self._workers |= {"multiprocessing_context": start_method, "prefetch_factor": prefetch_factor}
@@ -292,7 +300,9 @@ def make_batch(making: Making, slot: Slot) -> Prepared:
         bad += reasons
     if None in crops:
         return None, bad
-    return pack({**collate(crops, making.grid), "filler": torch.tensor(filler), "crop_size": slot.crop_size}), bad
+    padding = in_buckets(making.buckets, making.side, slot.crop_size, making.settings["max_msa_rows"])
+    batch = collate(crops, making.grid, padding)
+    return pack({**batch, "filler": torch.tensor(filler), "crop_size": slot.crop_size}), bad
 
 
 def make_sample(making: Making, slot: Slot, position: int) -> tuple[list[str], Crop | None]:

@@ -9,36 +9,37 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _ALIGNMENT = 16
 
-Layout = dict[str, tuple[int, torch.dtype, Sequence[int]]]
-"""Where each tensor lies: first byte, type and shape."""
+Layout = dict[str, tuple[int, torch.dtype, Sequence[int], bool]]
+"""Where each tensor lies: first byte, type, shape, and whether it is an array. DataLoader makes tensors of arrays."""
 
 
 def pack(batch: dict[str, Any]) -> tuple[Tensor, Layout, dict[str, Any]]:
-    """All tensors one after the other (bytes,), where each of them is, and everything else of the batch.
+    """All tensors and arrays one after the other (bytes,), where each is, and everything else of the batch.
 
-    The tensors are taken out of ``batch`` one by one, so that they are not in memory twice.
+    They are taken out of ``batch`` one by one, so that they are not in memory twice.
     """
     layout, size = {}, 0
     for name, value in batch.items():
-        if isinstance(value, Tensor):
-            layout[name] = (size, value.dtype, value.shape)
+        if isinstance(value, (Tensor, np.ndarray)):
+            layout[name] = (size, torch.as_tensor(value).dtype, value.shape, isinstance(value, np.ndarray))
             size += -(-value.nbytes // _ALIGNMENT) * _ALIGNMENT
     flat = torch.empty(size, dtype=torch.uint8)
     for name, place in layout.items():
-        _place(flat, place).copy_(batch.pop(name))
+        _place(flat, *place[:3]).copy_(torch.as_tensor(batch.pop(name)))
     return flat, layout, batch
 
 
 def unpack(flat: Tensor, layout: Layout, rest: dict[str, Any]) -> dict[str, Any]:
-    """The batch; its tensors share the memory of ``flat``."""
-    return {name: _place(flat, place) for name, place in layout.items()} | rest
+    """The batch; its tensors and arrays share the memory of ``flat``."""
+    found = {name: _place(flat, *place[:3]) for name, place in layout.items()}
+    return {name: x.numpy() if layout[name][3] else x for name, x in found.items()} | rest
 
 
-def _place(flat: Tensor, place: tuple[int, torch.dtype, Sequence[int]]) -> Tensor:
-    start, dtype, shape = place
+def _place(flat: Tensor, start: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
     return flat[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))

@@ -4,7 +4,7 @@ The scores of complete rows are (B, r, h, N, N). They are computed for one row a
 the backward pass (Dao et al., "FlashAttention", NeurIPS 2022). Unlike torch's fused CPU kernel this gives the gradient
 of the bias. Queries are the outer loop, so that their part of the bias and of its gradient stays in cache for all rows.
 
-On NVIDIA GPUs the kernel of the cuEquivariance package can do the same (not measured).
+On GPUs the same is one operator (:mod:`cpfold_train.kernels.attention_operators`), or the cuEquivariance package's.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from cpfold_train.kernels import attention_operators
 from cpfold_train.kernels.by_rows import rows_per_block
 
 SCORE_BYTES = 1 << 19
@@ -27,17 +28,63 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, kernels: str
         q: (B, r, h, M, d) queries, already scaled.
         k, v: (B, r, h, N, d).
         bias: (B, h, M, N), the same for all r rows; very negative where a key is masked.
-        kernels: ``torch``, ``triton`` or ``cuequivariance``. The cuEquivariance package works on CUDA tensors only; its
-            limits on d and dtype are those of ``cuequivariance_torch.triangle_attention``.
+        kernels: ``torch``, ``triton`` or ``cuequivariance``. fp64 always takes torch's form, and what the package of
+            cuEquivariance has no kernel for (:func:`in_cuequivariance`) takes Triton's, which are for heads of width 64
+            at most; wider ones take torch's.
 
     Returns:
         (B, r, h, M, d).
     """
-    if kernels == "cuequivariance":
+    chosen = _chosen(kernels, q)
+    if chosen == "cuequivariance":
         from cuequivariance_torch import triangle_attention
 
         return triangle_attention(q, k, v, bias[:, None], scale=1.0)
+    if chosen == "triton":
+        return _Fused.apply(q.transpose(2, 3)[:, :, :, None], torch.stack([k, v], 3).transpose(2, 4), bias)
     return _BiasedAttention.apply(q, k, v, bias)
+
+
+def gated_attention(qg: Tensor, kv: Tensor, bias: Tensor, kernels: str) -> Tensor:
+    """:func:`biased_attention` times ``sigmoid(g_i)``, of what the projections give and for the one that follows.
+
+    Args:
+        qg: (B, r, M, 2, h, d) queries, already scaled, and gates.
+        kv: (B, r, N, 2, h, d) keys and values.
+        bias, kernels: as for :func:`biased_attention`.
+
+    Returns:
+        (B, r, M, h, d).
+    """
+    if _chosen(kernels, _by_head(qg)[0]) == "triton":
+        return _Fused.apply(qg, kv, bias).transpose(2, 3)
+    (q, g), (k, v) = (x.permute(3, 0, 1, 4, 2, 5).contiguous() for x in (qg, kv))
+    return (biased_attention(q, k, v, bias, kernels) * g.sigmoid()).transpose(2, 3)
+
+
+def is_fused(kernels: str, q: Tensor) -> bool:
+    """Whether attention with queries like ``q`` may run in Triton's kernels, which hold no scores."""
+    return kernels != "torch" and attention_operators.supports(q.dtype, q.shape[-1])
+
+
+def in_cuequivariance(q: Tensor) -> bool:
+    """Whether ``triangle_attention`` of cuEquivariance 0.13 has a kernel for queries (B, r, h, M, d) like ``q``.
+
+    For few queries, fp32 wider than 32 and odd widths it falls back to plain torch, with all scores in memory. It takes
+    what autocast says, not the tensors' dtype. Its kernels are for CUDA; on a GPU before Blackwell they are those for
+    Ampere, with the bias in fp32.
+    """
+    dtype, width = q.dtype, q.shape[4]
+    if torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+    fits = width <= 128 and width % 8 == 0 if dtype != torch.float32 else width <= 32 and width % 4 == 0
+    return fits and dtype != torch.float64 and q.shape[3] > (100 if width >= 32 else 200)
+
+
+def _chosen(kernels: str, q: Tensor) -> str:
+    if kernels == "cuequivariance" and in_cuequivariance(q):
+        return kernels
+    return "triton" if is_fused(kernels, q) else "torch"
 
 
 def score_blocks(q: Tensor, bias: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -93,3 +140,34 @@ class _BiasedAttention(torch.autograd.Function):
             dq[:, r, :, i] = dscores @ k[:, r]
             dk[:, r] += q_i.mT @ dscores
         return dq, dk.mT.to(k.dtype), dv.mT.to(v.dtype), dbias.to(bias.dtype)
+
+
+class _Fused(torch.autograd.Function):
+    """Of queries, perhaps with gates (B, r, M, 1 or 2, h, d), keys and values (B, r, N, 2, h, d), and the bias.
+
+    Gradients are written where queries, gates, keys and values are read, in tensors of the form of the inputs: nothing
+    is laid out otherwise, neither forward nor backward.
+    """
+
+    @staticmethod
+    def forward(ctx, qg: Tensor, kv: Tensor, bias: Tensor) -> Tensor:
+        (q, *gate), (k, v) = _by_head(qg), _by_head(kv)
+        out, lse = torch.ops.cpfold.attention(q, k, v, bias, *gate or [None])
+        ctx.save_for_backward(qg, kv, bias, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        qg, kv, bias, out, lse = ctx.saved_tensors
+        dqg, dkv = torch.empty_like(qg), torch.empty_like(kv)
+        dbias = torch.zeros_like(bias, dtype=torch.float32, memory_format=torch.contiguous_format)
+        (q, *gate), (k, v), (dq, *dgate), (dk, dv) = (_by_head(x) for x in (qg, kv, dqg, dkv))
+        delta, before = torch.ops.cpfold.attention_delta(grad, out, *gate or [None], *dgate or [None])
+        before = before if gate else grad
+        torch.ops.cpfold.attention_backward(q, k, v, bias, before, lse, delta, dq, dk, dv, dbias, False)
+        return dqg, dkv, dbias.to(bias.dtype)
+
+
+def _by_head(x: Tensor) -> list[Tensor]:
+    """Views (B, r, h, n, d) of the parts of (B, r, n, parts, h, d)."""
+    return [part.transpose(2, 3) for part in x.unbind(3)]

@@ -28,9 +28,11 @@ def set_block_bytes(block_bytes: int | None) -> None:
     _chosen_bytes = block_bytes
 
 
-def rows_per_block(bytes_per_row: int, device: torch.device, cpu_bytes: int = BLOCK_BYTES) -> int:
+def rows_per_block(
+    bytes_per_row: int, device: torch.device, cpu_bytes: int = BLOCK_BYTES, gpu_bytes: int = GPU_BLOCK_BYTES
+) -> int:
     """How many rows to take at a time, so that intermediates of ``bytes_per_row`` fill one block."""
-    block_bytes = _chosen_bytes or (cpu_bytes if device.type == "cpu" else GPU_BLOCK_BYTES)
+    block_bytes = _chosen_bytes or (cpu_bytes if device.type == "cpu" else gpu_bytes)
     return max(1, block_bytes // max(1, bytes_per_row))
 
 

@@ -85,9 +85,8 @@ def _forward(
     from cpfold_train.kernels.triton import gated_output as kernels
 
     pairs = x.contiguous().flatten(2), z.contiguous().flatten(1, 2)
-    out = kernels.forward(
-        *pairs, weight.to(dtype), bias, row_factors, residual, z.shape[2], z.dtype if residual else dtype
-    )
+    factors = None if row_factors is None else _of_pairs(row_factors, z)
+    out = kernels.forward(*pairs, weight.to(dtype), bias, factors, residual, z.dtype if residual else dtype)
     return out.view(z.shape)
 
 
@@ -112,7 +111,8 @@ def _backward(
     from cpfold_train.kernels.triton import gated_output as kernels
 
     pairs = grad.contiguous().flatten(1, 2), x.contiguous().flatten(2), z.contiguous().flatten(1, 2)
-    dx, dz, dweight, dbias = kernels.backward(*pairs, weight.to(dtype), bias, row_factors, residual, z.shape[2])
+    factors = None if row_factors is None else _of_pairs(row_factors, z)
+    dx, dz, dweight, dbias = kernels.backward(*pairs, weight.to(dtype), bias, factors, residual)
     return dx.view(x.shape), dz.view(z.shape), dweight, dbias
 
 
@@ -128,6 +128,11 @@ def _(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), z.new_empty(z.shape), torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _of_pairs(row_factors: Tensor, z: Tensor) -> Tensor:
+    """(B, r) to (B, r * n) in fp32: a hundredth of z."""
+    return row_factors.float()[:, :, None].expand(z.shape[:3]).flatten(1)
 
 
 def _keep(ctx, inputs: tuple, output: Tensor) -> None:

@@ -6,9 +6,9 @@ T bytes in bf16 that is 3 T (4 T with z in fp32) and 2 x 4c x c operations a pai
 The backward pass keeps z and the mask alone and has two kernels, which both compute the projections again. The first
 goes through all channels of some pairs for the gradient of z; it moves 4 T. The second goes through all pairs for some
 channels for the gradient of the weights; it moves 3 T, because the programs that share pairs run side by side and read
-z from L2. The gradient of the weights could also come from stored gradients of both projections, by cuBLAS. But these are
-4 T written and 4 T read, and the normalised z 2 T: 2 ms at 3,072 tokens on 2x2, where projecting a second time is 0.31
-TFLOP, 0.45 ms. A sum in the first kernel would need 256 KB of accumulators a multiprocessor, all its registers.
+z from L2. The gradient of the weights could also come from stored gradients of both projections, by cuBLAS. But these
+are 4 T written and 4 T read, and the normalised z 2 T: 2 ms at 3,072 tokens on 2x2, where projecting a second time is
+0.31 TFLOP, 0.45 ms. A sum in the first kernel would need 256 KB of accumulators a multiprocessor, all its registers.
 """
 
 from __future__ import annotations

@@ -10,20 +10,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpfold_train.kernels.attention import score_blocks
+from cpfold_train.kernels.attention import is_fused, score_blocks
 
 
-def partial_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def partial_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, kernels: str) -> tuple[Tensor, Tensor]:
     """``softmax_j(q_i . k_j + bias_ij) v_j`` for each row and head on its own, and the logarithm of its denominator.
 
     Args:
         q: (B, r, h, M, d) queries, already scaled.
         k, v: (B, r, h, N, d).
         bias: (B, h, M, N), the same for all r rows; very negative where a key is masked.
+        kernels: ``torch``, ``triton`` or ``cuequivariance``; the package has no such kernel, Triton's takes its place.
 
     Returns:
         (B, r, h, M, d) in the dtype of ``q``, and (B, r, h, M) in fp32 at least. Without gradient.
     """
+    if is_fused(kernels, q):
+        return torch.ops.cpfold.attention(q, k, v, bias, None)
     wide = torch.promote_types(bias.dtype, torch.float32)
     out, log_total = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=wide)
     for r, i in score_blocks(q, bias):
@@ -46,6 +49,7 @@ def partial_gradients(
     shift: Tensor,
     dq: Tensor,
     dbias: Tensor,
+    kernels: str,
 ) -> tuple[Tensor, Tensor]:
     """What these keys add to the gradients.
 
@@ -55,11 +59,16 @@ def partial_gradients(
         log_total: (B, r, h, M) logarithm of the denominator over all keys, not only these.
         shift: (B, r, h, M) product of ``grad`` and the merged result.
         dq, dbias: gradients of ``q`` and ``bias``, to which these keys' are added in place; fp32 at least.
+        kernels: as for :func:`partial_attention`.
 
     Returns:
         Gradients of ``k`` and ``v``, fp32 at least.
     """
     wide = dbias.dtype
+    if is_fused(kernels, q):
+        dk, dv = (torch.empty_like(x, dtype=wide) for x in (k, v))
+        torch.ops.cpfold.attention_backward(q, k, v, bias, grad, log_total, shift, dq, dk, dv, dbias, True)
+        return dk, dv
     # Transposed: the product of a thin matrix with a wide one is several times faster than the other way around.
     dk, dv = (torch.zeros_like(x.mT, dtype=wide, memory_format=torch.contiguous_format) for x in (k, v))
     for r, i in score_blocks(q, bias):

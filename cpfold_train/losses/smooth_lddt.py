@@ -3,7 +3,8 @@
 Only pairs that are near in the ground truth count, a few hundred an atom, and they are the same for all diffusion
 samples of a sample. So pairs are looked for once a sample, a few rows of the A x A distances at a time, and the rest is
 done for those found. The rows are dealt to the ranks like cards: nucleotides, which reach twice as far, lie together,
-and so does padding.
+and so does padding. With kernels for GPUs one of these does all that for fp32 without looking for pairs at all
+(:mod:`cpfold_train.kernels.smooth_lddt`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from cpfold_train.kernels.by_rows import rows_per_block
+from cpfold_train.kernels.smooth_lddt import NEIGHBOURS, smooth_lddt
 from cpfold_train.model.constants import DNA, RNA
 from cpfold_train.ops.distances import distances
 from cpfold_train.ops.shares import gather_shares
@@ -23,8 +25,6 @@ from cpfold_train.parallel.redistribute import all_reduce
 
 OP = "smooth_lddt"
 THRESHOLDS = (0.5, 1.0, 2.0, 4.0)
-_NEIGHBOURS = 512
-"""Atoms within 15 Angstrom of one inside a protein, at most: what a simulated world, without coordinates, assumes."""
 
 
 def smooth_lddt_loss(
@@ -57,7 +57,10 @@ def smooth_lddt_loss(
     # Each atom's place and reach, which is zero where the atom does not count, in one message.
     truth = gather_shares(torch.cat([feats["coords"], reach[..., None]], 2).to(dtype), cp, OP)
     pred = gather_shares(pred_coords.to(dtype), cp, OP)
-    sums, pairs = _SmoothLDDT.apply(pred, truth, cp.all.index, cp.all.size)
+    if cp.kernels != "torch" and dtype == torch.float32:
+        sums, pairs, _ = smooth_lddt(pred, truth, cp.all.index, cp.all.size)
+    else:
+        sums, pairs = _SmoothLDDT.apply(pred, truth, cp.all.index, cp.all.size)
     pairs = all_reduce(pairs, cp, cp.all, OP).repeat_interleave(len(pred) // len(truth))
     return 1 / cp.all.size - sums / (pairs + 1e-5)
 
@@ -114,7 +117,7 @@ def _near_pairs(truth: Tensor, first: int, step: int) -> Iterator[tuple[Tensor, 
 
 def _where(near: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(near, FakeTensor):
-        found = near.new_zeros(len(near) * min(_NEIGHBOURS, near.shape[1]), dtype=torch.long)
+        found = near.new_zeros(len(near) * min(NEIGHBOURS, near.shape[1]), dtype=torch.long)
         return found, found
     return near.nonzero(as_tuple=True)
 

@@ -65,5 +65,7 @@ def _frames(
     # Whether or not it is resolved, an atom is the origin of its own frame.
     apart = apart.scatter(2, token[..., None], -1.0).masked_fill(~same, 4 * _BIG)
     nearest = apart.topk(min(3, apart.shape[2]), dim=2, largest=False).indices
-    found = atom.gather(1, nearest.flatten(1)).view_as(nearest)[..., [1, 0, 2]]
+    # Not by a list of places, which would be copied to the device, and waited for.
+    nearest = torch.cat([nearest[..., 1:2], nearest[..., :1], nearest[..., 2:]], 2)
+    found = atom.gather(1, nearest.flatten(1)).view_as(nearest)
     return torch.where((same.sum(2) >= 3)[..., None], found, fixed)

@@ -2,6 +2,9 @@
 
 AlphaFold 3, supplement 4.4; ``boltz/model/models/boltz2.py`` (training_step). Every function returns this rank's share
 of each sample's losses, (B,), to be summed over ranks: the mean over the M diffusion samples of each of B complexes.
+
+All losses are computed without mixed precision: these two functions are where the region begins, and those that they
+call rely on it.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from cpfold_train.losses.diffusion import diffusion_loss
 from cpfold_train.losses.distogram import distogram_loss
 from cpfold_train.losses.smooth_lddt import smooth_lddt_loss
 from cpfold_train.losses.symmetry import matched_truth
+from cpfold_train.model.layers import without_autocast
 from cpfold_train.parallel.context import ContextParallel, to_local
 
 Values = dict[str, Tensor | DTensor]
@@ -28,15 +32,16 @@ def structure_losses(out: Values, feats: Values, cp: ContextParallel) -> dict[st
         feats: what it was given.
         cp: the running grid.
     """
-    out, feats = to_local(out), to_local(feats)
-    denoised, truth = out["denoised_atom_coords"], out["aligned_true_atom_coords"]
-    samples = len(feats["coords"]), -1
-    return {
-        "diffusion": diffusion_loss(denoised, truth, out["sigmas"], feats, cp).view(samples).mean(1),
-        "smooth_lddt": smooth_lddt_loss(denoised, feats, cp).view(samples).mean(1),
-        "distogram": distogram_loss(out["pdistogram"], feats, cp),
-        "bfactor": bfactor_loss(out["pbfactor"], feats, cp),
-    }
+    with without_autocast(feats["coords"]):
+        out, feats = to_local(out), to_local(feats)
+        denoised, truth = out["denoised_atom_coords"], out["aligned_true_atom_coords"]
+        samples = len(feats["coords"]), -1
+        return {
+            "diffusion": diffusion_loss(denoised, truth, out["sigmas"], feats, cp).view(samples).mean(1),
+            "smooth_lddt": smooth_lddt_loss(denoised, feats, cp).view(samples).mean(1),
+            "distogram": distogram_loss(out["pdistogram"], feats, cp),
+            "bfactor": bfactor_loss(out["pbfactor"], feats, cp),
+        }
 
 
 def confidence_losses(logits: Values, coords: Tensor, feats: Values, cp: ContextParallel) -> dict[str, Tensor]:
@@ -49,13 +54,14 @@ def confidence_losses(logits: Values, coords: Tensor, feats: Values, cp: Context
         feats: what the trunk was given.
         cp: the running grid.
     """
-    feats = to_local(feats)
-    samples = len(feats["coords"]), -1
-    judged = judge(coords, *matched_truth(coords, feats, cp), cp)
-    losses = {
-        "plddt": plddt_loss(logits["plddt_logits"], judged, feats, cp),
-        "resolved": resolved_loss(logits["resolved_logits"], judged, feats, cp),
-        "pde": pde_loss(logits["pde_logits"], judged, feats, cp),
-        "pae": pae_loss(logits["pae_logits"], judged, feats, cp),
-    }
-    return {name: loss.view(samples).mean(1) for name, loss in losses.items()}
+    with without_autocast(coords):
+        feats = to_local(feats)
+        samples = len(feats["coords"]), -1
+        judged = judge(coords, *matched_truth(coords, feats, cp), cp)
+        losses = {
+            "plddt": plddt_loss(logits["plddt_logits"], judged, feats, cp),
+            "resolved": resolved_loss(logits["resolved_logits"], judged, feats, cp),
+            "pde": pde_loss(logits["pde_logits"], judged, feats, cp),
+            "pae": pae_loss(logits["pae_logits"], judged, feats, cp),
+        }
+        return {name: loss.view(samples).mean(1) for name, loss in losses.items()}

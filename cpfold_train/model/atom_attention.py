@@ -12,6 +12,7 @@ from cpfold_train.model.config import AtomConfig, MemoryConfig
 from cpfold_train.model.layers import linear, without_autocast
 from cpfold_train.model.transformer import DiffusionTransformer
 from cpfold_train.ops.atom_tokens import atoms_to_tokens, tokens_to_atoms
+from cpfold_train.ops.points import linear_of_points
 from cpfold_train.ops.window_attention import attend_in_windows
 from cpfold_train.parallel.context import ContextParallel
 
@@ -87,7 +88,7 @@ class AtomAttentionEncoder(nn.Module):
         """
         q, c = q.repeat_interleave(multiplicity, 0), c.repeat_interleave(multiplicity, 0)
         if self.structure_prediction:
-            q = q + self.r_to_q_trans(r)
+            q = q + linear_of_points(r, self.r_to_q_trans.weight)
         q = self.atom_encoder(q, c, atom_enc_bias, feats["atom_pad_mask"], cp)
         return atoms_to_tokens(q, self.atom_to_token_trans[0].weight, feats, cp).to(q.dtype), q, c
 

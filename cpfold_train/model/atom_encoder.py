@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpfold_train.kernels.by_rows import by_rows, rows_per_block
+from cpfold_train.kernels.regions import region
 from cpfold_train.model.config import AtomConfig
 from cpfold_train.model.constants import NUM_ELEMENTS, NUM_NAME_CHARACTERS, NUM_NAME_CODES
 from cpfold_train.model.layers import linear, normed_linear, without_autocast
 from cpfold_train.ops.atom_tokens import pairs_in_windows, pick_tokens, token_spans
+from cpfold_train.ops.points import linear_of_points
 from cpfold_train.ops.window_attention import WINDOW_KEYS, windows_of_keys, with_halo
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import ATOM_WINDOW
@@ -88,7 +90,7 @@ class AtomEncoder(nn.Module):
         """The linear layer of the features, most of which are one-hot: a sum of look-ups in its weight."""
         weight = self.embed_atom_features.weight
         by_position, by_charge, by_element, by_character = weight.T.split(FEATURES)
-        c = F.linear(feats["ref_pos"].to(weight.dtype), by_position.T, self.embed_atom_features.bias)
+        c = linear_of_points(feats["ref_pos"].to(weight.dtype), by_position.T, self.embed_atom_features.bias)
         c = c + feats["ref_charge"][..., None].to(weight.dtype) * by_charge
         c = c + F.embedding(feats["ref_element"].long(), by_element)
         characters = feats["ref_atom_name_chars"].long().unbind(-1)
@@ -112,12 +114,14 @@ class AtomEncoder(nn.Module):
         return by_rows(function, windows, inputs, [layer.weight for layer in weights])
 
 
+@region
 def _pair_terms(q: Tensor, k: Tensor, *weights: Tensor) -> Tensor:
     """Windows (B, w, 32, 5 + atom_z) of position, residue, mask and projection, and keys (B, w, 5 + atom_z, 128), to
     (B, w, 32, 128, atom_z)."""
     return _refined(_offsets(q, k, *weights[:3]) + _of_each(q, k), *weights[3:])
 
 
+@region
 def _pair_terms_with_tokens(q: Tensor, k: Tensor, pairs: Tensor, *weights: Tensor) -> Tensor:
     """As :func:`_pair_terms`, with one more term."""
     return _refined(_offsets(q, k, *weights[:3]) + pairs + _of_each(q, k), *weights[3:])
@@ -129,7 +133,8 @@ def _offsets(q: Tensor, k: Tensor, by_offset: Tensor, by_closeness: Tensor, by_m
     offset = k[..., :3] - q[..., :3]
     closeness = 1 / (1 + offset.square().sum(-1, keepdim=True))
     same = (k[..., 3:4] == q[..., 3:4]) * k[..., 4:5] * q[..., 4:5]
-    return same * (F.linear(offset, by_offset) + F.linear(closeness, by_closeness) + F.linear(same, by_mask))
+    terms = (offset, by_offset), (closeness, by_closeness), (same, by_mask)
+    return same * sum(linear_of_points(x, weight) for x, weight in terms)
 
 
 def _of_each(q: Tensor, k: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from cpfold_train.kernels.by_rows import by_rows, rows_per_block
 from cpfold_train.model.config import ConfidenceConfig, MemoryConfig, ModelConfig
 from cpfold_train.model.constants import NUM_BOND_TYPES
 from cpfold_train.model.embedding import ContactConditioning, RelativePositionEncoder
-from cpfold_train.model.layers import linear
+from cpfold_train.model.layers import linear, without_autocast
 from cpfold_train.model.pairformer import PairformerModule
 from cpfold_train.ops.atoms_at import atoms_at
 from cpfold_train.ops.distances import distances
@@ -130,9 +130,10 @@ class ConfidenceModule(nn.Module):
             name: feats[name].repeat_interleave(multiplicity, 0)
             for name in ("token_to_rep_atom", "token_pad_mask", "asym_id")
         }
-        center = atoms_at(x_pred.detach(), per_sample["token_to_rep_atom"], cp)
         s, z = s.repeat_interleave(multiplicity, 0), z.repeat_interleave(multiplicity, 0)
-        z = self._add_distances(z, center, cp)
+        with without_autocast(x_pred):
+            center = atoms_at(x_pred.detach(), per_sample["token_to_rep_atom"], cp)
+            z = self._add_distances(z, center, cp)
         draws = None if draws is None else draws.at("confidence_module").copies(multiplicity)
         s, z = self.pairformer_stack(s, z, per_sample["token_pad_mask"], cp, draws)
         return self.confidence_heads(s, z, per_sample["asym_id"], cp)

@@ -5,6 +5,9 @@ Algorithms 18 and 19; Boltz-2's names and arithmetic (AtomDiffusion in ``boltz/m
 
 Every rank has its share of the atoms. What is drawn is drawn by the global index of the atom, for each sample from a
 stream of its own.
+
+The process knows no mixed precision: a product under autocast would round coordinates of 100 Angstrom to half an
+Angstrom. So :meth:`AtomDiffusion.forward` and :meth:`AtomDiffusion.sample` are regions without it from end to end.
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ from torch import Tensor, nn
 from cpfold_train.model.config import AtomConfig, DiffusionConfig, MemoryConfig
 from cpfold_train.model.diffusion import DiffusionModule
 from cpfold_train.model.diffusion_conditioning import Conditioning
+from cpfold_train.model.layers import without_autocast
+from cpfold_train.ops.points import turned
+from cpfold_train.ops.quaternions import rotations
 from cpfold_train.ops.recompute import recompute
 from cpfold_train.ops.rigid_align import weighted_rigid_align
 from cpfold_train.parallel.context import ContextParallel
@@ -68,15 +74,16 @@ class AtomDiffusion(nn.Module):
             ``denoised_atom_coords`` (B*M, A/P, 3), in Angstrom; ``aligned_true_atom_coords`` (B*M, A/P, 3), the true
             ones as each sample was turned and shifted; ``sigmas`` (B*M,), the noise levels, the same on all ranks.
         """
-        samples, config = draws.copies(multiplicity), self.config
-        coords = feats["coords"].repeat_interleave(multiplicity, 0)
-        mask = feats["atom_pad_mask"].repeat_interleave(multiplicity, 0)
-        level = samples.at("sigma").normal(0, 1)[:, 0].to(coords.dtype)
-        sigmas = config.sigma_data * (config.P_mean + config.P_std * level).exp()
-        coords = randomly_placed(coords, mask, samples, cp)
-        noisy = coords + sigmas[:, None, None] * noise(coords, samples, cp)
-        denoised = self.denoise(noisy, sigmas, s_inputs, s_trunk, feats, conditioning, cp)
-        return {"denoised_atom_coords": denoised, "aligned_true_atom_coords": coords, "sigmas": sigmas}
+        with without_autocast(feats["coords"]):
+            samples, config = draws.copies(multiplicity), self.config
+            coords = feats["coords"].repeat_interleave(multiplicity, 0)
+            mask = feats["atom_pad_mask"].repeat_interleave(multiplicity, 0)
+            level = samples.at("sigma").normal(0, 1)[:, 0].to(coords.dtype)
+            sigmas = config.sigma_data * (config.P_mean + config.P_std * level).exp()
+            coords = randomly_placed(coords, mask, samples, cp)
+            noisy = coords + sigmas[:, None, None] * noise(coords, samples, cp)
+            denoised = self.denoise(noisy, sigmas, s_inputs, s_trunk, feats, conditioning, cp)
+            return {"denoised_atom_coords": denoised, "aligned_true_atom_coords": coords, "sigmas": sigmas}
 
     def denoise(
         self,
@@ -130,24 +137,25 @@ class AtomDiffusion(nn.Module):
             draws: noise and positions in space.
             s_inputs, s_trunk, feats, conditioning, multiplicity, cp: as for :meth:`forward`; ``coords`` is not read.
         """
-        config, samples = self.config, draws.copies(multiplicity)
-        mask = feats["atom_pad_mask"].repeat_interleave(multiplicity, 0)
-        # Without gradients there is room for the biases of all layers, which each step would project again.
-        biases = [conditioning.token_trans_bias(i) for i in range(config.token_transformer_depth)]
-        conditioning = conditioning._replace(token_trans_bias=biases.__getitem__)
+        with without_autocast(feats["atom_pad_mask"]):
+            config, samples = self.config, draws.copies(multiplicity)
+            mask = feats["atom_pad_mask"].repeat_interleave(multiplicity, 0)
+            # Without gradients there is room for the biases of all layers, which each step would project again.
+            biases = [conditioning.token_trans_bias(i) for i in range(config.token_transformer_depth)]
+            conditioning = conditioning._replace(token_trans_bias=biases.__getitem__)
 
-        levels = noise_levels(config, num_sampling_steps)
-        coords = levels[0] * noise(mask.new_empty(*mask.shape, 3), samples.at("start"), cp)
-        for step, (before, after) in enumerate(pairwise(levels)):
-            here = samples.at("step", step)
-            raised = before * (1 + (config.gamma_0 if after > config.gamma_min else 0))
-            coords = randomly_placed(coords, mask, here, cp)
-            noisy = coords + config.noise_scale * (raised**2 - before**2) ** 0.5 * noise(coords, here, cp)
-            sigmas = coords.new_full(coords.shape[:1], raised)
-            denoised = self.denoise(noisy, sigmas, s_inputs, s_trunk, feats, conditioning, cp)
-            noisy = weighted_rigid_align(noisy, denoised, mask, mask, cp)
-            coords = noisy + config.step_scale * (after - raised) / raised * (noisy - denoised)
-        return coords
+            levels = noise_levels(config, num_sampling_steps)
+            coords = levels[0] * noise(mask.new_empty(*mask.shape, 3), samples.at("start"), cp)
+            for step, (before, after) in enumerate(pairwise(levels)):
+                here = samples.at("step", step)
+                raised = before * (1 + (config.gamma_0 if after > config.gamma_min else 0))
+                coords = randomly_placed(coords, mask, here, cp)
+                noisy = coords + config.noise_scale * (raised**2 - before**2) ** 0.5 * noise(coords, here, cp)
+                sigmas = coords.new_full(coords.shape[:1], raised)
+                denoised = self.denoise(noisy, sigmas, s_inputs, s_trunk, feats, conditioning, cp)
+                noisy = weighted_rigid_align(noisy, denoised, mask, mask, cp)
+                coords = noisy + config.step_scale * (after - raised) / raised * (noisy - denoised)
+            return coords
 
 
 def noise_levels(config: DiffusionConfig, num_sampling_steps: int) -> list[float]:
@@ -176,15 +184,4 @@ def randomly_placed(coords: Tensor, mask: Tensor, draws: Draws, cp: ContextParal
     middle, count = all_reduce(sums, cp, cp.all, OP).split([3, 1], 1)
     turn = rotations(draws.at("rotation").normal(0, 4).to(coords.dtype))
     shift = draws.at("translation").normal(0, 3).to(coords.dtype)
-    return (coords - (middle / count)[:, None]) @ turn + shift[:, None]
-
-
-def rotations(quaternions: Tensor) -> Tensor:
-    """(B, 4) quaternions of any length to (B, 3, 3) rotations; of normal deviates they are uniform."""
-    w, x, y, z = (quaternions / torch.linalg.vector_norm(quaternions, dim=1, keepdim=True)).unbind(1)
-    rows = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-    ]
-    return torch.stack([torch.stack(row, -1) for row in rows], -2)
+    return turned(coords - (middle / count)[:, None], turn) + shift[:, None]

@@ -19,6 +19,7 @@ from cpfold_train.model.atom_encoder import AtomEncoder
 from cpfold_train.model.config import AtomConfig, MemoryConfig
 from cpfold_train.model.constants import NUM_METHODS, NUM_MOLECULE_TYPES, NUM_TOKENS
 from cpfold_train.model.layers import linear, normed_linear
+from cpfold_train.ops.points import linear_of_points
 from cpfold_train.ops.shares import gather_shares
 from cpfold_train.parallel.context import ContextParallel
 
@@ -132,7 +133,7 @@ class FourierEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,) to (B, dim)."""
-        return torch.cos(2 * math.pi * self.proj(x[:, None]))
+        return torch.cos(2 * math.pi * linear_of_points(x[:, None], self.proj.weight, self.proj.bias))
 
 
 class ContactConditioning(nn.Module):

@@ -54,7 +54,8 @@ def _nearest(x: Tensor, group: Tensor) -> Tensor:
         square = (x[rows, None] - x).square().sum(-1)
         square = square.masked_fill(group[rows, None] != group, torch.inf)
         square[torch.arange(len(rows)), rows] = -1
-        found.append(square.topk(3, largest=False, sorted=True).indices[:, [1, 0, 2]])
+        itself, first, second = square.topk(3, largest=False, sorted=True).indices.unbind(1)
+        found.append(torch.stack([first, itself, second], 1))
     return x[torch.cat(found)]
 
 

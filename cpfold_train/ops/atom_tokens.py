@@ -5,7 +5,7 @@ of atoms. So what a rank has of the one is not quite what belongs to what it has
 ``token_atom_start`` (B, N + 1), and so each knows the *span* of tokens that the atoms of each rank belong to: nothing
 else is sent, and no rank holds all tokens of all diffusion samples. A span covers all B complexes of a batch.
 
-``token_atom_start`` is read on the host. Where it is on a GPU each of these functions waits for it.
+``token_atom_start`` is on the host, so that none of these functions waits for a GPU.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from cpfold_train.parallel.layouts import in_one_dim, tiles
 from cpfold_train.parallel.redistribute import redistribute, sum_to_owners
 
 OP = "atom_tokens"
-Feats = dict[str, Tensor]
+Feats = dict[str, Tensor | np.ndarray]
 
 
 def token_spans(feats: Feats, cp: ContextParallel, halo: int = 0) -> tuple[Interval, ...]:
     """Tokens that the atoms of each rank's share, and ``halo`` atoms on either side of it, belong to.
 
     Args:
-        feats: ``token_atom_start`` (B, N + 1): in each complex token i owns the atoms from its i-th entry to the next,
-            padded tokens none; ``atom_to_token`` (B, A/P).
+        feats: ``token_atom_start`` (B, N + 1), an array: in each complex token i owns the atoms from its i-th entry to
+            the next, padded tokens none; ``atom_to_token`` (B, A/P).
         cp: the running grid.
         halo: atoms before and after the share.
 
     Returns:
         For each rank the first and one past the last token, at least one; on one rank all tokens.
     """
-    starts = np.array(feats["token_atom_start"].tolist())
+    starts = feats["token_atom_start"]
     n = starts.shape[1] - 1
     if cp.all.size == 1:
         return ((0, n),)
@@ -86,7 +86,7 @@ def atoms_to_tokens(x: Tensor, weight: Tensor, feats: Feats, cp: ContextParallel
     Args:
         x: this rank's atoms (B M, A/P, c), M samples of each complex.
         weight: (c_token, c).
-        feats: as for :func:`tokens_to_atoms`, and ``atom_pad_mask`` (B, A/P).
+        feats: as for :func:`tokens_to_atoms`, and ``atom_pad_mask`` (B, A/P) and ``atoms_per_token`` (B, N).
         cp: the running grid.
 
     Returns:
@@ -111,7 +111,7 @@ def atoms_to_tokens(x: Tensor, weight: Tensor, feats: Feats, cp: ContextParallel
     sums = sums.unflatten(0, (x.shape[0], -1))
     sums = sum_to_owners(sums, cp, cp.all, (1,), in_one_dim(spans), in_one_dim(shares), OP)
 
-    count = feats["token_atom_start"].diff(dim=1)[:, own:own_stop].to(x.device, wide).repeat_interleave(copies, 0)
+    count = feats["atoms_per_token"][:, own:own_stop].to(wide).repeat_interleave(copies, 0)
     return sums / (count[..., None] + 1e-6)
 
 

@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+PIECE_BYTES = 1 << 25
+"""What lies on the host in one piece. Torch rounds pinned memory up to a power of two (pytorch#150517): in one piece, a
+tile of 1,152 MiB would take 2 GiB. To tell it not to, by ``pinned_max_round_threshold_mb``, would be worse: up to torch
+2.13 it then hands out blocks that are too small (pytorch#192722)."""
+
 
 class Boundary:
     """What is kept of one boundary between blocks.
@@ -61,12 +66,15 @@ class _Kept:
     """One tensor on the host, which knows the boundary before its own."""
 
     def __init__(self, x: Tensor, before: Boundary | None) -> None:
-        self._device, self._before = x.device, before
+        self._device, self._before, self._shape = x.device, before, x.shape
         self._coming: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
-        self._host = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
+        x = x.reshape(-1)
+        pieces = x.split(max(1, PIECE_BYTES // x.element_size()))
         with _beside(x.device, waits=True):
-            self._host.copy_(x, non_blocking=True)
+            self._host = [torch.empty_like(piece, device="cpu", pin_memory=x.is_cuda) for piece in pieces]
+            for piece, there in zip(pieces, self._host):
+                there.copy_(piece, non_blocking=True)
         if x.is_cuda:
             # Its memory must not be given to others before it has been read.
             x.record_stream(_stream(x.device))
@@ -75,7 +83,10 @@ class _Kept:
         """Start the way back, if it has not been started."""
         if self._coming is None:
             with _beside(self._device, waits=False):
-                self._coming = self._host.to(self._device, non_blocking=True, copy=True)
+                flat = self._host[0].new_empty(self._shape.numel(), device=self._device)
+                for piece, there in zip(flat.split([len(there) for there in self._host]), self._host):
+                    piece.copy_(there, non_blocking=True)
+                self._coming = flat.view(self._shape)
             if self._coming.is_cuda:
                 # What is fetched after it need not be waited for.
                 self._arrived = _stream(self._device).record_event()

@@ -26,8 +26,13 @@ def pair_bias(
 
     def project(z: Tensor, key_mask: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor) -> Tensor:
         x = layer_norm(z.to(weight.dtype), norm_weight.shape, norm_weight, norm_bias)
-        bias = (weight @ x.flatten(1, 2).mT).unflatten(2, z.shape[1:3])
-        return bias + (key_mask[:, None].to(bias.dtype) - 1) * inf
+        return project_bias(x, key_mask, weight, inf)
 
     rows = rows_per_block(z[:, :1].numel() * z.element_size(), z.device)
     return by_rows(project, rows, (z, key_mask), (norm_weight, norm_bias, weight), dim=2)
+
+
+def project_bias(x: Tensor, key_mask: Tensor, weight: Tensor, inf: float) -> Tensor:
+    """:func:`pair_bias` of a tile x (B, N/R, N/C, c) that is normalised already, all at once."""
+    bias = (weight @ x.flatten(1, 2).mT).unflatten(2, x.shape[1:3])
+    return bias + (key_mask[:, None].to(bias.dtype) - 1) * inf

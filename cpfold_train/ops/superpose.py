@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cpfold_train.ops.quaternions import rotation_of_most_overlap
+
 
 def moments(first: Tensor, second: Tensor) -> Tensor:
     """Products of (1, p, |p|^2) and (1, x, |x|^2) of points p, x (..., 3): (..., 5, 5). Their sums are what the other
@@ -46,7 +48,13 @@ def _kabsch(sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 def best_rotation(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Rotation (..., 3, 3) that brings x closest to p, and the sum of products of p and rotated x, of the sums of
-    p x^T of centred points (..., 3, 3)."""
+    p x^T of centred points (..., 3, 3).
+
+    By singular values on CPU, where they are a third of the work; on a GPU without a wait for the host.
+    """
+    if covariance.is_cuda:
+        rotation = rotation_of_most_overlap(covariance)
+        return rotation, (rotation * covariance).sum((-2, -1))
     u, sigma, vh = torch.linalg.svd(covariance)
     # Never mirrored: turned back along the direction in which that costs least, the last.
     sign = torch.linalg.det(u @ vh)

@@ -71,7 +71,7 @@ class _TokenAttention(torch.autograd.Function):
 
         before: tuple[slice, list[Coming]] | None = None
         for some, (rows, (k_g, v_g)) in _in_turn(_groups(q, cp), fetch):
-            found = partial_attention(rows[0], k_g, v_g, bias)
+            found = partial_attention(rows[0], k_g, v_g, bias, cp.kernels)
             if before:
                 merge(*before)
             routes = _merges(cp, n), _merges(cp, n)
@@ -105,7 +105,7 @@ class _TokenAttention(torch.autograd.Function):
         before: tuple[slice, Route, Tensor, Route, Tensor] | None = None
         for some, ((q_g, g), (log_total_g, shift), (k_g, v_g)) in _in_turn(_groups(q, cp), fetch):
             dq_g = torch.zeros_like(q_g, dtype=wide)
-            dkv_g = partial_gradients(q_g, k_g, v_g, bias, g, log_total_g, shift, dq_g, dbias)
+            dkv_g = partial_gradients(q_g, k_g, v_g, bias, g, log_total_g, shift, dq_g, dbias, cp.kernels)
             if before:
                 collect(*before)
             before = some, _rows(cp, n), dq_g[None].to(q.dtype), _cols(cp, n), torch.stack(dkv_g).to(k.dtype)

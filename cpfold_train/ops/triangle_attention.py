@@ -12,6 +12,9 @@ there q ranks hold the same rows, each attends for 1/q of the queries and gets 1
 
 Ring: queries stay where they are; keys, values and their bias come around the grid. Each rank sends 2 (C - 1) T and
 about C T h / c of bias forward, and twice that backward.
+
+With torch's kernels z travels, and each block of rows is normalised, projected and attended in. With fused ones a tile
+is normalised once, for the bias too, and LN(z) travels: under autocast in its dtype, half the bytes of z in fp32.
 """
 
 from __future__ import annotations
@@ -22,12 +25,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm
+from torch.nn import functional as F
 
-from cpfold_train.kernels.attention import biased_attention
-from cpfold_train.kernels.by_rows import by_rows, rows_per_block
+from cpfold_train.kernels.attention import gated_attention
+from cpfold_train.kernels.by_rows import GPU_BLOCK_BYTES, by_rows, rows_per_block
+from cpfold_train.kernels.layer_norm import layer_norm
 from cpfold_train.kernels.linear import linear
-from cpfold_train.ops.pair_bias import pair_bias
+from cpfold_train.ops.pair_bias import pair_bias, project_bias
 from cpfold_train.ops.ring_attention import ring_attention
 from cpfold_train.ops.stream import stream
 from cpfold_train.parallel.context import ContextParallel
@@ -48,6 +52,12 @@ from cpfold_train.parallel.layouts import (
 from cpfold_train.parallel.redistribute import Layout, Route, finish, start
 
 Parts = tuple[Interval, ...]
+Norm = tuple[Tensor, ...]
+"""Weight and bias (c,) of a norm, or nothing where it is done."""
+
+FUSED_BLOCK_BYTES = 1 << 30
+"""Queries, keys, values and gates of the rows that a fused kernel takes at a time on a GPU: each block turns the bias
+and adds up its gradient once more."""
 
 
 class Weights(NamedTuple):
@@ -77,15 +87,20 @@ def triangle_attention_starting(z: Tensor, token_mask: Tensor, w: Weights, cp: C
     """
     n, op = z.shape[1] * cp.grid.rows, "triangle_attention_start"
     as_tiles = tiles(cp.grid, n, n)
-    bias = _bias(z, token_mask[:, None, slice(*cp.grid.col_tokens(n))].expand(z.shape[:3]), w)
+    z, norm, bias = _normed(z, token_mask[:, None, slice(*cp.grid.col_tokens(n))].expand(z.shape[:3]), w, cp)
+    bias = bias.contiguous()
     if _algorithm(z, n, w, False, cp) == "ring":
         blocks = [col_parts(cp.grid, n, k) for k in range(cp.grid.cols)]
-        return _around_the_grid(z, bias, w, row_parts(cp.grid, n), col_parts(cp.grid, n), blocks, as_tiles, cp, op)
+        return _around_the_grid(
+            z, bias, norm, w, row_parts(cp.grid, n), col_parts(cp.grid, n), blocks, as_tiles, cp, op
+        )
     groups = row_groups(cp.grid, n, z.shape[3], bias.shape[1])
     sharers = row_sharers(cp.grid, z.shape[3])
     some = n // groups
     as_rows, shares = whole_rows(cp.grid, some, n, sharers), col_shares(cp.grid, n, sharers)
-    return _in_whole_rows(z.chunk(groups, 1), bias, w, tiles(cp.grid, some, n), as_rows, shares, as_tiles, n, cp, op)
+    return _in_whole_rows(
+        z.chunk(groups, 1), bias, norm, w, tiles(cp.grid, some, n), as_rows, shares, as_tiles, n, cp, op
+    )
 
 
 def triangle_attention_ending(z: Tensor, token_mask: Tensor, w: Weights, cp: ContextParallel) -> Tensor:
@@ -93,18 +108,18 @@ def triangle_attention_ending(z: Tensor, token_mask: Tensor, w: Weights, cp: Con
     :func:`triangle_attention_starting`, of which it is the transpose."""
     n, op = z.shape[1] * cp.grid.rows, "triangle_attention_end"
     as_tiles = mirrored_tiles(cp.grid, n)
-    bias = _bias(z, token_mask[:, slice(*cp.grid.row_tokens(n)), None].expand(z.shape[:3]), w).mT.contiguous()
-    z = z.transpose(1, 2)
+    z, norm, bias = _normed(z, token_mask[:, slice(*cp.grid.row_tokens(n)), None].expand(z.shape[:3]), w, cp)
+    z, bias = z.transpose(1, 2), bias.mT.contiguous()
     if _algorithm(z, n, w, True, cp) == "ring":
         blocks = [row_parts(cp.grid, n, k) for k in range(cp.grid.rows)]
         rows, queries = col_parts(cp.grid, n), row_parts(cp.grid, n)
-        return _around_the_grid(z, bias, w, rows, queries, blocks, as_tiles, cp, op).transpose(1, 2)
+        return _around_the_grid(z, bias, norm, w, rows, queries, blocks, as_tiles, cp, op).transpose(1, 2)
     groups = row_groups(cp.grid, n, z.shape[3], bias.shape[1], ending=True)
     sharers = row_sharers(cp.grid, z.shape[3], ending=True)
     some = n // groups
     has, as_rows = (swapped(layout) for layout in (tiles(cp.grid, n, some), whole_cols(cp.grid, n, some, sharers)))
     shares = row_shares(cp.grid, n, sharers)
-    return _in_whole_rows(z.chunk(groups, 1), bias, w, has, as_rows, shares, as_tiles, n, cp, op).transpose(1, 2)
+    return _in_whole_rows(z.chunk(groups, 1), bias, norm, w, has, as_rows, shares, as_tiles, n, cp, op).transpose(1, 2)
 
 
 def _algorithm(z: Tensor, n: int, w: Weights, ending: bool, cp: ContextParallel) -> str:
@@ -113,14 +128,24 @@ def _algorithm(z: Tensor, n: int, w: Weights, ending: bool, cp: ContextParallel)
     return choose(cp.algorithm, *costs, z.numel() * z.element_size())
 
 
-def _bias(z: Tensor, key_mask: Tensor, w: Weights) -> Tensor:
-    """Triangle bias of a tile, (B, h, N/R, N/C), with -1e9 where the key (B, N/R, N/C) is no real token."""
-    return pair_bias(z, key_mask, w.norm_weight, w.norm_bias, w.bias, 1e9)
+def _normed(z: Tensor, key_mask: Tensor, w: Weights, cp: ContextParallel) -> tuple[Tensor, Norm, Tensor]:
+    """What travels of a tile z, the norm that it still wants, and the triangle bias (B, h, N/R, N/C).
+
+    The bias is -1e9 where the key (B, N/R, N/C) is no real token.
+    """
+    norm = w.norm_weight, w.norm_bias
+    if cp.kernels == "torch":
+        return z, norm, pair_bias(z, key_mask, *norm, w.bias, 1e9)
+    device = z.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    x = layer_norm(z, *norm, cp.kernels, dtype)
+    return x, (), project_bias(x, key_mask, w.bias, 1e9)
 
 
 def _in_whole_rows(
     z: tuple[Tensor, ...],
     bias: Tensor,
+    norm: Norm,
     w: Weights,
     has: Layout,
     as_rows: Layout,
@@ -137,7 +162,7 @@ def _in_whole_rows(
     """
     coming = [start(part, cp, cp.all, (1, 2), has, as_rows, op) for part in z]
     heads = bias.shape[1]
-    shared = _shared_weights(w, heads)
+    shared = (*_shared_weights(w, heads), *norm)
     mine = shares[cp.all.index]
     panels = bias_panels(cp.grid, z[0].shape[3], heads, n // (mine[1] - mine[0]))
     if panels == 1:
@@ -156,7 +181,7 @@ def _in_whole_rows(
             *shared, bias = args
             return _attend_rows(mine, cp.kernels, z, bias, *_of_heads(shared, groups[k], heads))
 
-        rows = _rows_at_once(z[0], n, shared)
+        rows = _rows_at_once(z[0], n, shared, cp.kernels)
         updates = (stream(step, routes, shared, (bias,), inputs=(finish(part),), rows=rows) for part in coming)
     done = tuple((rows, share) for (rows, _), share in zip(as_rows, shares))
     going = [start(update, cp, cp.all, (1, 2), done, has, op) for update in updates]
@@ -166,6 +191,7 @@ def _in_whole_rows(
 def _around_the_grid(
     z: Tensor,
     bias: Tensor,
+    norm: Norm,
     w: Weights,
     rows: Parts,
     queries: Parts,
@@ -176,10 +202,10 @@ def _around_the_grid(
 ) -> Tensor:
     """Gated attention of a tile's pairs (B, r, q, c), whose keys are fetched ``blocks[k]`` after ``blocks[k]``."""
     heads = bias.shape[1]
-    norm_weight, norm_bias, qg, kv, o = _shared_weights(w, heads)
-    x = layer_norm(z, norm_weight.shape, norm_weight, norm_bias)
+    qg, kv, o = _shared_weights(w, heads)
+    x = _norm(z, *norm)
     q, g = linear(x, qg).unflatten(-1, (2, heads, -1)).permute(3, 0, 1, 4, 2, 5).unbind()
-    kv = linear(x, kv).unflatten(-1, (2, heads, -1)).permute(0, 1, 4, 2, 3, 5).flatten(4)
+    kv = linear(x, kv).unflatten(-1, (2, heads, -1)).permute(0, 1, 4, 2, 3, 5)
     steps = [
         (
             Route(cp, cp.all, (1, 3), as_tiles, tuple(zip(rows, block)), op),
@@ -187,54 +213,53 @@ def _around_the_grid(
         )
         for block in blocks
     ]
-    attended = ring_attention(q.contiguous(), kv, bias, steps) * g.sigmoid()
+    q = q.contiguous() if cp.kernels == "torch" else q
+    attended = ring_attention(q, kv, bias, steps, cp.kernels) * g.sigmoid()
     return linear(attended.transpose(2, 3).flatten(3), o)
 
 
 def _shared_weights(w: Weights, heads: int) -> tuple[Tensor, ...]:
-    """Norm, projections that concern queries (scaled) and keys, and output."""
+    """Projections that concern queries (scaled) and keys, and output."""
     scale = (w.q.shape[0] // heads) ** -0.5
-    return w.norm_weight, w.norm_bias, torch.cat([w.q * scale, w.g]), torch.cat([w.k, w.v]), w.o
+    return torch.cat([w.q * scale, w.g]), torch.cat([w.k, w.v]), w.o
 
 
 def _of_heads(shared: Sequence[Tensor], some: Interval, heads: int) -> tuple[Tensor, ...]:
-    """The part of :func:`_shared_weights` that concerns some of the heads."""
-    norm_weight, norm_bias, qg, kv, o = shared
+    """The part of :func:`_shared_weights` that concerns some of the heads, and what follows them."""
+    qg, kv, o, *norm = shared
     qg, kv = (x.unflatten(0, (2, heads, -1))[:, slice(*some)].flatten(0, 2) for x in (qg, kv))
-    return norm_weight, norm_bias, qg, kv, o.unflatten(1, (heads, -1))[:, slice(*some)].flatten(1)
+    return qg, kv, o.unflatten(1, (heads, -1))[:, slice(*some)].flatten(1), *norm
 
 
 def _attend(z: Tensor, bias: Tensor, shared: Sequence[Tensor], queries: Interval, kernels: str) -> Tensor:
-    """Complete rows z (B, r, N, c) and the bias (B, h, M, N) of some queries to the update of these (B, r, M, c)."""
-    rows = _rows_at_once(z, z.shape[2], shared)
+    """Complete rows z (B, r, N, c) and the bias (B, h, M, N) of some queries to the update of these (B, r, M, c).
+
+    Fused kernels hold no scores. So where all rows make one block, what autograd keeps for the backward pass are their
+    queries, keys, values, gates and results, five times z, and nothing is computed once more.
+    """
+    rows = _rows_at_once(z, z.shape[2], shared, kernels)
+    if kernels != "torch" and rows >= z.shape[1]:
+        return _attend_rows(queries, kernels, z, bias, *shared)
     return by_rows(partial(_attend_rows, queries, kernels), rows, (z,), (bias, *shared))
 
 
-def _rows_at_once(z: Tensor, n: int, shared: Sequence[Tensor]) -> int:
+def _rows_at_once(z: Tensor, n: int, shared: Sequence[Tensor], kernels: str) -> int:
     """How many complete rows of n pairs, of z (B, ..., c), to attend in at a time."""
-    qkvg_bytes = z.shape[0] * n * sum(w.shape[0] for w in shared[2:4]) * z.element_size()
+    qkvg_bytes = z.shape[0] * n * sum(w.shape[0] for w in shared[:2]) * z.element_size()
     # The gradient of the bias is added up once per block: a block of one row would make that dear.
-    return max(4, rows_per_block(qkvg_bytes, z.device))
+    gpu_bytes = GPU_BLOCK_BYTES if kernels == "torch" else FUSED_BLOCK_BYTES
+    return max(4, rows_per_block(qkvg_bytes, z.device, gpu_bytes=gpu_bytes))
 
 
 def _attend_rows(
-    queries: Interval,
-    kernels: str,
-    z: Tensor,
-    bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    qg: Tensor,
-    kv: Tensor,
-    o: Tensor,
+    queries: Interval, kernels: str, z: Tensor, bias: Tensor, qg: Tensor, kv: Tensor, o: Tensor, *norm: Tensor
 ) -> Tensor:
     """What :func:`_attend` returns, for a block of rows and the heads that the bias and the weights have."""
+    x, heads = _norm(z, *norm), bias.shape[1]
+    qg = linear(x[:, :, slice(*queries)], qg).unflatten(-1, (2, heads, -1))
+    kv = linear(x, kv).unflatten(-1, (2, heads, -1))
+    return linear(gated_attention(qg, kv, bias, kernels).flatten(3), o)
 
-    def heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (2, bias.shape[1], -1)).permute(3, 0, 1, 4, 2, 5).contiguous()
 
-    x = layer_norm(z, norm_weight.shape, norm_weight, norm_bias)
-    q, g = heads(linear(x[:, :, slice(*queries)], qg))
-    k, v = heads(linear(x, kv))
-    attended = biased_attention(q, k, v, bias, kernels) * g.sigmoid()
-    return linear(attended.transpose(2, 3).flatten(3), o)
+def _norm(z: Tensor, *norm: Tensor) -> Tensor:
+    return F.layer_norm(z, norm[0].shape, *norm) if norm else z

@@ -32,26 +32,28 @@ def gather_to_first(x: Tensor, axis: Axis) -> Tensor | None:
     return torch.stack(pieces)
 
 
+def gather_on_hosts(x: Tensor, cp: ContextParallel, what: str) -> Tensor:
+    """``x``, which is on the host, of every rank of the world, stacked: (world_size, *x.shape). No GPU is waited for.
+
+    Args:
+        what: is done, for whoever asks where a rank is.
+    """
+    if cp.grid.world_size == 1:
+        return x[None]
+    pieces = [torch.empty_like(x) for _ in range(cp.grid.world_size)]
+    with cp.ledger.standing(what):
+        dist.all_gather(pieces, x, group=cp.hosts)
+    return torch.stack(pieces)
+
+
 def gather_figures(cp: ContextParallel, figures: Sequence[float]) -> Tensor:
     """A row of figures from every rank of the world: (world_size, len(figures)) float64 on the host."""
-    row = torch.tensor(figures, dtype=torch.float64)
-    if cp.grid.world_size == 1:
-        return row[None]
-    row = row.to(cp.mesh.device_type)
-    pieces = [torch.empty_like(row) for _ in range(cp.grid.world_size)]
-    with cp.ledger.standing("gathering of figures"):
-        dist.all_gather(pieces, row)
-    return torch.stack(pieces).cpu()
+    return gather_on_hosts(torch.tensor(figures, dtype=torch.float64), cp, "gathering of figures")
 
 
 def on_any_rank(cp: ContextParallel, flag: bool) -> bool:
     """Whether it is so on at least one rank of the world; the same answer on all."""
-    if cp.grid.world_size == 1:
-        return flag
-    flags = torch.tensor(flag, dtype=torch.int32, device=cp.mesh.device_type)
-    with cp.ledger.standing("agreement"):
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags)
+    return bool(gather_on_hosts(torch.tensor(flag, dtype=torch.int32), cp, "agreement").any())
 
 
 def barrier(cp: ContextParallel) -> None:

@@ -84,9 +84,11 @@ class Grid:
         """Whether each row of each replica's grid has its ranks on one machine, of ``per_node`` ranks."""
         return self.world_size <= per_node or per_node % self.cols == 0
 
-    def pad_tokens(self, n: int) -> int:
-        """Smallest multiple of R * C that holds ``n`` tokens, so that every split of a dim over ranks is even."""
-        return max(1, math.ceil(n / self.cp_size)) * self.cp_size
+    def pad_tokens(self, n: int, side: int = 1) -> int:
+        """Smallest multiple of R * C that holds ``n`` tokens, so that every split of a dim over ranks is even; and such
+        that both sides of a tile are multiples of ``side``."""
+        step = math.lcm(self.cp_size, self.rows * side, self.cols * side)
+        return max(1, math.ceil(n / step)) * step
 
     def pad_rows(self, n: int) -> int:
         """Smallest multiple of R that holds ``n`` MSA sequences."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,20 +31,49 @@ class Place(NamedTuple):
     """Of ``time.monotonic()``."""
 
 
+class _Wait(NamedTuple):
+    """A wait that the host has queued on the device's stream of computation."""
+
+    op: str
+    before: torch.cuda.Event
+    after: torch.cuda.Event
+
+
 class Ledger:
     """Counts what this rank sends and how long it stands waiting for what it receives.
 
-    On CUDA the wait is measured between two events on the compute stream, so that counting never stalls the host;
-    the events are read when somebody asks for the figures.
+    On CUDA ``work.wait()`` blocks the device's stream and not the host, which runs ahead. A wait is then what lies
+    between two events on that stream, and it is the stream, not the host, that says where the rank is. The events are
+    asked whether the stream has come to them (:meth:`poll`), and nobody waits for them but who asks for the figures.
+    There are as many as there are waits that the host is ahead of the device, and they are used again.
 
     Attributes:
-        place: where this rank is now, for whoever wants to know why it does not answer.
+        posted: waits that the host has come to.
+        completed: of those, the ones that are over, on CUDA as far as :meth:`poll` has seen.
     """
 
     def __init__(self) -> None:
-        self.place = Place("the start", False, time.monotonic())
+        self.posted = self.completed = 0
+        self._host = self._device = Place("the start", False, time.monotonic())
         self._entries: defaultdict[str, Entry] = defaultdict(Entry)
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._queued: deque[_Wait] = deque()
+        self._spare: list[torch.cuda.Event] = []
+        # The watch polls from a thread of its own.
+        self._polling = threading.Lock()
+
+    @property
+    def place(self) -> Place:
+        """Where this rank is now, for whoever wants to know why it does not answer.
+
+        While waits are queued on the device it is where the last :meth:`poll` has found the device: the host is ahead
+        of it, or waits for it.
+        """
+        if self._queued:
+            return self._device
+        since = max(self._host.since, self._device.since)
+        if self._host.waiting:
+            return self._host._replace(since=since)
+        return self._host if since == self._host.since else self._device
 
     def sent(self, op: str, n_bytes: int, messages: int = 1) -> None:
         """Book bytes that leave this rank on behalf of ``op``."""
@@ -54,32 +84,44 @@ class Ledger:
     @contextmanager
     def waiting(self, op: str, device: torch.device) -> Iterator[None]:
         """Book the time spent inside the block as exposed communication of ``op``."""
+        self.posted += 1
         if device.type == "cuda":
-            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            before, after = self._event(), self._event()
             before.record()
-            with self.standing(op):
-                yield
+            yield
             after.record()
-            self._events.append((op, before, after))
+            self._queued.append(_Wait(op, before, after))
+            # Keeps the list as short as the device is behind; if the watch is at it just now, that does the same.
+            if self._polling.acquire(blocking=False):
+                try:
+                    self._advance()
+                finally:
+                    self._polling.release()
         else:
             start = time.perf_counter()
             with self.standing(op):
                 yield
             self._entries[op].waited_s += time.perf_counter() - start
+            self.completed += 1
 
     @contextmanager
     def standing(self, op: str) -> Iterator[None]:
         """Say where this rank waits, without booking it. An error leaves :attr:`place` as it is: it happened there."""
-        self.place = Place(op, True, time.monotonic())
+        self._host = Place(op, True, time.monotonic())
         yield
-        self.place = Place(op, False, time.monotonic())
+        self._host = Place(op, False, time.monotonic())
+
+    def poll(self) -> None:
+        """See how far the device has come. Asks the driver and waits for nothing."""
+        with self._polling:
+            self._advance()
 
     def by_op(self) -> dict[str, Entry]:
         """Totals since the start, per operation."""
-        for op, before, after in self._events:
-            after.synchronize()
-            self._entries[op].waited_s += before.elapsed_time(after) / 1000
-        self._events.clear()
+        for wait in list(self._queued)[-1:]:
+            # Not under the lock: should the device never come there, the watch must be able to see it.
+            wait.after.synchronize()
+        self.poll()
         return dict(self._entries)
 
     def total(self) -> Entry:
@@ -93,3 +135,20 @@ class Ledger:
         """Forget everything counted so far."""
         self.by_op()
         self._entries.clear()
+
+    def _event(self) -> torch.cuda.Event:
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return torch.cuda.Event(enable_timing=True)
+
+    def _advance(self) -> None:
+        """Book the waits that the device has left behind, and note whether it is in the next one."""
+        while self._queued and self._queued[0].after.query():
+            wait = self._queued.popleft()
+            self._entries[wait.op].waited_s += wait.before.elapsed_time(wait.after) / 1000
+            self._spare += [wait.before, wait.after]
+            self.completed += 1
+            self._device = Place(wait.op, False, time.monotonic())
+        if self._queued and not self._device.waiting and self._queued[0].before.query():
+            self._device = Place(self._queued[0].op, True, time.monotonic())

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from cpfold_train.parallel.context import bound_device
+
 
 def listen() -> dist.TCPStore:
     """The store at which ranks meet, on a free port that is held from now on, for as long as the store lives.
@@ -26,4 +28,7 @@ def meet_in(folder: Path, rank: int, world_size: int, device: torch.device) -> N
         device: on which they compute.
     """
     backend, store = dist.get_default_backend_for_device(device), dist.FileStore(str(folder / "ranks"), world_size)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    if device.type == "cuda":
+        # On which NCCL looks for the messages, whatever device they are on.
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=bound_device(device))

@@ -73,7 +73,11 @@ class Draws:
         return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
 
     def normal(self, start: int, stop: int) -> Tensor:
-        """Positions ``start ... stop - 1`` of each stream, (B, stop - start) float32 standard normal (Box-Muller)."""
+        """Positions ``start ... stop - 1`` of each stream, (B, stop - start) float32 standard normal (Box-Muller).
+
+        Logarithm and cosine are in fp64, where libraries differ in the last bit: rounded to fp32 they agree but for
+        about one draw in 2^28, of which devices may differ in the last bit. :meth:`uniform` is exact everywhere.
+        """
         first, second = self.uniform(2 * start, 2 * stop).double().unflatten(1, (-1, 2)).unbind(2)
         # 1 - u is never zero.
         return ((-2 * torch.log1p(-first)).sqrt() * torch.cos(2 * torch.pi * second)).float()

@@ -13,31 +13,36 @@ import torch
 from torch import Tensor
 
 from cpfold_train.bench.case import ATOMS_PER_TOKEN
-from cpfold_train.data.batch import PLACEMENTS
+from cpfold_train.data.batch import ON_HOST, PLACEMENTS
+from cpfold_train.data.padding import in_buckets
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.datamodule import TileData
 
-ON_HOST = "token_atom_start"
-"""The feature that says what travels: the only one whose values matter."""
 CHAINS, COPIES, NAMINGS = 4, 4, 2
 """Of a homotetramer: its chains, the copies of each, and other namings of a residue's atoms."""
 
 
-def assumed_batch(config: TrainConfig, grid: Grid) -> dict[str, Tensor]:
+def assumed_batch(config: TrainConfig, grid: Grid, side: int = 1) -> dict[str, Tensor]:
     """The largest batch that the configuration allows, on this rank of the grid.
 
     Every sample has ``crop_size`` tokens, ``data.max_atoms`` atoms or 8.2 a token, and as many MSA rows and templates
     as may be. Shapes and dtypes are those of :func:`cpfold_train.data.batch.collate`.
 
+    Args:
+        config: of the run.
+        grid: with the rank.
+        side: what the sides of a tile are multiples of; see :class:`cpfold_train.data.padding.Padding`.
+
     Returns:
-        Tensors on the meta device, but for ``ON_HOST``.
+        Tensors on the meta device, and ``ON_HOST``, the only one whose values matter, as an array.
     """
     b, data = config.batch_size, config.data
-    n = grid.pad_tokens(config.crop_size)
     count = ceil(ATOMS_PER_TOKEN * config.crop_size)
     count = min(count, data.max_atoms or count)
-    a, s, t = grid.pad_atoms(count) // grid.cp_size, grid.pad_rows(data.max_msa_rows) // grid.rows, data.max_templates
+    padding = in_buckets(data.buckets, side, config.crop_size, data.max_msa_rows)
+    n, s, a = padding.sizes(grid, config.crop_size, data.max_msa_rows, count)
+    a, s, t = a // grid.cp_size, s // grid.rows, data.max_templates
     rows, cols = n // grid.rows, n // grid.cols
     f4, i8, i4, u1 = torch.float32, torch.int64, torch.int32, torch.uint8
     shapes: dict[torch.dtype, dict[str, tuple[int, ...]]] = {
@@ -48,7 +53,7 @@ def assumed_batch(config: TrainConfig, grid: Grid) -> dict[str, Tensor]:
             "msa": (s, cols),
         },
         i4: {
-            **dict.fromkeys(("token_to_rep_atom", "token_to_center_atom"), (n,)),
+            **dict.fromkeys(("token_to_rep_atom", "token_to_center_atom", "atoms_per_token"), (n,)),
             "frames_idx": (n, 3),
             "visibility_ids": (max(1, t), n),
             "chain_copies": (CHAINS, COPIES),
@@ -86,7 +91,7 @@ def assumed_batch(config: TrainConfig, grid: Grid) -> dict[str, Tensor]:
     }
     start = torch.arange(config.crop_size + 1) * count // config.crop_size
     start = torch.cat([start, start[-1:].expand(n - config.crop_size)]).int()
-    return features | {ON_HOST: start.expand(b, -1)}
+    return features | {ON_HOST: start.expand(b, -1).numpy()}
 
 
 def feature_bytes(batch: dict[str, Tensor]) -> int:
@@ -107,4 +112,4 @@ def batches_of_data(config: TrainConfig, grid: Grid, count: int) -> list[dict[st
     rank = SimpleNamespace(cp=SimpleNamespace(grid=grid), root_device=torch.device("cpu"))
     data.trainer = SimpleNamespace(strategy=rank)
     batches = islice(iter(data.train_dataloader()), count)
-    return [{name: batch[name] for name in PLACEMENTS} for batch in batches]
+    return [{name: batch[name] for name in (*PLACEMENTS, ON_HOST)} for batch in batches]

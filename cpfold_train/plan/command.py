@@ -9,11 +9,21 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cpfold_train.errors import ConfigError
 from cpfold_train.plan.compose import of_run, read_request
-from cpfold_train.plan.estimate import ASSUMPTIONS
-from cpfold_train.plan.plan import plan
+from cpfold_train.plan.estimate import ASSUMPTIONS, FLOOR
+from cpfold_train.plan.plan import GIB, Plan, plan, plan_prediction, validation_moment
 from cpfold_train.plan.propose import choose_memory, ladder, propose
 from cpfold_train.plan.report import show_plan, show_proposals, typed_levers
+from cpfold_train.plan.trace import Moment
+
+PREDICTION = (
+    "diffusion.samples=5",
+    "diffusion.sampling_steps=200",
+    "model.recycling_steps=3",
+    "data.max_msa_rows=8192",
+)
+"""Defaults of the ``predict`` command, as keys of a run."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--check",
         action="store_true",
         help="run small configurations, or the one that is typed, and compare them with their plans",
+    )
+    parser.add_argument(
+        "--predict",
+        action="store_true",
+        help="plan the prediction of one query of crop_size tokens on cp.grid; diffusion.samples=5, "
+        "diffusion.sampling_steps=200, model.recycling_steps=3 and data.max_msa_rows=8192 are the defaults",
     )
     parser.add_argument("--levers", action="store_true", help="a table of what each memory lever saves and costs")
     parser.add_argument("--measure", action="store_true", help="with --levers: run it on CPUs of this machine")
@@ -52,8 +68,14 @@ def run(args: argparse.Namespace) -> None:
 
         compare(args.settings, args.json)
         return
-    request = read_request(args.settings)
+    request = read_request([*PREDICTION, *args.settings] if args.predict else args.settings)
     config = request.config
+    if args.predict:
+        if request.grid is None:
+            raise ConfigError("a prediction is planned on one grid: type cp.grid=2x2, for example")
+        with Console(stderr=True).status("planning"):
+            _show(plan_prediction(config, request.grid, request.device), None, args.json)
+        return
     if args.levers:
         from cpfold_train.plan.levers import show_levers
 
@@ -79,7 +101,13 @@ def run(args: argparse.Namespace) -> None:
         if request.choose:
             config = replace(config, memory=choose_memory(config, request.grid, request.device))
         found = plan(config, request.grid, request.device)
-    if args.json:
-        print(json.dumps({**found.figures(), "assumptions": ASSUMPTIONS}, indent=1))
+        validation = validation_moment(config, request.grid, request.device) if config.data.val else None
+    _show(found, validation, args.json)
+
+
+def _show(found: Plan, validation: Moment | None, as_json: bool) -> None:
+    if as_json:
+        held = {} if validation is None else {"validation_peak_gib": sum(validation.values()) / GIB}
+        print(json.dumps({**found.figures(), **held, "assumptions": [*ASSUMPTIONS, FLOOR]}, indent=1))
     else:
-        show_plan(found)
+        show_plan(found, validation)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from cpfold_train.devices import find_device, kernels_on
 from cpfold_train.parallel.grid import Grid, parse_grid
 from cpfold_train.plan.batch import batches_of_data
 from cpfold_train.plan.compose import compose
-from cpfold_train.plan.depth import by_category, totals
-from cpfold_train.plan.devices import find_device
+from cpfold_train.plan.depth import by_category
 from cpfold_train.plan.estimate import kernel_seconds
 from cpfold_train.plan.measure import GIVEN_BACK_BYTES, run_once
 from cpfold_train.plan.plan import MIB, fullest_moment
 from cpfold_train.plan.step import trace_step
+from cpfold_train.plan.tally import totals
 from cpfold_train.training.config import TrainConfig
 
 CONFIGURATIONS = (
@@ -96,8 +98,10 @@ def _in_words(planned: dict[str, float], measured: dict[str, float]) -> str:
 def _planned(config: TrainConfig) -> dict[str, float]:
     """Of rank 0: bytes that the first step sends, and memory above what a process holds before it."""
     grid = Grid(*parse_grid(config.cp.grid), int(config.dp))
+    device = find_device("cpu", grid.world_size)
+    config = replace(config, kernels=kernels_on(device, "cpu", config.kernels, config.trainer.precision).name)
     (batch,) = batches_of_data(config, grid, 1)
-    seconds = kernel_seconds(find_device("cpu", grid.world_size))
+    seconds = kernel_seconds(device)
     trace = trace_step(config, grid, batch, seconds, on_host=True, large_bytes=GIVEN_BACK_BYTES)
     recycling = int(np.random.default_rng([config.seed, 0]).integers(0, config.model.recycling_steps + 1))
     work = totals(trace.tallies).plus(totals(trace.cycle), recycling - trace.recycling)

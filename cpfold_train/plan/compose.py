@@ -84,7 +84,5 @@ def compose(settings: list[str]) -> TrainConfig:
         raise ConfigError(explain(error)) from None
     config = replace(config, model=replace(config.model, init_from=None), ckpt_path=None)
     check_kernels(config)
-    kernels = "torch" if config.kernels == "auto" else config.kernels
-    config = replace(config, kernels="torch", trainer=replace(config.trainer, accelerator="cpu"))
-    check(config)
-    return replace(config, kernels=kernels, crop_size=config.largest_crop)
+    check(replace(config, kernels="torch", trainer=replace(config.trainer, accelerator="cpu")))
+    return replace(config, trainer=replace(config.trainer, accelerator="cpu"), crop_size=config.largest_crop)

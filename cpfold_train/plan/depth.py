@@ -11,7 +11,8 @@ from collections import Counter
 from dataclasses import replace
 
 from cpfold_train.plan.step import Trace
-from cpfold_train.plan.trace import STEP, Moment, Phase, Tallies, Tally
+from cpfold_train.plan.tally import Tallies, Tally, combined
+from cpfold_train.plan.trace import STEP, Moment, Phase
 from cpfold_train.training.config import TrainConfig
 
 FEWEST = 3
@@ -75,11 +76,8 @@ def extrapolated(
         return {key: size for key, size in held.items() if size}
 
     def tallies(a: Tallies, b: Tallies) -> Tallies:
-        nothing = Tally()
-        return {
-            name: a.get(name, nothing).plus(b.get(name, nothing).plus(a.get(name, nothing), -1), steps(name))
-            for name in a | b
-        }
+        added = combined(b, a, -1)
+        return combined(a, {part: Tally().plus(tally, steps(part.module)) for part, tally in added.items()}, 1)
 
     moments: dict[Phase, Moment] = {
         phase: moment(shallower.moments[phase], deeper.moments[phase])
@@ -93,14 +91,6 @@ def extrapolated(
         cycle=tallies(shallower.cycle, deeper.cycle),
         sampling_step=tallies(shallower.sampling_step, deeper.sampling_step),
     )
-
-
-def totals(tallies: Tallies) -> Tally:
-    """All modules together."""
-    total = Tally()
-    for tally in tallies.values():
-        total = total.plus(tally)
-    return total
 
 
 def by_category(moment: Moment) -> Counter[str]:

@@ -6,21 +6,40 @@ from dataclasses import dataclass
 
 import torch
 
+from cpfold_train.devices import Device
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.plan.depth import totals
-from cpfold_train.plan.devices import Device
 from cpfold_train.plan.step import Trace
-from cpfold_train.plan.trace import Seconds, Tally
+from cpfold_train.plan.tally import (
+    EXPONENTIALS,
+    LAUNCHES,
+    LINK,
+    MATRIX,
+    MEMORY,
+    Kernel,
+    Part,
+    Seconds,
+    Tallies,
+    Tally,
+    combined,
+    totals,
+)
 from cpfold_train.training.config import TrainConfig
 
-MATMUL_SHARE, MEMORY_SHARE, LINK_SHARE = 0.5, 0.8, 0.8
-KERNEL_S, MESSAGE_S = 5e-6, 1e-5
+MATMUL_SHARE, MEMORY_SHARE, EXP_SHARE, LINK_SHARE = 0.5, 0.8, 0.5, 0.8
+"""Of the peaks. A loop of triangle attention issues several instructions for each exponential: of the kernels that were
+compiled for sm_90, forward and backward together are expected to take twice as long as their exponentials alone."""
+FLOOR_BF16, FLOOR_TF32, FLOOR_MEMORY, FLOOR_LINK = 700 / 989, 300 / 494, 3.0 / 3.35, 400 / 450
+"""The most that large products, streams of memory and NCCL reach on an H100, of its peaks."""
+KERNEL_S, LAUNCH_S, MESSAGE_S = 5e-6, 12e-6, 1e-5
 EXPOSED_SHARE = 0.5
 MEMORY_MARGIN = 0.1
 ASSUMPTIONS = (
-    f"a kernel takes as long as its matrix products at {MATMUL_SHARE:.0%} of the peak of their dtype, or as its reads "
-    f"and writes at {MEMORY_SHARE:.0%} of the memory's bandwidth, whichever is longer, and {KERNEL_S * 1e6:.0f} "
-    "microseconds at least",
+    f"a kernel takes as long as its matrix products at {MATMUL_SHARE:.0%} of the peak of their dtype, its reads and "
+    f"writes at {MEMORY_SHARE:.0%} of the memory's bandwidth, or its exponentials at {EXP_SHARE:.0%} of their peak, "
+    f"whichever is longest, and {KERNEL_S * 1e6:.0f} microseconds at least; where a file says what was measured, that "
+    "counts in full",
+    f"the host takes {LAUNCH_S * 1e6:.0f} microseconds to launch a kernel, and an operation as long as its kernels or "
+    "their launches, whichever is longer",
     f"messages travel at {LINK_SHARE:.0%} of a link's bandwidth and take {MESSAGE_S * 1e6:.0f} microseconds each; "
     "those to other machines, evenly spread over all ranks of the grid, go over the network",
     f"{EXPOSED_SHARE:.0%} of that time is not hidden behind arithmetic; the all-reduce of gradients, or what FSDP "
@@ -30,6 +49,36 @@ ASSUMPTIONS = (
     f"{MEMORY_MARGIN:.0%} of the memory is left for the driver, NCCL and fragmentation",
 )
 """What an estimate of time and of what fits rests on. None of it was measured on a GPU."""
+FLOOR = (
+    f"the floor of an operation is the longest of its products at {FLOOR_BF16:.0%} of the bf16 peak (fp32 ones at "
+    f"{FLOOR_TF32:.0%} of the TF32 peak), its arguments and results once at {FLOOR_MEMORY:.0%} of the memory's "
+    f"bandwidth, its exponentials at their peak, and what it sends at {FLOOR_LINK:.0%} of the link's bandwidth"
+)
+"""What a floor is; recomputed passes count in it."""
+
+
+@dataclass(frozen=True)
+class PartCosts:
+    """Of one part of the model in an optimizer step.
+
+    Attributes:
+        tally: its work.
+        compute_s: seconds of its kernels, or of their launches.
+        exchange_s: seconds of its messages that are not hidden.
+        bound: what takes longest of it.
+        floor_s: the least that this work can take.
+    """
+
+    tally: Tally
+    compute_s: float
+    exchange_s: float
+    bound: str
+    floor_s: float
+
+    @property
+    def seconds(self) -> float:
+        """In all."""
+        return self.compute_s + self.exchange_s
 
 
 @dataclass(frozen=True)
@@ -38,12 +87,14 @@ class Costs:
 
     Attributes:
         work: arithmetic, traffic and messages.
+        parts: the same by part of the model, with its time.
         gradient_bytes: sent to sum gradients over the world, or by FSDP to gather weights and to share out gradients.
         compute_s, exchange_s, gradients_s, host_s: seconds of each alone; the last are copies to the host and back.
         step_s: seconds in all.
     """
 
     work: Tally
+    parts: dict[Part, PartCosts]
     gradient_bytes: float
     compute_s: float
     exchange_s: float
@@ -52,47 +103,95 @@ class Costs:
     step_s: float
 
 
-def kernel_seconds(device: Device) -> Seconds:
-    """Time of a kernel on a device."""
-    peaks = {torch.bfloat16: device.bf16, torch.float16: device.bf16, torch.float64: device.fp32 / 2}
+def kernel_seconds(device: Device, tf32: bool = False) -> Seconds:
+    """Time of a kernel on a device; with ``tf32`` matrix products in fp32 go through TF32."""
+    rates, half = device.measured, (torch.bfloat16, torch.float16)
+    peaks = dict.fromkeys(half, device.bf16) | {torch.float64: device.fp32 / 2}
+    peaks[torch.float32] = device.tf32 if tf32 else device.fp32
+    reached = dict.fromkeys(half, rates.bf16_flops)
+    reached[torch.float32] = rates.tf32_flops if tf32 else rates.fp32_flops
+    bandwidth, exps = rates.memory_bytes_s or MEMORY_SHARE * device.bandwidth, rates.exp_s or EXP_SHARE * device.exps
 
-    def seconds(flops: float, dtype: torch.dtype, moved_bytes: float) -> float:
-        compute = flops / (MATMUL_SHARE * peaks.get(dtype, device.fp32))
-        return max(KERNEL_S, compute, moved_bytes / (MEMORY_SHARE * device.bandwidth))
+    def seconds(kernel: Kernel) -> tuple[str, float]:
+        flops_s = reached.get(kernel.dtype) or MATMUL_SHARE * peaks.get(kernel.dtype, device.fp32)
+        times = {
+            LAUNCHES: KERNEL_S * kernel.launches,
+            MATRIX: kernel.flops / flops_s,
+            MEMORY: kernel.moved_bytes / bandwidth,
+            EXPONENTIALS: kernel.exps / exps,
+        }
+        bound = max(times, key=times.get)
+        return bound, times[bound]
 
     return seconds
 
 
-def step_work(trace: Trace, config: TrainConfig) -> Tally:
-    """The work of an optimizer step with as many recycling passes as are drawn on average."""
-    work = totals(trace.tallies)
-    work = work.plus(totals(trace.cycle), config.model.recycling_steps / 2 - trace.recycling)
-    work = work.plus(totals(trace.sampling_step), config.diffusion.sampling_steps - trace.sampling)
-    return Tally().plus(work, config.trainer.accumulate_grad_batches)
+def passes(trace: Trace, recycling: float, sampling: int) -> Tallies:
+    """The work with so many recycling passes and steps of sampling."""
+    work = combined(trace.tallies, trace.cycle, recycling - trace.recycling)
+    return combined(work, trace.sampling_step, sampling - trace.sampling)
+
+
+def part_costs(tally: Tally, grid: Grid, device: Device) -> PartCosts:
+    """What a part costs on one rank of ``grid``."""
+    times = dict(tally.seconds)
+    launch_s = LAUNCH_S if device.measured.launch_s is None else device.measured.launch_s
+    if launch_s * tally.kernels > sum(times.values()):
+        times = {LAUNCHES: launch_s * tally.kernels}
+    times[LINK] = EXPOSED_SHARE * exchange_seconds(tally, grid, device)
+    bound = max(times, key=times.get)
+    return PartCosts(tally, sum(times.values()) - times[LINK], times[LINK], bound, _floor(tally, device))
+
+
+def exchange_seconds(tally: Tally, grid: Grid, device: Device) -> float:
+    """Time of messages of context parallelism alone."""
+    # Ranks of one machine are neighbours: of P - 1 others, so many are elsewhere.
+    away = max(0, grid.cp_size - device.per_node) / max(1, grid.cp_size - 1)
+    link = device.measured.link_bytes_s or LINK_SHARE * device.link
+    sent = sum(tally.sent_bytes.values())
+    return sent * (away / (LINK_SHARE * device.network) + (1 - away) / link) + MESSAGE_S * sum(tally.messages.values())
+
+
+def _floor(tally: Tally, device: Device) -> float:
+    in_half = (torch.bfloat16, torch.float16)
+    products = sum(
+        flops / (FLOOR_BF16 * device.bf16 if dtype in in_half else FLOOR_TF32 * device.tf32)
+        for dtype, flops in tally.flops.items()
+    )
+    memory = tally.least_bytes / (FLOOR_MEMORY * device.bandwidth)
+    link = sum(tally.sent_bytes.values()) / (FLOOR_LINK * device.link)
+    return max(products, memory, tally.exps / device.exps, link)
 
 
 def estimate(trace: Trace, config: TrainConfig, grid: Grid, device: Device, trained_bytes: float) -> Costs:
-    """What an optimizer step costs on one rank of ``grid``.
+    """What an optimizer step costs on one rank of ``grid``, with as many recycling passes as are drawn on average.
 
     Args:
         trained_bytes: of all weights that are trained.
     """
-    work, world = step_work(trace, config), grid.world_size
-    # Ranks of one machine are neighbours: of P - 1 others, so many are elsewhere.
-    away = max(0, grid.cp_size - device.per_node) / max(1, grid.cp_size - 1)
-    sent = sum(work.sent_bytes.values())
-    exchange = sent * (away / device.network + (1 - away) / device.link) / LINK_SHARE
-    exchange += MESSAGE_S * sum(work.messages.values())
+    tallies = passes(trace, config.model.recycling_steps / 2, config.diffusion.sampling_steps)
+    tallies, world = combined({}, tallies, config.trainer.accumulate_grad_batches), grid.world_size
     if config.parallel.fsdp:
-        gradient_bytes, own_bytes = work.shared_bytes, trained_bytes / world
+        gradient_bytes, own_bytes = totals(tallies).shared_bytes, trained_bytes / world
     else:
         # A ring all-reduce sends every byte twice.
         gradient_bytes, own_bytes = 2 * trained_bytes * (world - 1) / world, trained_bytes
-    # One link of each machine carries the ring to the next.
-    line = device.link if world <= device.per_node else device.network * device.per_node
-    gradients = gradient_bytes / (LINK_SHARE * line)
     # AdamW reads weights, gradients and two moments, and writes all but the gradients.
-    compute = work.seconds + 7 * own_bytes / (MEMORY_SHARE * device.bandwidth)
-    host = work.host_bytes / (LINK_SHARE * device.host_link)
+    return _costs(tallies, grid, device, gradient_bytes, 7 * own_bytes)
+
+
+def estimate_forward(trace: Trace, config: TrainConfig, grid: Grid, device: Device) -> Costs:
+    """What the prediction of one query costs on one rank of ``grid``."""
+    tallies = passes(trace, config.model.recycling_steps, config.diffusion.sampling_steps)
+    return _costs(tallies, grid, device, 0, 0)
+
+
+def _costs(tallies: Tallies, grid: Grid, device: Device, gradient_bytes: float, optimizer_bytes: float) -> Costs:
+    parts, work = {part: part_costs(tally, grid, device) for part, tally in tallies.items()}, totals(tallies)
+    # One link of each machine carries the ring to the next.
+    line = device.link if grid.world_size <= device.per_node else device.network * device.per_node
+    gradients = gradient_bytes / (LINK_SHARE * line)
+    compute = sum(part.compute_s for part in parts.values()) + optimizer_bytes / (MEMORY_SHARE * device.bandwidth)
+    exchange, host = exchange_seconds(work, grid, device), work.host_bytes / (LINK_SHARE * device.host_link)
     exposed = EXPOSED_SHARE * exchange + max(0.0, gradients - compute / 2)
-    return Costs(work, gradient_bytes, compute, exchange, gradients, host, max(compute, host) + exposed)
+    return Costs(work, parts, gradient_bytes, compute, exchange, gradients, host, max(compute, host) + exposed)

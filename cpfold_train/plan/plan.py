@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 
 from torch import Tensor, nn
 
+from cpfold_train.data.padding import GPU_MULTIPLE
+from cpfold_train.devices import Device, find_device, kernels_on
+from cpfold_train.errors import ConfigError
+from cpfold_train.kernels.choice import Choice
+from cpfold_train.model.config import MemoryConfig
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.plan.batch import assumed_batch, feature_bytes
 from cpfold_train.plan.depth import FEWEST, by_category, by_module, extrapolated, groups_of, shallow
-from cpfold_train.plan.devices import find_device
-from cpfold_train.plan.estimate import MEMORY_MARGIN, Costs, estimate, kernel_seconds
+from cpfold_train.plan.estimate import MEMORY_MARGIN, Costs, estimate, estimate_forward, kernel_seconds
+from cpfold_train.plan.forward import trace_prediction, trace_validation
 from cpfold_train.plan.step import Trace, build, trace_step
 from cpfold_train.plan.trace import CATEGORIES, STEP, Moment
+from cpfold_train.predict.command import PRECISIONS
 from cpfold_train.training.config import TrainConfig
 
 GIB, MIB = 2**30, 2**20
@@ -31,6 +39,8 @@ class Plan:
         phase: what runs at that moment.
         costs: of an optimizer step.
         memory: bytes of the device.
+        kernels: those that are planned with, and why.
+        what: is planned.
     """
 
     config: TrainConfig
@@ -41,6 +51,8 @@ class Plan:
     phase: str
     costs: Costs
     memory: float
+    kernels: Choice
+    what: str = "one optimizer step"
 
     @property
     def peak(self) -> float:
@@ -52,10 +64,17 @@ class Plan:
         """Whether that leaves a margin."""
         return self.peak <= (1 - MEMORY_MARGIN) * self.memory
 
+    @property
+    def host_memory(self) -> float:
+        """Bytes that the host keeps for a rank with ``memory.offload``: all that goes there, and comes back, in a
+        micro-batch."""
+        return self.costs.work.host_bytes / 2 / self.config.trainer.accumulate_grad_batches
+
     def figures(self) -> dict:
         """For ``--json``: GiB, MiB, seconds and operations of one rank."""
         held, made, work = by_category(self.fullest), by_module(self.fullest), self.costs.work
         return {
+            "of": self.what,
             "device": self.device,
             "grid": str(self.grid),
             "dp": self.grid.dp,
@@ -64,6 +83,7 @@ class Plan:
             "parameters": self.parameters,
             "peak_memory_gib": self.peak / GIB,
             "device_memory_gib": self.memory / GIB,
+            "host_memory_gib": self.host_memory / GIB,
             "fits": self.fits,
             "fullest_in": self.phase,
             "by_category": {name: held[name] / GIB for name in CATEGORIES},
@@ -72,45 +92,117 @@ class Plan:
             "sent_mib_by_op": {op: size / MIB for op, size in work.sent_bytes.most_common() if size},
             "gradients_mib_per_step": self.costs.gradient_bytes / MIB,
             "flops": sum(work.flops.values()),
-            "kernels": round(work.kernels),
+            "kernels": {"name": self.kernels.name, "why": self.kernels.why},
+            "launches": round(work.kernels),
             "compute_s": self.costs.compute_s,
             "exchange_s": self.costs.exchange_s,
             "host_s": self.costs.host_s,
             "step_s_estimate": self.costs.step_s,
+            "by_operation": [
+                {
+                    "module": part.module,
+                    "operation": part.operation,
+                    "seconds": cost.seconds,
+                    "exchange_s": cost.exchange_s,
+                    "bound_by": cost.bound,
+                    "floor_s": cost.floor_s,
+                    "launches": round(cost.tally.kernels),
+                    "flops": sum(cost.tally.flops.values()),
+                    "exps": cost.tally.exps,
+                    "moved_bytes": cost.tally.moved_bytes,
+                    "sent_bytes": sum(cost.tally.sent_bytes.values()),
+                }
+                for part, cost in sorted(self.costs.parts.items(), key=lambda item: -item[1].seconds)
+            ],
+            "launches_by_module": {module: round(n) for module, n in launches_by_module(self.costs).most_common()},
         }
 
 
 def plan(config: TrainConfig, grid: Grid, device: str) -> Plan:
-    """Plan a run.
+    """Plan a training step.
 
     Args:
         config: of the run.
         grid: with the rank to plan for.
-        device: one of :data:`cpfold_train.plan.devices.DEVICES`, or ``cpu``, where times mean little.
+        device: one of :data:`cpfold_train.devices.DEVICES`; or ``cpu``, where times mean little; or a file.
 
     Raises:
         ConfigError: there is no such device.
     """
     found = find_device(device, grid.world_size)
-    seconds, on_host = kernel_seconds(found), device == "cpu"
+    config, kernels = _with_kernels(config, found, device)
     module = build(config)
+    traced = _traced(trace_step, config, grid, found, device)
+    phase, fullest = fullest_moment(traced)
+    trained_bytes = sum(x.nbytes for x in module.parameters() if x.requires_grad)
+    costs = estimate(traced, config, grid, found, trained_bytes)
+    return Plan(config, grid, device, _parameters(module), fullest, phase, costs, found.memory, kernels)
 
-    def trace(config: TrainConfig) -> Trace:
-        return trace_step(config, grid, assumed_batch(config, grid), seconds, on_host)
+
+def plan_prediction(config: TrainConfig, grid: Grid, device: str) -> Plan:
+    """Plan the prediction of one query of ``crop_size`` tokens, as the ``predict`` command makes it.
+
+    Args:
+        config: ``diffusion.samples``, ``diffusion.sampling_steps``, ``model.recycling_steps`` and
+            ``data.max_msa_rows`` are those of the prediction, as its options say them.
+        grid, device: as for :func:`plan`.
+
+    Raises:
+        ConfigError: there is no such device, or predictions are not made in this precision.
+    """
+    if config.trainer.precision not in PRECISIONS:
+        raise ConfigError(
+            f"trainer.precision={config.trainer.precision} is none of a prediction: type trainer.precision="
+            + " or trainer.precision=".join(PRECISIONS)
+        )
+    found = find_device(device, grid.world_size)
+    config = replace(config, memory=MemoryConfig(), parallel=replace(config.parallel, fsdp=False))
+    config, kernels = _with_kernels(config, found, device)
+    traced = _traced(trace_prediction, config, grid, found, device)
+    phase, fullest = fullest_moment(traced)
+    costs, what = estimate_forward(traced, config, grid, found), "the prediction of one query"
+    return Plan(config, grid, device, _parameters(build(config)), fullest, phase, costs, found.memory, kernels, what)
+
+
+def validation_moment(config: TrainConfig, grid: Grid, device: str) -> Moment:
+    """What is held at the fullest moment of validation, beside what the run keeps between its steps."""
+    found = find_device(device, grid.world_size)
+    config, _ = _with_kernels(config, found, device)
+    return fullest_moment(_traced(trace_validation, config, grid, found, device))[1]
+
+
+def _with_kernels(config: TrainConfig, found: Device, device: str) -> tuple[TrainConfig, Choice]:
+    kernels = kernels_on(found, device, config.kernels, config.trainer.precision)
+    return replace(config, kernels=kernels.name), kernels
+
+
+def _traced(trace: Callable[..., Trace], config: TrainConfig, grid: Grid, found: Device, device: str) -> Trace:
+    """The trace of a deep model from those of two shallow ones, where that can be."""
+    seconds, on_host = kernel_seconds(found, config.tf32), device == "cpu"
+    side = 1 if on_host else GPU_MULTIPLE
+
+    def traced(config: TrainConfig) -> Trace:
+        return trace(config, grid, assumed_batch(config, grid, side), seconds, on_host)
 
     # What malloc keeps does not grow block by block: on CPU, where models are small, all blocks run.
     groups = None if on_host else groups_of(config)
     if groups is None:
-        traced = trace(config)
-    else:
-        runs = (trace(shallow(config, n)) for n in (FEWEST, FEWEST + 1))
-        known = weight_bytes(module, config, grid) | {"features": feature_bytes(assumed_batch(config, grid))}
-        traced = extrapolated(*runs, groups, config.data.max_templates, known)
-    phase, fullest = fullest_moment(traced)
-    parameters = sum(x.numel() for x in module.parameters())
-    trained_bytes = sum(x.nbytes for x in module.parameters() if x.requires_grad)
-    costs = estimate(traced, config, grid, found, trained_bytes)
-    return Plan(config, grid, device, parameters, fullest, phase, costs, found.memory)
+        return traced(config)
+    runs = (traced(shallow(config, n)) for n in (FEWEST, FEWEST + 1))
+    known = weight_bytes(build(config), config, grid) | {"features": feature_bytes(assumed_batch(config, grid, side))}
+    return extrapolated(*runs, groups, config.data.max_templates, known)
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(x.numel() for x in module.parameters())
+
+
+def launches_by_module(costs: Costs) -> Counter[str]:
+    """Kernels that a step launches."""
+    launches: Counter[str] = Counter()
+    for part, cost in costs.parts.items():
+        launches[part.module] += cost.tally.kernels
+    return launches
 
 
 def weight_bytes(module: nn.Module, config: TrainConfig, grid: Grid) -> dict[str, float]:

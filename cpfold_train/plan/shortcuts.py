@@ -17,13 +17,18 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpfold_train.kernels import attention, by_rows, partial_attention
 from cpfold_train.losses import smooth_lddt
+from cpfold_train.model import confidence_scores
 from cpfold_train.ops import offload, ring_attention, window_attention
 from cpfold_train.parallel import redistribute
+from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.redistribute import Box
 from cpfold_train.parallel.sharding import SharedParameter
+from cpfold_train.plan.batch import CHAINS
+from cpfold_train.plan.tally import Kernel
 from cpfold_train.plan.trace import ELSEWHERE, Tracer
 
 CUEQUIVARIANCE = "cuequivariance_torch"
@@ -49,7 +54,7 @@ def two_blocks_for_all(tracer: Tracer) -> Iterator[None]:
         pairs = next(found)
         yield pairs
         # Without coordinates every row has equally many neighbours.
-        rows = len(pairs[0]) // min(smooth_lddt._NEIGHBOURS, len(truth))
+        rows = len(pairs[0]) // min(smooth_lddt.NEIGHBOURS, len(truth))
         if (left := len(range(first, len(truth), step)) - rows) > 0:
             with tracer.times(left / min(left, rows)):
                 yield next(found)
@@ -144,19 +149,21 @@ def fused_attention(tracer: Tracer) -> Iterator[None]:
         def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
             out, sums = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
             ctx.save_for_backward(q, k, v, bias, out, sums)
-            tracer.kernel(2 * product(q, k), q.dtype, [q, k, v, bias, out, sums])
+            count(2, q, k, [q, k, v, bias, out, sums])
             return out
 
         @staticmethod
         def backward(ctx, grad: Tensor):
             q, k, v, bias, *_ = ctx.saved_tensors
             grads = [torch.empty_like(x) for x in (q, k, v, bias)]
-            tracer.kernel(5 * product(q, k), q.dtype, [*ctx.saved_tensors, grad, *grads])
+            count(5, q, k, [*ctx.saved_tensors, grad, *grads])
             return tuple(grads)
 
-    def product(q: Tensor, k: Tensor) -> int:
-        """Operations of queries times keys."""
-        return 2 * q.numel() * k.shape[-2]
+    def count(products: int, q: Tensor, k: Tensor, moved: list[Tensor]) -> None:
+        """Queries times keys so many times, and the exponential of each score."""
+        scores = q[..., 0].numel() * k.shape[-2]
+        moved_bytes = sum(x.nbytes for x in moved)
+        tracer.kernel(Kernel(products * 2 * scores * q.shape[-1], q.dtype, moved_bytes, scores))
 
     def triangle_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
         return Fused.apply(q, k, v, bias[:, 0])
@@ -169,3 +176,31 @@ def fused_attention(tracer: Tracer) -> Iterator[None]:
         del sys.modules[CUEQUIVARIANCE]
         if before is not None:
             sys.modules[CUEQUIVARIANCE] = before
+
+
+class _Contents(TorchDispatchMode):
+    """Numbers that are read from tensors without contents: a float is the sum of a mask of all tokens, and a whole
+    number the last chain. A mask that picks rows picks all."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self._tokens = tokens
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return float(self._tokens) if args[0].is_floating_point() else CHAINS - 1
+        if func is torch.ops.aten.index.Tensor and any(x is not None and x.dtype == torch.bool for x in args[1]):
+            return args[0].clone()
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def contents_assumed(tokens: int) -> Iterator[None]:
+    """Inside, what is read from tensors is that of the largest sample, proteins without ligands."""
+
+    def frames_of_polymers(x_pred: Tensor, center: Tensor, feats: dict[str, Any], cp: ContextParallel) -> Tensor:
+        return frame_points(x_pred, center, feats | {"mol_type": ()}, cp)
+
+    frame_points = confidence_scores.frame_points
+    with _Contents(tokens), mock.patch.object(confidence_scores, "frame_points", frames_of_polymers):
+        yield

@@ -7,19 +7,21 @@ shapes but no contents, and with torch's fake process group, so messages are cou
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
 
+from cpfold_train.data.batch import ON_HOST
 from cpfold_train.kernels.by_rows import GPU_BLOCK_BYTES, set_block_bytes
 from cpfold_train.memory import LARGE_BYTES
+from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.parallel.context import ContextParallel, fake_world
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.plan.batch import ON_HOST
 from cpfold_train.plan.shortcuts import (
     fused_attention,
     host_is_elsewhere,
@@ -27,7 +29,8 @@ from cpfold_train.plan.shortcuts import (
     two_blocks_for_all,
     weights_come_and_go,
 )
-from cpfold_train.plan.trace import Moment, Phase, Seconds, Tallies, TracedLedger, Tracer
+from cpfold_train.plan.tally import Seconds, Tallies, combined
+from cpfold_train.plan.trace import Moment, Phase, TracedLedger, Tracer
 from cpfold_train.training.check_precision import IN_BF16
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.freeze import choose_trained
@@ -64,35 +67,68 @@ def trace_step(
     seconds: Seconds,
     on_host: bool,
     large_bytes: int = LARGE_BYTES,
+    device: str = "cpu",
 ) -> Trace:
     """One micro-batch and one step of the optimizer, as they are from the second step on.
 
     Args:
-        config: of the run.
+        config: of the run; with kernels that are chosen, not ``auto``.
         grid: with the rank whose step it is.
         batch: its features; see :mod:`cpfold_train.plan.batch`.
         seconds: what a kernel takes.
         on_host: whether it runs on CPU, where memory of small tensors is kept when they are freed.
         large_bytes: size from which on they are not small; see :mod:`cpfold_train.memory`.
+        device: type of the device that the tensors say they are on.
     """
-    chunk_mib = config.memory.chunk_mib
-    block_bytes = int(chunk_mib * 2**20) if chunk_mib else None if on_host else GPU_BLOCK_BYTES
     recycling = min(1, config.model.recycling_steps)
     sampling = min(SAMPLING_STEPS, config.diffusion.sampling_steps)
-    diffusion = replace(config.diffusion, sampling_steps=sampling)
-    module = build(replace(config, diffusion=diffusion))
-    precision = config.trainer.precision
-    if precision == "bf16-true":
+    module = build(replace(config, diffusion=replace(config.diffusion, sampling_steps=sampling)))
+    with without_contents(module, config, grid, seconds, on_host, large_bytes, device) as (cp, tracer):
+        optimizer = keep_between_steps(module, config, tracer)
+        module.trainer = SimpleNamespace(strategy=SimpleNamespace(cp=cp), global_step=0)
+        passes = Passes(tracer, module.model)
+        fed = features(batch, tracer, device)
+        with autocast(config, device):
+            loss = module.micro_batch(fed, recycling)["loss"]
+        if config.parallel.fsdp and config.trainer.accumulate_grad_batches == 1:
+            optimizer.zero_grad()
+        loss.backward()
+        # What the optimizer adds has been counted: it moves weights in place, and its work follows from their number.
+        return passes.trace(recycling, sampling)
+
+
+def build(config: TrainConfig) -> CoFoldingModule:
+    """The module that is trained, on the meta device. Learning rates are those of a run that sets none."""
+    with torch.device("meta"):
+        module = CoFoldingModule(config.model, config.memory, config.optim, config.loss, config.diffusion, config.seed)
+        module.judged = choose_trained(module.model, config.finetune, module.judged)
+    return module
+
+
+@contextmanager
+def without_contents(
+    module: CoFoldingModule,
+    config: TrainConfig,
+    grid: Grid,
+    seconds: Seconds,
+    on_host: bool,
+    large_bytes: int = LARGE_BYTES,
+    device: str = "cpu",
+) -> Iterator[tuple[ContextParallel, Tracer]]:
+    """Inside, the module's weights are on the device, tensors have no contents, other ranks are not there, and all that
+    is done is counted. Arguments are those of :func:`trace_step`."""
+    chunk_mib = config.memory.chunk_mib
+    block_bytes = int(chunk_mib * 2**20) if chunk_mib else None if on_host else GPU_BLOCK_BYTES
+    if config.trainer.precision == "bf16-true":
         module.model.trunk.pair_dtype = torch.bfloat16
-    elif precision == "64-true":
+    elif config.trainer.precision == "64-true":
         module.double()
     tracer = Tracer(seconds, large_bytes if on_host else 0)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
     with (
-        fake_world(grid, config.cp.algorithm, config.kernels) as cp,
+        fake_world(grid, config.cp.algorithm, config.kernels, device) as cp,
         _shared_out(module, cp) if config.parallel.fsdp else nullcontext(),
         _blocks_of(block_bytes),
-        fake,
+        FakeTensorMode(allow_non_fake_inputs=True),
         tracer,
         two_blocks_for_all(tracer),
         # What malloc keeps depends on the size of each message.
@@ -102,61 +138,76 @@ def trace_step(
         nullcontext() if on_host else host_is_elsewhere(tracer),
     ):
         with tracer.category("parameters"):
-            module = module.to_empty(device="cpu")
-        trained = [x for x in module.parameters() if x.requires_grad]
-        with tracer.category("gradients"):
-            # DistributedDataParallel has room for all of them from the start. With FSDP they are there from the step or
-            # the micro-batch before, until they are zeroed.
-            for weight in trained:
-                weight.grad = torch.empty_like(weight)
-        if config.optim.ema_decay:
-            with tracer.category("average"):
-                module.averaged = [torch.empty_like(x) for x in trained]
-        optimizer = module.configure_optimizers()["optimizer"]
-        for group in optimizer.param_groups:
-            # One kernel instead of thousands: what is kept is the same.
-            group["fused"] = True
-        with tracer.category("optimizer"):
-            # A run has the moments from the end of its first step on.
-            optimizer.step()
+            module.to_empty(device=device)
         cp.ledger = TracedLedger(tracer)
-        module.trainer = SimpleNamespace(strategy=SimpleNamespace(cp=cp), global_step=0)
-        tracer.watch(module.model)
-        cycles, samplings = [], []
+        yield cp, tracer
+
+
+def keep_between_steps(module: CoFoldingModule, config: TrainConfig, tracer: Tracer) -> Optimizer:
+    """Make what a run keeps beside its weights from the end of its first step on."""
+    trained = [x for x in module.parameters() if x.requires_grad]
+    with tracer.category("gradients"):
+        # DistributedDataParallel has room for all of them from the start. With FSDP they are there from the step or
+        # the micro-batch before, until they are zeroed.
+        for weight in trained:
+            weight.grad = torch.empty_like(weight)
+    if config.optim.ema_decay:
+        with tracer.category("average"):
+            module.averaged = [torch.empty_like(x) for x in trained]
+    optimizer = module.configure_optimizers()["optimizer"]
+    for group in optimizer.param_groups:
+        # One kernel instead of thousands: what is kept is the same.
+        group["fused"] = True
+    with tracer.category("optimizer"):
+        optimizer.step()
+    return optimizer
+
+
+def features(batch: dict[str, Tensor], tracer: Tracer, device: str) -> dict[str, Tensor]:
+    """What the model is fed with, on the device; counting starts with it."""
+    tracer.reset()
+    with tracer.category("features"):
+        fed = {name: torch.empty_like(x, device=device) for name, x in batch.items() if name != ON_HOST}
+    return fed | {ON_HOST: batch[ON_HOST]}
+
+
+def autocast(config: TrainConfig, device: str) -> AbstractContextManager:
+    """Mixed precision where the run has it."""
+    return torch.autocast(device, torch.bfloat16) if config.trainer.precision in IN_BF16 else nullcontext()
+
+
+class Passes:
+    """Tells passes through the trunk and steps of sampling apart.
+
+    Args:
+        tracer: counts.
+        model: is watched from now on.
+    """
+
+    def __init__(self, tracer: Tracer, model: CoFolding) -> None:
+        self._tracer = tracer
+        self._cycles: list[Tallies] = []
+        self._samplings: list[Tallies] = []
+        tracer.watch(model)
         # What a pass through the trunk begins with, and each step of sampling.
-        module.model.trunk.s_norm.register_forward_pre_hook(lambda *_: cycles.append(tracer.so_far()))
-        module.model.structure_module.score_model.register_forward_pre_hook(
-            lambda *_: None if torch.is_grad_enabled() else samplings.append(tracer.so_far())
+        model.trunk.s_norm.register_forward_pre_hook(lambda *_: self._cycles.append(tracer.so_far()))
+        model.structure_module.score_model.register_forward_pre_hook(
+            lambda *_: None if torch.is_grad_enabled() else self._samplings.append(tracer.so_far())
         )
-        tracer.reset()
-        with tracer.category("features"):
-            fed = {name: torch.empty_like(x, device="cpu") for name, x in batch.items() if name != ON_HOST}
-        fed[ON_HOST] = batch[ON_HOST]
-        with torch.autocast("cpu", torch.bfloat16) if precision in IN_BF16 else nullcontext():
-            loss = module.micro_batch(fed, recycling)["loss"]
-        if config.parallel.fsdp and config.trainer.accumulate_grad_batches == 1:
-            optimizer.zero_grad()
-        loss.backward()
-        # What the optimizer adds has been counted: it moves weights in place, and its work follows from their number.
-        moments, tallies = tracer.moments(), tracer.so_far()
-    # Samples may go through the module in several groups.
-    calls = len(samplings) // sampling if sampling else 0
-    return Trace(
-        moments,
-        tallies,
-        difference(cycles[1], cycles[0]) if recycling else {},
-        recycling,
-        difference(samplings[2 * calls], samplings[calls]) if sampling > 2 and calls else {},
-        sampling,
-    )
 
-
-def build(config: TrainConfig) -> CoFoldingModule:
-    """The module that is trained, on the meta device. Learning rates are those of a run that sets none."""
-    with torch.device("meta"):
-        module = CoFoldingModule(config.model, config.memory, config.optim, config.loss, config.diffusion, config.seed)
-        module.judged = choose_trained(module.model, config.finetune, module.judged)
-    return module
+    def trace(self, recycling: int, sampling: int) -> Trace:
+        """All that was done, with so many recycling passes and steps of sampling."""
+        moments, tallies = self._tracer.moments(), self._tracer.so_far()
+        # Samples may go through the module in several groups.
+        calls = len(self._samplings) // sampling if sampling else 0
+        return Trace(
+            moments,
+            tallies,
+            combined(self._cycles[1], self._cycles[0], -1) if recycling else {},
+            recycling,
+            combined(self._samplings[2 * calls], self._samplings[calls], -1) if sampling > 2 and calls else {},
+            sampling,
+        )
 
 
 @contextmanager
@@ -173,8 +224,3 @@ def _blocks_of(block_bytes: int | None) -> Iterator[None]:
         yield
     finally:
         set_block_bytes(None)
-
-
-def difference(after: Tallies, before: Tallies) -> Tallies:
-    """The work between two moments."""
-    return {module: tally.plus(before[module], -1) if module in before else tally for module, tally in after.items()}

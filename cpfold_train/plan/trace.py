@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from cpfold_train.kernels.work import NAMESPACE, WORK
 from cpfold_train.parallel.ledger import Ledger
+from cpfold_train.plan.tally import Kernel, Part, Seconds, Tallies, Tally
 
 CATEGORIES = (
     "parameters",
@@ -51,53 +53,16 @@ _NO_KERNEL = {
 }
 _PICKING = {"index", "index_select", "gather", "embedding"}
 """Operations that read of their first argument only as much as they return."""
+_EXPONENTIALS = {"exp", "exp_", "_softmax", "sigmoid", "sigmoid_", "silu", "silu_"}
+"""Operations that take one of each element."""
 
 _SCATTER = "c10d::_reduce_scatter_base_"
 _COLLECTIVES = {"c10d::_allgather_base_", _SCATTER}
 
-Seconds = Callable[[float, torch.dtype, float], float]
-"""Time of a kernel from its floating-point operations, their dtype, and the bytes that it reads and writes."""
 Phase = tuple[str, str]
 """The module whose backward pass runs, and the module that is run or recomputed."""
 Moment = dict[tuple[str, str], float]
 """Bytes held by category and by the module that made them."""
-
-
-@dataclass
-class Tally:
-    """Work of one module: kernels, floating-point operations of matrix products by dtype, bytes read and written, the
-    seconds all this takes, bytes that go to the host or come from there, bytes that FSDP sends to gather weights and to
-    share out gradients, and bytes and number of messages by operation of context parallelism."""
-
-    kernels: float = 0
-    flops: Counter[torch.dtype] = field(default_factory=Counter)
-    moved_bytes: float = 0
-    seconds: float = 0
-    host_bytes: float = 0
-    shared_bytes: float = 0
-    sent_bytes: Counter[str] = field(default_factory=Counter)
-    messages: Counter[str] = field(default_factory=Counter)
-
-    def plus(self, other: Tally, times: float = 1) -> Tally:
-        """This and so many times the other."""
-
-        def combined(mine: Counter, theirs: Counter) -> Counter:
-            return Counter({key: mine[key] + times * theirs[key] for key in mine | theirs})
-
-        return Tally(
-            self.kernels + times * other.kernels,
-            combined(self.flops, other.flops),
-            self.moved_bytes + times * other.moved_bytes,
-            self.seconds + times * other.seconds,
-            self.host_bytes + times * other.host_bytes,
-            self.shared_bytes + times * other.shared_bytes,
-            combined(self.sent_bytes, other.sent_bytes),
-            combined(self.messages, other.messages),
-        )
-
-
-Tallies = dict[str, Tally]
-"""Work by module."""
 
 
 class _Place(NamedTuple):
@@ -126,15 +91,16 @@ class Tracer(TorchDispatchMode):
 
     Attributes:
         now: live bytes.
-        tallies: work so far, by module.
+        tallies: work so far, by part of the model.
     """
 
     def __init__(self, seconds: Seconds, large: int) -> None:
         super().__init__()
         self.now = 0
-        self.tallies: defaultdict[str, Tally] = defaultdict(Tally)
+        self.tallies: defaultdict[Part, Tally] = defaultdict(Tally)
         self._seconds, self._large = seconds, large
         self._category, self._modules, self._epoch = "activations", [STEP], 0
+        self._parts = [Part(STEP)]
         self._times, self._copies = 1.0, 1
         self._to_host = False
         self._entries: dict[int, tuple[_Place, int]] = {}
@@ -197,8 +163,14 @@ class Tracer(TorchDispatchMode):
         """A copy of the work done."""
         return copy.deepcopy(dict(self.tallies))
 
+    @property
+    def tally(self) -> Tally:
+        """Of the part that is at work."""
+        return self.tallies[self._parts[-1]]
+
     def watch(self, model: nn.Module) -> None:
-        """Attribute what is done to the modules of ``model``: blocks of stacks, and the modules that hold them."""
+        """Attribute what is done to the modules of ``model``, blocks of stacks and the modules that hold them, and
+        work also to the operation within them: the outermost of the modules that are called there."""
         for name, module in model.named_modules():
             parts = name.split(".")
             inside_block = any(part.isdigit() for part in parts[:-1])
@@ -206,13 +178,20 @@ class Tracer(TorchDispatchMode):
                 label = ".".join(part for part in parts if not part.isdigit())
                 module.register_forward_pre_hook(lambda *_, label=label: self._enter(label))
                 module.register_forward_hook(lambda _, __, out, label=label: self._leave(out, label))
+            elif name:
+                last = max((i for i, part in enumerate(parts) if part.isdigit()), default=1)
+                operation = ".".join(parts[last + 1 :])
+                module.register_forward_pre_hook(lambda *_, name=operation: self._begin(name))
+                module.register_forward_hook(self._end)
 
     def _enter(self, label: str) -> None:
         self._modules.append(label)
+        self._parts.append(Part(label))
         self._enter_phase()
 
     def _leave(self, out: Any, label: str) -> None:
         self._modules.pop()
+        self._parts.pop()
         self._enter_phase()
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
@@ -220,8 +199,31 @@ class Tracer(TorchDispatchMode):
 
     def come_to(self, label: str) -> None:
         """The backward pass comes to a module, or with ``STEP`` out of the model."""
-        self._modules[0] = label
+        self._modules[0], self._parts[0] = label, Part(label)
         self._enter_phase()
+
+    def _begin(self, operation: str) -> None:
+        self._parts.append(self._parts[-1] if self._within else Part(self._modules[-1], operation))
+
+    @property
+    def _within(self) -> bool:
+        """Whether an operation is being called; what the backward pass has come to is none."""
+        return len(self._parts) > 1 and self._parts[-1].operation != ""
+
+    def _end(self, module: nn.Module, args: tuple, out: Any) -> None:
+        part, times = self._parts.pop(), self._times
+        if self._within:
+            return
+        weights = sum(x.nbytes for x in module.parameters())
+        given, made = (sum(x.nbytes for x in tree_iter(some) if isinstance(x, Tensor)) for some in (args, out))
+        self.tallies[part].least_bytes += times * (given + weights + made)
+
+        def turn(_: Tensor) -> None:
+            self._parts[0] = part
+            self.tallies[part].least_bytes += times * (2 * (given + weights) + made)
+
+        if trained := [x for x in tree_iter(out) if isinstance(x, Tensor) and x.requires_grad]:
+            trained[0].register_hook(turn)
 
     def _enter_phase(self) -> None:
         self._note()
@@ -244,7 +246,9 @@ class Tracer(TorchDispatchMode):
         results = list(_tensors((out,)))
         for tensor in results:
             self._count(tensor.untyped_storage())
-        if not func.is_view and (name := func._schema.name.removeprefix("aten::")) not in _NO_KERNEL:
+        if func.namespace == NAMESPACE:
+            self._fused(func, args, kwargs, out)
+        elif not func.is_view and (name := func._schema.name.removeprefix("aten::")) not in _NO_KERNEL:
             self._work(func, name, args, kwargs, out, results)
         return out
 
@@ -252,30 +256,30 @@ class Tracer(TorchDispatchMode):
         tensors = list(_tensors(args))
         if not tensors or not results:
             return
-        count, dtype = flop_registry.get(func._overloadpacket), tensors[0].dtype
+        if self._to_host:
+            self.tally.host_bytes += self._times * sum(x.nbytes for x in results)
+            return
+        count = flop_registry.get(func._overloadpacket)
         flops = count(*args, **kwargs, out_val=out) if count else 0
         picked = results if name in _PICKING else tensors[:1]
-        self.kernel(flops, dtype, [*picked, *tensors[1:], *results])
+        exps = results[0].numel() if name in _EXPONENTIALS else 0
+        moved = sum(x.nbytes for x in (*picked, *tensors[1:], *results))
+        self.kernel(Kernel(flops, tensors[0].dtype, moved, exps))
 
-    def kernel(self, flops: float, dtype: torch.dtype, moved: Sequence[Tensor]) -> None:
-        """Count a kernel.
+    def _fused(self, func, args: tuple, kwargs: dict, out: Any) -> None:
+        """A kernel of this project's: what it does is written beside it."""
+        _, _, name = func._schema.name.rpartition("::")
+        given = [*args, *(kwargs.get(x.name, x.default_value) for x in func._schema.arguments[len(args) :])]
+        told, tensors = WORK[name](*given, out), [*_tensors(given), *_tensors((out,))]
+        moved = sum(x.nbytes for x in tensors) if told.moved_bytes is None else told.moved_bytes
+        dtypes = {x.dtype for x in tensors if x.is_floating_point()} | {x for x in given if isinstance(x, torch.dtype)}
+        # In mixed precision the products are made in the narrowest that the kernel is given.
+        narrowest = min(dtypes, key=lambda dtype: dtype.itemsize)
+        self.kernel(Kernel(told.flops, narrowest, moved, told.exps, told.launches))
 
-        Args:
-            flops: of its matrix products.
-            dtype: in which they are made.
-            moved: what it reads and writes.
-        """
-        moved_bytes = sum(x.nbytes for x in moved)
-        tally, times = self.tallies[self._modules[-1]], self._times
-        if self._to_host:
-            # Read on one side and written on the other.
-            tally.host_bytes += times * moved_bytes / 2
-            return
-        tally.kernels += times
-        if flops:
-            tally.flops[dtype] += times * flops
-        tally.moved_bytes += times * moved_bytes
-        tally.seconds += times * self._seconds(flops, dtype, moved_bytes)
+    def kernel(self, kernel: Kernel) -> None:
+        """Count a kernel."""
+        self.tally.add(kernel, *self._seconds(kernel), self._times)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -292,7 +296,7 @@ class Tracer(TorchDispatchMode):
         if name in _COLLECTIVES:
             # Of FSDP: all else is sent as single messages. What others get of each rank is its part of the whole.
             parts = sorted(x.nbytes for x in tensors)
-            self.tallies[self._modules[-1]].shared_bytes += self._times * (parts[-1] - parts[0])
+            self.tally.shared_bytes += self._times * (parts[-1] - parts[0])
             if name == _SCATTER:
                 self._belongs(tensors[0].untyped_storage(), "gradients")
 
@@ -361,6 +365,6 @@ class TracedLedger(Ledger):
 
     def sent(self, op: str, n_bytes: int, messages: int = 1) -> None:
         super().sent(op, n_bytes, messages)
-        tally, copies = self._tracer.tallies[self._tracer._modules[-1]], self._tracer._copies
+        tally, copies = self._tracer.tally, self._tracer._copies
         tally.sent_bytes[op] += copies * n_bytes
         tally.messages[op] += copies * messages

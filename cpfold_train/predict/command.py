@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from cpfold_train.errors import ConfigError, DataError
+from cpfold_train.kernels.choice import KERNELS, PACKAGES, is_installed
 from cpfold_train.parallel.grid import parse_grid
-from cpfold_train.training.launch import World, is_first_rank, plan_world
+from cpfold_train.training.launch import World, device_here, is_first_rank, plan_world
 
 PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 _TIMEOUT = timedelta(minutes=30)
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--crop", type=int, metavar="N", help="most tokens of an input (default: all of them)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (default: 0)")
     parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="(default: %(default)s)")
+    parser.add_argument("--kernels", choices=KERNELS, default=KERNELS[0], help="as of train.py (default: %(default)s)")
     parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu"), default="auto", help="(default: auto)")
     parser.add_argument("--overwrite", action="store_true", help="predict also what DIR has already")
 
@@ -49,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
         if value is not None and value < low:
             raise ConfigError(f"--{name.replace('_', '-')} {value} is too small: type {low} or more")
     parse_grid(args.grid)
+    _check_kernels(args)
     world = plan_world(args.grid, 1, 1, args.accelerator)
     # Torch and Lightning take seconds to import; a wrong option is to be told at once.
     from cpfold_train.data.queries.inputs import find_queries
@@ -68,6 +71,16 @@ def run(args: argparse.Namespace) -> None:
         _predict(args, world, left)
 
 
+def _check_kernels(args: argparse.Namespace) -> None:
+    """Raise ConfigError for kernels that were asked for and cannot compute this."""
+    if args.kernels in PACKAGES and not is_installed(args.kernels):
+        raise ConfigError(f"--kernels {args.kernels} needs the {PACKAGES[args.kernels]} package: type --kernels auto")
+    if args.kernels in PACKAGES and args.precision == "64-true":
+        raise ConfigError(f"--kernels {args.kernels} has no fp64: type --kernels torch, or --precision 32-true")
+    if args.kernels in PACKAGES and device_here(args.accelerator) == "cpu":
+        raise ConfigError(f"--kernels {args.kernels} needs GPUs: type --kernels auto")
+
+
 def _predict(args: argparse.Namespace, world: World, queries: list[Any]) -> None:
     import lightning.pytorch as pl
     from torch.utils.data import DataLoader
@@ -77,11 +90,14 @@ def _predict(args: argparse.Namespace, world: World, queries: list[Any]) -> None
     from cpfold_train.predict.predictor import Predictor, Queries, Settings
     from cpfold_train.predict.progress import QueryBar
     from cpfold_train.predict.results import Results
+    from cpfold_train.training.gpus import set_up_gpus
     from cpfold_train.training.quiet import quiet_lightning
     from cpfold_train.training.strategy import GridStrategy
 
     quiet_lightning()
     return_large_tensors()
+    if device_here(args.accelerator) == "gpu":
+        set_up_gpus(tf32=False)
     settings = Settings(
         samples=args.samples,
         sampling_steps=args.sampling_steps,
@@ -98,7 +114,7 @@ def _predict(args: argparse.Namespace, world: World, queries: list[Any]) -> None
         devices=world.devices,
         num_nodes=world.num_nodes,
         precision=args.precision,
-        strategy=GridStrategy(grid.rows, grid.cols, 1, _TIMEOUT, "auto", "torch"),
+        strategy=GridStrategy(grid.rows, grid.cols, 1, _TIMEOUT, "auto", args.kernels),
         callbacks=[QueryBar()],
         logger=False,
         enable_checkpointing=False,

@@ -11,7 +11,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from cpfold_train.data.batch import Crop, collate
+from cpfold_train.data.batch import ON_HOST, Crop, collate
+from cpfold_train.data.padding import GPU_MULTIPLE, Padding
 from cpfold_train.data.queries.complex import crop_of
 from cpfold_train.data.queries.inputs import Query
 from cpfold_train.errors import DataError
@@ -84,7 +85,7 @@ class Prepared:
         reason: why it cannot be used.
     """
 
-    def __init__(self, query: Query, crop: Crop | None, feats: dict[str, Tensor], reason: str = "") -> None:
+    def __init__(self, query: Query, crop: Crop | None, feats: dict[str, Any], reason: str = "") -> None:
         self.query, self.crop, self.feats, self.reason = query, crop, feats, reason
 
 
@@ -108,8 +109,9 @@ class Queries(Dataset):
         except DataError as error:
             # All ranks read the same bytes and come to the same answer.
             return Prepared(query, None, {}, str(error))
-        feats = collate([crop], self._strategy.grid)
-        return Prepared(query, crop, {name: value for name, value in feats.items() if isinstance(value, Tensor)})
+        padding = Padding(GPU_MULTIPLE if self._strategy.root_device.type == "cuda" else 1)
+        feats = collate([crop], self._strategy.grid, padding)
+        return Prepared(query, crop, {name: value for name, value in feats.items() if name != "id"})
 
 
 class Predictor(LightningModule):
@@ -127,10 +129,14 @@ class Predictor(LightningModule):
         self._settings, self._writer = settings, writer
 
     def transfer_batch_to_device(self, batch: Prepared, device: torch.device, dataloader_idx: int) -> Prepared:
-        """Also to double precision where the weights are in it."""
+        """All but what stays on the host; also to double precision where the weights are in it."""
         dtype = next(self.model.parameters()).dtype
         double = dtype if dtype == torch.float64 else None
-        feats = {name: x.to(device, double if x.is_floating_point() else None) for name, x in batch.feats.items()}
+
+        def there(x: Tensor) -> Tensor:
+            return x.to(device, double if x.is_floating_point() else None)
+
+        feats = {name: x if name == ON_HOST else there(x) for name, x in batch.feats.items()}
         return Prepared(batch.query, batch.crop, feats, batch.reason)
 
     def predict_step(self, batch: Prepared, batch_idx: int) -> None:
@@ -151,9 +157,10 @@ class Predictor(LightningModule):
             size = f"{len(crop.tokens):,} tokens, {len(crop.atoms.atom):,} atoms"
             raise RuntimeError(f"{query.id} ({size}) failed: {type(error).__name__}: {error}") from error
 
-    def _sample(self, query: Query, crop: Crop, feats: dict[str, Tensor], cp: ContextParallel) -> None:
+    def sampled(self, feats: dict[str, Any], cp: ContextParallel) -> dict[str, Tensor]:
+        """What the model makes of a query's tiles: this rank's part of all samples."""
         s = self._settings
-        out = self.model.predict(
+        return self.model.predict(
             feats,
             cp,
             recycling_steps=s.recycling_steps,
@@ -161,7 +168,10 @@ class Predictor(LightningModule):
             samples=s.samples,
             draws=Draws(feats["sample_key"]),
         )
-        for rank, number in enumerate(_order(out, s.samples, cp)):
+
+    def _sample(self, query: Query, crop: Crop, feats: dict[str, Any], cp: ContextParallel) -> None:
+        out = self.sampled(feats, cp)
+        for rank, number in enumerate(_order(out, self._settings.samples, cp)):
             prediction = collect(out, number, crop, cp)
             if prediction is not None:
                 self._writer.write(query, crop, rank, prediction)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 
 from cpfold_train.data.features import NUM_BINS
 from cpfold_train.data.sampling import open_source
 from cpfold_train.errors import ConfigError
-from cpfold_train.kernels.choice import KERNELS, PACKAGES, is_installed
+from cpfold_train.kernels.choice import INSTALL, KERNELS, PACKAGES, is_installed
 from cpfold_train.model.config import RESIDUALS
 from cpfold_train.parallel.cost import ALGORITHMS
 from cpfold_train.training.boltz_checkpoint import WEIGHTS
@@ -15,6 +17,7 @@ from cpfold_train.training.check_checkpoint import check_checkpoints
 from cpfold_train.training.check_finetune import check_finetune
 from cpfold_train.training.check_precision import IN_BF16, check_precision
 from cpfold_train.training.config import TrainConfig
+from cpfold_train.training.launch import device_here
 from cpfold_train.training.sources import training_sources, validation_source
 
 
@@ -26,6 +29,7 @@ def check(config: TrainConfig) -> None:
         ("batch_size", config.batch_size, 1),
         ("data.max_msa_rows", config.data.max_msa_rows, 1),
         ("data.max_atoms", config.data.max_atoms, 1),
+        ("data.buckets", config.data.buckets, 1),
         ("data.samples_per_epoch", config.data.samples_per_epoch, 1),
         ("data.num_workers", config.data.num_workers, 0),
         ("memory.blocks_at_once", config.memory.blocks_at_once, 1),
@@ -60,6 +64,8 @@ def check(config: TrainConfig) -> None:
     if config.kernels in ("triton", "cuequivariance"):
         _require_installed(config)
     check_kernels(config)
+    if config.compile:
+        _require_compiler(config)
     check_precision(config.trainer)
     _one_of("model.num_bins", config.model.num_bins, (NUM_BINS,))
     atoms = config.model.atoms
@@ -69,6 +75,11 @@ def check(config: TrainConfig) -> None:
     _divides("model.atoms.atom_s", atoms.atom_s, atoms.atom_decoder_heads)
     if config.cp.timeout_s <= 0:
         raise ConfigError(f"cp.timeout_s={config.cp.timeout_s} leaves no time: type a number of seconds above 0")
+    if config.faults.memory_snapshot and device_here(config.trainer.accelerator) != "gpu":
+        raise ConfigError(
+            f"faults.memory_snapshot=true is for a GPU's memory, and trainer.accelerator={config.trainer.accelerator} "
+            "finds none here: type faults.memory_snapshot=false"
+        )
     drawn = config.data.augmentation
     for name, value in (
         ("data.max_bad_share", config.data.max_bad_share),
@@ -86,6 +97,7 @@ def check(config: TrainConfig) -> None:
     _optimizer(config)
     check_finetune(config)
     _crop_schedule(config.data.crop_schedule)
+    _profiled_steps(config.profile.steps)
     for source in training_sources(config.data):
         open_source(source)
     if config.data.val:
@@ -125,12 +137,32 @@ def _crop_schedule(schedule: object) -> None:
             )
 
 
+def _profiled_steps(steps: object) -> None:
+    """Raise ConfigError unless it is None or a first and a last step."""
+    if steps is None:
+        return
+    valid = isinstance(steps, list) and len(steps) == 2 and all(type(step) is int for step in steps)
+    if not valid or not 1 <= steps[0] <= steps[1]:
+        raise ConfigError(
+            f"profile.steps={steps} is not a first and a last step: type for example profile.steps=[10,12]"
+        )
+
+
+def _require_compiler(config: TrainConfig) -> None:
+    """Raise ConfigError where torch.compile finds nothing to compile with."""
+    if config.trainer.accelerator == "cpu":
+        if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+            raise ConfigError("compile=true needs a C++ compiler on CPU: install g++, or type compile=false")
+    elif not is_installed("triton"):
+        raise ConfigError("compile=true needs the triton package on GPUs: type pip install triton, or compile=false")
+
+
 def _require_installed(config: TrainConfig) -> None:
     """Raise ConfigError where kernels that were asked for cannot run on this machine."""
     kernels = config.kernels
     if not is_installed(kernels):
-        how = {"triton": "pip install triton", "cuequivariance": "pip install -e '.[cuequivariance]'"}[kernels]
-        raise ConfigError(f"kernels={kernels} needs the {PACKAGES[kernels]} package: type {how}, or kernels=auto")
+        package, how = PACKAGES[kernels], INSTALL[kernels]
+        raise ConfigError(f"kernels={kernels} needs the {package} package: type {how}, or kernels=auto")
     if config.trainer.accelerator == "cpu":
         raise ConfigError(f"kernels={kernels} needs GPUs: type trainer.accelerator=gpu, or kernels=torch")
 

@@ -50,6 +50,7 @@ class DataConfig:
     max_atoms: int | None = MISSING
     max_msa_rows: int = MISSING
     max_templates: int = MISSING
+    buckets: int | None = MISSING
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     max_bad_share: float = MISSING
     num_workers: int = MISSING
@@ -154,9 +155,18 @@ class CheckpointConfig:
 
 @dataclass
 class FaultsConfig:
-    """``max_skipped`` of 100 steps in a row may be without a finite loss and gradient."""
+    """``max_skipped`` of 100 steps in a row may be without a finite loss and gradient; ``memory_snapshot`` has each
+    rank write at out of memory what its GPU's memory was used for."""
 
     max_skipped: int = MISSING
+    memory_snapshot: bool = MISSING
+
+
+@dataclass
+class ProfileConfig:
+    """``steps``: first and last optimizer step to trace, or None."""
+
+    steps: Any = MISSING
 
 
 @dataclass
@@ -209,7 +219,8 @@ class ParallelConfig:
 
 @dataclass
 class TrainConfig:
-    """One run; ``kernels`` is what computes triangle attention."""
+    """One run; ``kernels`` are those of attention and pair stack, ``compile`` fuses what launches many small ones, and
+    ``tf32`` says how exact fp32 matrix products are on GPUs."""
 
     crop_size: int = MISSING
     batch_size: int = MISSING
@@ -217,6 +228,8 @@ class TrainConfig:
     seed: int = MISSING
     ckpt_path: str | None = MISSING
     kernels: str = MISSING
+    compile: bool = MISSING
+    tf32: bool = MISSING
     cp: ContextParallelConfig = field(default_factory=ContextParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -232,6 +245,7 @@ class TrainConfig:
     early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
     module_statistics: ModuleStatisticsConfig = field(default_factory=ModuleStatisticsConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     @property
     def largest_crop(self) -> int:

@@ -5,19 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule
 
 from cpfold_train.data.batch import PLACEMENTS, Augmentation
 from cpfold_train.data.loader import TileLoader
+from cpfold_train.data.padding import GPU_MULTIPLE
 from cpfold_train.data.sampling import Source
 from cpfold_train.training.config import DataConfig
 from cpfold_train.training.same_samples import check_same_samples
 from cpfold_train.training.sources import training_sources, validation_source
 
-_ON_HOST = ("token_atom_start",)
-"""What says how much each rank sends: read on the host, which would have to wait for a GPU to hand it back."""
-_PLAIN = ("sample_key", "num_tokens", *_ON_HOST)
+_PLAIN = ("sample_key", "num_tokens")
 """Figures of a sample, not features of the model: they stay plain tensors."""
 
 
@@ -60,7 +58,7 @@ class TileData(LightningDataModule):
         return self._loader([validation_source(self._data)], shuffle=False) if self._data.val else []
 
     def _loader(self, sources: list[Source], **settings: Any) -> TileLoader:
-        strategy = self.trainer.strategy
+        strategy, on_gpu = self.trainer.strategy, self.trainer.strategy.root_device.type == "cuda"
         loader = TileLoader(
             sources,
             strategy.cp.grid,
@@ -69,7 +67,9 @@ class TileData(LightningDataModule):
             max_templates=self._data.max_templates,
             max_bad_share=self._data.max_bad_share,
             num_workers=self._data.num_workers,
-            pin_memory=strategy.root_device.type == "cuda",
+            side=GPU_MULTIPLE if on_gpu else 1,
+            buckets=self._data.buckets,
+            pin_memory=on_gpu,
             **self._common,
             **settings,
         )
@@ -80,11 +80,6 @@ class TileData(LightningDataModule):
         """Make sure that all ranks of the replica have come to the same samples."""
         check_same_samples(batch, self.trainer.strategy.cp)
         return batch
-
-    def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, dataloader_idx: int) -> dict:
-        """All but what stays on the host."""
-        on_host = {name: batch.pop(name) for name in _ON_HOST}
-        return super().transfer_batch_to_device(batch, device, dataloader_idx) | on_host
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Name what each rank holds: all features become DTensors, without communication."""

@@ -8,12 +8,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from cpfold_train.errors import RunError
 from cpfold_train.parallel.sharded_checkpoint import remove_unfinished
-from cpfold_train.training.watched import OUT_OF_MEMORY, is_out_of_memory
+from cpfold_train.training.out_of_memory import is_out_of_memory, out_of_memory_sentence
 from cpfold_train.whole_file import disk_full_sentence, is_disk_full, remove_partial_files
+
+FAULTS = "faults"
+"""In the run directory: what ranks have written that failed or waited for too long."""
 
 
 class TellFaults(Callback):
-    """First of the callbacks, so that the others know whose fault it was: an error goes to all ranks.
+    """Before the other callbacks that care for errors, so that the others know whose fault it was: an error goes to all
+    ranks.
 
     Args:
         checkpoints: directory of the checkpoints, which is cleaned of what a killed process left half written.
@@ -43,5 +47,5 @@ def sentence_on(error: Exception, run_dir: Path) -> str | None:
     if is_disk_full(error):
         return disk_full_sentence(run_dir / "metrics.csv")
     if is_out_of_memory(error):
-        return OUT_OF_MEMORY
+        return out_of_memory_sentence(error)
     return None

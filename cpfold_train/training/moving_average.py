@@ -40,9 +40,10 @@ class MovingAverage(Callback):
         self._latest_step = trainer.global_step
         weight = 1 - average_decay(self._updates, self._decay)
         self._updates += 1
-        for name, parameter in _trainable(pl_module).items():
-            average = own_part(self._average[name])
-            average.lerp_(own_part(parameter).to(average.dtype), weight)
+        parameters = _trainable(pl_module)
+        averages = [own_part(self._average[name]) for name in parameters]
+        latest = [own_part(x).to(average.dtype) for x, average in zip(parameters.values(), averages)]
+        torch._foreach_lerp_(averages, latest, weight)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the average in place."""

@@ -65,7 +65,9 @@ def adamw_with_schedule(
     groups = parameter_groups(model, weight_decay, rate_factor)
     for group in groups:
         group["lr"] = lr * group["factor"]
-    optimizer = AdamW(groups, lr=lr, betas=betas, eps=eps)
+    # On GPUs all weights of a group are moved by a few launches.
+    fused = any(parameter.is_cuda for group in groups for parameter in group["params"]) or None
+    optimizer = AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
     return optimizer, LambdaLR(optimizer, factor)
 
 

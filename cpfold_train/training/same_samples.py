@@ -8,12 +8,14 @@ import torch
 
 from cpfold_train.errors import DataError
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.parallel.gather import gather_tensor
+from cpfold_train.parallel.gather import gather_on_hosts
 from cpfold_train.parallel.random import key_of
 
 
 def check_same_samples(batch: dict[str, Any], cp: ContextParallel) -> None:
     """Compare the samples and crops of a batch, eight bytes a rank, before anything is computed from them.
+
+    It is said from host to host: the GPUs may be at work on the batch before.
 
     Ranks choose samples without asking each other. Shards that differ from machine to machine, or bytes that only one
     of them reads wrong, would otherwise mix tiles of different samples without a word.
@@ -23,8 +25,7 @@ def check_same_samples(batch: dict[str, Any], cp: ContextParallel) -> None:
     """
     tokens = [int(index.sum()) for index in batch["residue_index"]]
     key = key_of(*batch["id"], *batch["num_tokens"].tolist(), *tokens)
-    with cp.ledger.standing("comparison of samples"):
-        keys = gather_tensor(torch.tensor([key], device=cp.mesh.device_type), cp.all).flatten().tolist()
+    keys = gather_on_hosts(torch.tensor(key), cp, "comparison of samples")[[*cp.all.ranks]].tolist()
     if len(set(keys)) > 1:
         others = [rank for rank, other in zip(cp.all.ranks, keys) if other != key]
         raise DataError(

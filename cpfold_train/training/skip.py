@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from cpfold_train.errors import RunError
 from cpfold_train.parallel.gather import gather_figures
 from cpfold_train.parallel.sharding import whole
+from cpfold_train.training.out_of_memory import is_out_of_memory
 from cpfold_train.training.restart import OUT_OF_MEMORY_FILE, steps_out_of_memory
-from cpfold_train.training.watched import is_out_of_memory
 
 WINDOW = 100
 """Steps over which skipped ones are counted against the limit."""

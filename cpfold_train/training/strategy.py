@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
 
 from cpfold_train.kernels.choice import Choice, capability_of, choose_kernels
 from cpfold_train.parallel.context import ContextParallel
@@ -16,6 +19,16 @@ from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.sharded_checkpoint import INDEX
 from cpfold_train.training.checkpoint_io import WholeCheckpointIO
 from cpfold_train.training.watched import Watched
+
+
+def leave_out(module: LightningModule, part: str) -> None:
+    """Let ``DistributedDataParallel`` have nothing to do with the parameters of a part that has no loss.
+
+    Its own ``find_unused_parameters`` asks all ranks in each backward pass which parameters had a gradient, and the
+    host waits until the GPU has the answer.
+    """
+    names = [name for name, _ in module.named_parameters() if name.startswith(f"{part}.")]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
 
 class GridStrategy(Watched, DDPStrategy):
@@ -60,6 +73,8 @@ class GridStrategy(Watched, DDPStrategy):
         self.grid = replace(self.grid, rank=self.global_rank)
         device, precision = self.root_device, str(self.precision_plugin.precision)
         self.kernels = choose_kernels(self._kernels, device.type, precision, capability_of(device))
+        if self._kernels == "auto" and self.is_global_zero:
+            print(f"kernels=auto: {self.kernels.name}, because {self.kernels.why}", file=sys.stderr)
         self.cp = ContextParallel(self.grid, device.type, self._timeout, self._algorithm, self.kernels.name)
         self.start_watch()
 

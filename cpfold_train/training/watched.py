@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+from pathlib import Path
 from typing import NoReturn
 
-import torch
-
 from cpfold_train.errors import ConfigError, DataError, RunError
-from cpfold_train.parallel.watch import Watch
+from cpfold_train.parallel.flight_recorder import keep_dumps_in
+from cpfold_train.parallel.watch import GRACE, Watch, abort_exchanges
 from cpfold_train.training.launcher import RankLauncher
+from cpfold_train.training.out_of_memory import is_out_of_memory, out_of_memory_sentence
 from cpfold_train.training.restart import StartAgain
 from cpfold_train.whole_file import is_disk_full
-
-OUT_OF_MEMORY = (
-    "out of memory: the same command with ckpt_path=last goes on and skips the steps noted in out_of_memory.txt; where "
-    "it happens often, or not in a training step, type a smaller crop_size or a larger cp.grid"
-)
 
 
 class Watched:
@@ -26,30 +23,44 @@ class Watched:
     Attributes:
         fault: after a failure, a sentence on the rank that caused it, where that is another one.
         again: what can start the run again after an error, where this process is the one to do so.
+        faults: directory for what ranks write when an exchange takes too long; None where they are to write nothing.
     """
 
     watch: Watch | None = None
     fault: str | None = None
     again: StartAgain | None = None
+    faults: Path | None = None
 
     def _configure_launcher(self) -> None:
         self._launcher = RankLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
+    def setup_distributed(self) -> None:
+        if self.faults is not None and self.root_device.type == "cuda":
+            keep_dumps_in(self.faults)
+        super().setup_distributed()
+
     def start_watch(self) -> None:
         """Let this rank be seen by the others, and learn when one of them fails."""
-        self.watch = Watch(self.cp, self._end_at_once)
+        self.watch = Watch(self.cp, self._end_at_once, self.faults)
 
     def note(self, error: BaseException) -> None:
         """Find out which rank is the cause of an error, and tell the others."""
         if self.watch is None or isinstance(error, SystemExit):
             return
-        self.fault = self.watch.explain(error)
+        # NCCL's buffers too are memory of this rank, whatever the error says of it.
+        self.fault = None if is_out_of_memory(error) else self.watch.explain(error)
         self.watch.report(self.fault or f"rank {self.global_rank} failed: {describe(error)}")
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         if self.watch is not None:
             self.watch.stop()
+        # All that is to be told of an error is written by now. What follows, moving the model to the host and
+        # destroying the process groups, would wait for exchanges with ranks that have failed, or that wait for this
+        # one.
+        if not isinstance(exception, SystemExit) and not abort_exchanges(GRACE):
+            traceback.print_exception(exception)
+            self._end_at_once(self.fault or describe(exception))
         self.launcher.end_ranks()
 
     def teardown(self) -> None:
@@ -58,7 +69,7 @@ class Watched:
         super().teardown()
 
     def _end_at_once(self, fault: str) -> NoReturn:
-        """For a rank that hangs while another has failed."""
+        """For a rank that hangs while another has failed, or cannot leave what it has failed in."""
         print(f"error: rank {self.global_rank} was ended because {fault}", file=sys.stderr, flush=True)
         self.launcher.end_ranks(patience=0.0)
         try:
@@ -73,14 +84,7 @@ def describe(error: BaseException) -> str:
     if isinstance(error, (ConfigError, DataError, RunError)):
         return str(error)
     if is_out_of_memory(error):
-        return OUT_OF_MEMORY
+        return out_of_memory_sentence(error)
     if is_disk_full(error):
         return "the disk is full"
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch, or Python, found no memory on the device or on the host."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )

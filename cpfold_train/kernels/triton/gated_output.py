@@ -1,7 +1,7 @@
 """Triton's kernels of :mod:`cpfold_train.kernels.gated_output`.
 
-x is (B, C, P) and z (B, P, C), P pairs in rows of COLS. Projections are (2 C, C), their biases (2 C,): first those of x,
-then those of the gates, from z.
+x is (B, C, P) and z (B, P, C), P pairs, with a factor for each, (B, P). Projections are (2 C, C), their biases (2 C,):
+first those of x, then those of the gates, from z.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from cpfold_train.kernels.triton.launches import Launch
 from cpfold_train.kernels.triton.tile import Tile, dot_constants, normalise, normalise_backward, parts, sigmoid
 
-FORWARD, BACKWARD, WEIGHTS = Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 2)
+FORWARD, BACKWARD, WEIGHTS = Tile(64, 64, 4, 2), Tile(64, 32, 8, 2), Tile(32, 128, 8, 2)
 WIDE_FORWARD, WIDE_BACKWARD, WIDE_WEIGHTS = Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(32, 32, 8, 1)
 """Products of fp32 have no matrix units to themselves and twice the bytes."""
 
@@ -26,7 +26,6 @@ def forward(
     bias: Tensor,
     factors: Tensor | None,
     residual: bool,
-    cols: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """(B, P, C) in ``dtype``."""
@@ -34,7 +33,7 @@ def forward(
     out = torch.empty_like(z, dtype=dtype)
     tile = WIDE_FORWARD if weight.dtype == torch.float32 else FORWARD
     _forward[triton.cdiv(pairs, tile.pairs), batch](
-        x, z, weight, bias, factors, out, pairs, cols, c, tile.pairs, min(tile.channels, c), residual,
+        x, z, weight, bias, factors, out, pairs, c, tile.pairs, min(tile.channels, c), residual,
         **dot_constants(weight.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out
@@ -48,15 +47,14 @@ def backward(
     bias: Tensor,
     factors: Tensor | None,
     residual: bool,
-    cols: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and z, in their dtypes, and of ``weight`` and ``bias``, in fp32."""
     batch, pairs, c = z.shape
     wide, constants = weight.dtype == torch.float32, dot_constants(weight.dtype)
-    dx, dz = torch.empty_like(x), torch.empty_like(z)
+    dx, dz, normed = torch.empty_like(x), torch.empty_like(z), torch.empty_like(z, dtype=weight.dtype)
     tile = WIDE_BACKWARD if wide else BACKWARD
     _backward[triton.cdiv(pairs, tile.pairs), batch](
-        grad, x, z, weight, bias, factors, dx, dz, pairs, cols, c, tile.pairs, min(tile.channels, c), residual,
+        grad, x, z, weight, bias, factors, dx, dz, normed, pairs, c, tile.pairs, min(tile.channels, c), residual,
         **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     tile = WIDE_WEIGHTS if wide else WEIGHTS
@@ -64,34 +62,36 @@ def backward(
     count = parts(z.device, slices, batch * triton.cdiv(pairs, tile.pairs))
     dweight, dbias = (w.new_empty(count, *w.shape, dtype=torch.float32) for w in (weight, bias))
     _weights[slices, count](
-        grad, x, z, weight, bias, factors, dweight, dbias, batch, pairs, cols, c, tile.pairs, min(tile.channels, c),
+        grad, x, normed, weight, bias, factors, dweight, dbias, batch, pairs, c, tile.pairs, min(tile.channels, c),
         **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return dx, dz, dweight.sum(0), dbias.sum(0)
 
 
 @triton.jit
-def _factor(f_ptr, batch, m, P, COLS):
-    """That of each pair's row; 1 where there are none."""
+def _factors(f_ptr, first, m, inside):
+    """Those of pairs from ``first`` on; 1 where there are none."""
     if f_ptr is None:
         return tl.full(m.shape, 1.0, tl.float32)
     else:
-        return tl.load(f_ptr + batch * (P // COLS) + m // COLS, mask=m < P, other=0.0).to(tl.float32)
+        return tl.load(f_ptr + first + m, mask=inside, other=0.0)
 
 
 @triton.jit
-def _forward(x_ptr, z_ptr, w_ptr, b_ptr, f_ptr, out_ptr, P, COLS, C: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr,
+def _forward(x_ptr, z_ptr, w_ptr, b_ptr, f_ptr, out_ptr, P, C: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr,
              RESIDUAL: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One program: all channels of BM pairs, BO at a time."""
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    c = tl.arange(0, C)
-    batch = tl.program_id(1).to(tl.int64)
-    inside, pair = m[:, None] < P, batch * P + m[:, None]
-    x = tl.load(x_ptr + (batch * C + c[None, :]) * P + m[:, None], mask=inside, other=0.0).to(tl.float32)
-    x, _ = normalise(x, C, 1)
-    z, _ = normalise(tl.load(z_ptr + pair * C + c[None, :], mask=inside, other=0.0).to(tl.float32), C, 1)
+    start, batch = tl.program_id(0) * BM, tl.program_id(1).to(tl.int64)
+    m, c = tl.arange(0, BM), tl.arange(0, C)
+    inside = m[:, None] < P - start
+    x_ptr += batch * C * P + start
+    z_ptr += (batch * P + start) * C
+    out_ptr += (batch * P + start) * C
+    x = tl.load(x_ptr + c[None, :].to(tl.int64) * P + m[:, None], mask=inside, other=0.0)
+    x, _ = normalise(x.to(tl.float32), C, 1)
+    z, _ = normalise(tl.load(z_ptr + m[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32), C, 1)
     x, z = x.to(DOT), z.to(DOT)
-    factor = _factor(f_ptr, batch, m, P, COLS)
+    factor = _factors(f_ptr, batch * P + start, m, m < P - start)
     for first in range(0, C, BO):
         o = first + tl.arange(0, BO)
         wp = tl.load(w_ptr + o[None, :] * C + c[:, None]).to(DOT)
@@ -99,31 +99,39 @@ def _forward(x_ptr, z_ptr, w_ptr, b_ptr, f_ptr, out_ptr, P, COLS, C: tl.constexp
         p = tl.dot(x, wp, input_precision=PRECISION) + tl.load(b_ptr + o)[None, :]
         g = tl.dot(z, wg, input_precision=PRECISION) + tl.load(b_ptr + C + o)[None, :]
         y = p * sigmoid(g) * factor[:, None]
-        at = pair * C + o[None, :]
+        at = m[:, None] * C + o[None, :]
         if RESIDUAL:
             y += tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _backward(dy_ptr, x_ptr, z_ptr, w_ptr, b_ptr, f_ptr, dx_ptr, dz_ptr, P, COLS, C: tl.constexpr, BM: tl.constexpr,
-              BO: tl.constexpr, RESIDUAL: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One program: gradients of x and z of BM pairs; the projections are computed again."""
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    c = tl.arange(0, C)
-    batch = tl.program_id(1).to(tl.int64)
-    inside, pair = m[:, None] < P, batch * P + m[:, None]
-    x_at, z_at = (batch * C + c[None, :]) * P + m[:, None], pair * C + c[None, :]
+def _backward(dy_ptr, x_ptr, z_ptr, w_ptr, b_ptr, f_ptr, dx_ptr, dz_ptr, normed_ptr, P, C: tl.constexpr,
+              BM: tl.constexpr, BO: tl.constexpr, RESIDUAL: tl.constexpr, DOT: tl.constexpr,
+              PRECISION: tl.constexpr):  # fmt: skip
+    """One program: gradients of x and z of BM pairs; the projections are computed again. Also the normalised z, which
+    :func:`_weights` reads: normalised there, both would take more registers than there are."""
+    start, batch = tl.program_id(0) * BM, tl.program_id(1).to(tl.int64)
+    m, c = tl.arange(0, BM), tl.arange(0, C)
+    inside = m[:, None] < P - start
+    x_at, z_at = c[None, :].to(tl.int64) * P + m[:, None], m[:, None] * C + c[None, :]
+    x_ptr += batch * C * P + start
+    dx_ptr += batch * C * P + start
+    z_ptr += (batch * P + start) * C
+    dz_ptr += (batch * P + start) * C
+    dy_ptr += (batch * P + start) * C
+    normed_ptr += (batch * P + start) * C
     x, _ = normalise(tl.load(x_ptr + x_at, mask=inside, other=0.0).to(tl.float32), C, 1)
     z, _ = normalise(tl.load(z_ptr + z_at, mask=inside, other=0.0).to(tl.float32), C, 1)
     x, z = x.to(DOT), z.to(DOT)
-    factor = _factor(f_ptr, batch, m, P, COLS)
+    tl.store(normed_ptr + z_at, z.to(normed_ptr.dtype.element_ty), mask=inside)
+    factor = _factors(f_ptr, batch * P + start, m, m < P - start)
     dx, dz = tl.zeros([BM, C], tl.float32), tl.zeros([BM, C], tl.float32)
     for first in range(0, C, BO):
         o = first + tl.arange(0, BO)
         wp = tl.load(w_ptr + o[:, None] * C + c[None, :]).to(DOT)
         wg = tl.load(w_ptr + (C + o[:, None]) * C + c[None, :]).to(DOT)
-        dy = tl.load(dy_ptr + pair * C + o[None, :], mask=inside, other=0.0).to(tl.float32) * factor[:, None]
+        dy = tl.load(dy_ptr + m[:, None] * C + o[None, :], mask=inside, other=0.0).to(tl.float32) * factor[:, None]
         p = tl.dot(x, tl.trans(wp), input_precision=PRECISION) + tl.load(b_ptr + o)[None, :]
         g = sigmoid(tl.dot(z, tl.trans(wg), input_precision=PRECISION) + tl.load(b_ptr + C + o)[None, :])
         dp = dy * g
@@ -141,14 +149,13 @@ def _backward(dy_ptr, x_ptr, z_ptr, w_ptr, b_ptr, f_ptr, dx_ptr, dz_ptr, P, COLS
 
 
 @triton.jit
-def _weights(dy_ptr, x_ptr, z_ptr, w_ptr, b_ptr, f_ptr, dw_ptr, db_ptr, B, P, COLS, C: tl.constexpr, BM: tl.constexpr,
+def _weights(dy_ptr, x_ptr, normed_ptr, w_ptr, b_ptr, f_ptr, dw_ptr, db_ptr, B, P, C: tl.constexpr, BM: tl.constexpr,
              BO: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One program: gradients of the projections to BO channels, added up over every n-th block of BM pairs.
 
-    The programs of the same blocks are neighbours, so that x and z come from L2 for all of them but one.
+    The programs of the same blocks are neighbours, so that what they share comes from L2 for all of them but one.
     """
-    o = tl.program_id(0) * BO + tl.arange(0, BO)
-    c = tl.arange(0, C)
+    o, m, c = tl.program_id(0) * BO + tl.arange(0, BO), tl.arange(0, BM), tl.arange(0, C)
     at = o[:, None] * C + c[None, :]
     wp, wg = tl.load(w_ptr + at).to(DOT), tl.load(w_ptr + C * C + at).to(DOT)
     bp, bg = tl.load(b_ptr + o), tl.load(b_ptr + C + o)
@@ -156,23 +163,21 @@ def _weights(dy_ptr, x_ptr, z_ptr, w_ptr, b_ptr, f_ptr, dw_ptr, db_ptr, B, P, CO
     dbp, dbg = tl.zeros([BO], tl.float32), tl.zeros([BO], tl.float32)
     blocks = tl.cdiv(P, BM)
     for block in range(tl.program_id(1), B * blocks, tl.num_programs(1)):
-        batch = (block // blocks).to(tl.int64)
-        m = block % blocks * BM + tl.arange(0, BM)
-        inside, pair = m[:, None] < P, batch * P + m[:, None]
-        x = tl.load(x_ptr + (batch * C + c[:, None]) * P + m[None, :], mask=m[None, :] < P, other=0.0)
-        x, _ = normalise(x.to(tl.float32), C, 0)
-        z = tl.load(z_ptr + pair * C + c[None, :], mask=inside, other=0.0)
-        z, _ = normalise(z.to(tl.float32), C, 1)
-        x, z = x.to(DOT), z.to(DOT)
-        dy = tl.load(dy_ptr + pair * C + o[None, :], mask=inside, other=0.0).to(tl.float32)
-        dy = tl.trans(dy * _factor(f_ptr, batch, m, P, COLS)[:, None])
-        p = tl.dot(wp, x, input_precision=PRECISION) + bp[:, None]
+        batch, start = (block // blocks).to(tl.int64), block % blocks * BM
+        inside, first = m < P - start, (batch * P + start) * C
+        x = x_ptr + (batch * C * P + start) + (c[None, :].to(tl.int64) * P + m[:, None])
+        x, _ = normalise(tl.load(x, mask=inside[:, None], other=0.0).to(tl.float32), C, 1)
+        x = x.to(DOT)
+        z = tl.load(normed_ptr + first + (m[:, None] * C + c[None, :]), mask=inside[:, None], other=0.0).to(DOT)
+        dy = tl.load(dy_ptr + first + (m[:, None] * C + o[None, :]), mask=inside[:, None], other=0.0).to(tl.float32)
+        dy = tl.trans(dy * _factors(f_ptr, batch * P + start, m, inside)[:, None])
+        p = tl.dot(wp, tl.trans(x), input_precision=PRECISION) + bp[:, None]
         g = sigmoid(tl.dot(wg, tl.trans(z), input_precision=PRECISION) + bg[:, None])
         dp = dy * g
         dg = dp * p * (1.0 - g)
         dbp += tl.sum(dp, 1)
         dbg += tl.sum(dg, 1)
-        dwp = tl.dot(dp.to(DOT), tl.trans(x), dwp, input_precision=PRECISION)
+        dwp = tl.dot(dp.to(DOT), x, dwp, input_precision=PRECISION)
         dwg = tl.dot(dg.to(DOT), z, dwg, input_precision=PRECISION)
     dw_ptr += tl.program_id(1).to(tl.int64) * 2 * C * C
     db_ptr += tl.program_id(1) * 2 * C
@@ -186,18 +191,16 @@ def _launches() -> list[Launch]:
     """Boltz-2's pairs in bf16-mixed and in bf16, with residual and dropout."""
     found = []
     for z in ("fp32", "bf16"):
-        types = {"x_ptr": "*bf16", "z_ptr": f"*{z}", "w_ptr": "*bf16", "b_ptr": "*fp32", "f_ptr": "*fp32"}
-        types |= {"P": "i32", "COLS": "i32"}
-        grads = {**types, "dy_ptr": f"*{z}"}
-        for name, kernel, tile, of in (
-            ("forward", _forward, FORWARD, {**types, "out_ptr": f"*{z}"}),
-            ("backward", _backward, BACKWARD, {**grads, "dx_ptr": "*bf16", "dz_ptr": f"*{z}"}),
-            ("weights", _weights, WEIGHTS, {**grads, "dw_ptr": "*fp32", "db_ptr": "*fp32", "B": "i32"}),
+        types = {"x_ptr": "*bf16", "w_ptr": "*bf16", "b_ptr": "*fp32", "f_ptr": "*fp32", "P": "i32"}
+        grads = {"dy_ptr": f"*{z}", "dx_ptr": "*bf16", "dz_ptr": f"*{z}", "normed_ptr": "*bf16"}
+        sums = {"dw_ptr": "*fp32", "db_ptr": "*fp32", "B": "i32"}
+        for name, kernel, tile, more, constants in (
+            ("forward", _forward, FORWARD, {"z_ptr": f"*{z}", "out_ptr": f"*{z}"}, {"RESIDUAL": True}),
+            ("backward", _backward, BACKWARD, {"z_ptr": f"*{z}", **grads}, {"RESIDUAL": True}),
+            ("weights", _weights, WEIGHTS, {"dy_ptr": f"*{z}", "normed_ptr": "*bf16", **sums}, {}),
         ):
-            constants = {"C": 128, "BM": tile.pairs, "BO": tile.channels, **dot_constants(torch.bfloat16)}
-            if kernel is not _weights:
-                constants["RESIDUAL"] = True
-            found.append(Launch(f"gated_output {name}, z {z}", kernel, of, constants, *tile[2:]))
+            constants |= {"C": 128, "BM": tile.pairs, "BO": tile.channels, **dot_constants(torch.bfloat16)}
+            found.append(Launch(f"gated_output {name}, z {z}", kernel, types | more, constants, *tile[2:]))
     return found
 
 

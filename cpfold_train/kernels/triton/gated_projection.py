@@ -1,7 +1,7 @@
 """Triton's kernels of :mod:`cpfold_train.kernels.gated_projection`.
 
-z is (B, P, C), the mask (B, P) and what is written (B, OUT, P): P pairs, OUT channels. Projections are (2 OUT, C), their
-biases (2 OUT,): first those of the values, then those of their gates.
+z is (B, P, C), the mask (B, P) and what is written (B, OUT, P): P pairs, OUT channels. Projections are (2 OUT, C),
+their biases (2 OUT,): first those of the values, then those of their gates.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from cpfold_train.kernels.triton.launches import Launch
 from cpfold_train.kernels.triton.tile import Tile, dot_constants, normalise, normalise_backward, parts, sigmoid
 
-FORWARD, BACKWARD, WEIGHTS = Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)
+FORWARD, BACKWARD, WEIGHTS = Tile(128, 32, 8, 3), Tile(64, 32, 4, 2), Tile(32, 64, 4, 3)
 WIDE_FORWARD, WIDE_BACKWARD, WIDE_WEIGHTS = Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(32, 32, 8, 1)
 """Products of fp32 have no matrix units to themselves and twice the bytes."""
 
@@ -57,14 +57,15 @@ def backward(grad: Tensor, z: Tensor, mask: Tensor, weight: Tensor, bias: Tensor
 def _forward(z_ptr, mask_ptr, w_ptr, b_ptr, out_ptr, P, C: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr,
              BO: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One program: all channels of BM pairs, BO at a time."""
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    c = tl.arange(0, C)
-    inside, pair = m < P, tl.program_id(1).to(tl.int64) * P + m
-    z = tl.load(z_ptr + pair[:, None] * C + c[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
-    x, _ = normalise(z, C, 1)
+    start, batch = tl.program_id(0) * BM, tl.program_id(1).to(tl.int64)
+    m, c = tl.arange(0, BM), tl.arange(0, C)
+    inside = m < P - start
+    z_ptr += (batch * P + start) * C
+    out_ptr += batch * OUT * P + start
+    z = tl.load(z_ptr + m[:, None] * C + c[None, :], mask=inside[:, None], other=0.0)
+    x, _ = normalise(z.to(tl.float32), C, 1)
     x = x.to(DOT)
-    keep = tl.load(mask_ptr + pair, mask=inside, other=0.0).to(tl.float32)
-    out_ptr += tl.program_id(1).to(tl.int64) * OUT * P
+    keep = tl.load(mask_ptr + batch * P + start + m, mask=inside, other=0.0).to(tl.float32)
     for first in range(0, OUT, BO):
         o = first + tl.arange(0, BO)
         wp = tl.load(w_ptr + o[None, :] * C + c[:, None]).to(DOT)
@@ -80,14 +81,15 @@ def _forward(z_ptr, mask_ptr, w_ptr, b_ptr, out_ptr, P, C: tl.constexpr, OUT: tl
 def _backward(dy_ptr, z_ptr, mask_ptr, w_ptr, b_ptr, dz_ptr, P, C: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr,
               BO: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One program: gradient of z of BM pairs; the projections are computed again."""
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    c = tl.arange(0, C)
-    inside, pair = m < P, tl.program_id(1).to(tl.int64) * P + m
-    at = pair[:, None] * C + c[None, :]
+    start, batch = tl.program_id(0) * BM, tl.program_id(1).to(tl.int64)
+    m, c = tl.arange(0, BM), tl.arange(0, C)
+    inside, at = m < P - start, m[:, None] * C + c[None, :]
+    z_ptr += (batch * P + start) * C
+    dz_ptr += (batch * P + start) * C
+    dy_ptr += batch * OUT * P + start
     x, _ = normalise(tl.load(z_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32), C, 1)
     x = x.to(DOT)
-    keep = tl.load(mask_ptr + pair, mask=inside, other=0.0).to(tl.float32)
-    dy_ptr += tl.program_id(1).to(tl.int64) * OUT * P
+    keep = tl.load(mask_ptr + batch * P + start + m, mask=inside, other=0.0).to(tl.float32)
     dx = tl.zeros([BM, C], tl.float32)
     for first in range(0, OUT, BO):
         o = first + tl.arange(0, BO)
@@ -113,8 +115,7 @@ def _weights(dy_ptr, z_ptr, mask_ptr, w_ptr, b_ptr, dw_ptr, db_ptr, B, P, C: tl.
 
     The programs of the same blocks are neighbours, so that z comes from L2 for all of them but one.
     """
-    o = tl.program_id(0) * BO + tl.arange(0, BO)
-    c = tl.arange(0, C)
+    o, m, c = tl.program_id(0) * BO + tl.arange(0, BO), tl.arange(0, BM), tl.arange(0, C)
     at = o[:, None] * C + c[None, :]
     wp, wg = tl.load(w_ptr + at).to(DOT), tl.load(w_ptr + OUT * C + at).to(DOT)
     bp, bg = tl.load(b_ptr + o), tl.load(b_ptr + OUT + o)
@@ -122,14 +123,14 @@ def _weights(dy_ptr, z_ptr, mask_ptr, w_ptr, b_ptr, dw_ptr, db_ptr, B, P, C: tl.
     dbp, dbg = tl.zeros([BO], tl.float32), tl.zeros([BO], tl.float32)
     blocks = tl.cdiv(P, BM)
     for block in range(tl.program_id(1), B * blocks, tl.num_programs(1)):
-        batch = (block // blocks).to(tl.int64)
-        m = block % blocks * BM + tl.arange(0, BM)
-        inside = m < P
-        z = tl.load(z_ptr + (batch * P + m[:, None]) * C + c[None, :], mask=inside[:, None], other=0.0)
-        x, _ = normalise(z.to(tl.float32), C, 1)
+        batch, start = (block // blocks).to(tl.int64), block % blocks * BM
+        inside = m < P - start
+        z = z_ptr + (batch * P + start) * C + (m[:, None] * C + c[None, :])
+        x, _ = normalise(tl.load(z, mask=inside[:, None], other=0.0).to(tl.float32), C, 1)
         x = x.to(DOT)
-        keep = tl.load(mask_ptr + batch * P + m, mask=inside, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + (batch * OUT + o[:, None]) * P + m[None, :], mask=inside[None, :], other=0.0)
+        keep = tl.load(mask_ptr + batch * P + start + m, mask=inside, other=0.0).to(tl.float32)
+        dy = dy_ptr + (batch * OUT * P + start) + (o[:, None].to(tl.int64) * P + m[None, :])
+        dy = tl.load(dy, mask=inside[None, :], other=0.0)
         p = tl.dot(wp, tl.trans(x), input_precision=PRECISION) + bp[:, None]
         g = sigmoid(tl.dot(wg, tl.trans(x), input_precision=PRECISION) + bg[:, None])
         dp = dy.to(tl.float32) * keep[None, :] * g

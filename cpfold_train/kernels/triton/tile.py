@@ -44,7 +44,7 @@ def parts(device: torch.device, slices: int, blocks: int) -> int:
 def normalise(x, C: tl.constexpr, AXIS: tl.constexpr):
     """``(x - mean) / sqrt(var + eps)`` over an axis of C channels, and the second factor."""
     x = x - tl.expand_dims(tl.sum(x, AXIS) / C, AXIS)
-    scale = tl.expand_dims(1.0 / tl.sqrt(tl.sum(x * x, AXIS) / C + EPS), AXIS)
+    scale = tl.expand_dims(tl.rsqrt(tl.sum(x * x, AXIS) / C + EPS), AXIS)
     return x * scale, scale
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from cpfold_train.kernels.triton.launches import Launch
 from cpfold_train.kernels.triton.tile import Tile, dot_constants, normalise, normalise_backward, parts, sigmoid
 
-FORWARD, BACKWARD, WEIGHTS = Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 2)
+FORWARD, BACKWARD, WEIGHTS = Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 128, 8, 2)
 WIDE_FORWARD, WIDE_BACKWARD, WIDE_WEIGHTS = Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(32, 32, 8, 1)
 """Products of fp32 have no matrix units to themselves and twice the bytes."""
 
@@ -38,18 +38,19 @@ def backward(
     positions, c = x.shape
     hidden, wide = len(w3), w12.dtype == torch.float32
     constants = dot_constants(w12.dtype)
-    dx = torch.empty_like(x)
+    dx, normed = torch.empty_like(x), torch.empty_like(x, dtype=w12.dtype)
+    cast = grad if grad.dtype == w12.dtype else torch.empty_like(grad, dtype=w12.dtype)
     tile = WIDE_BACKWARD if wide else BACKWARD
     _backward[(triton.cdiv(positions, tile.pairs),)](
-        grad, x, w12, b12, w3, dx, positions, c, hidden, tile.pairs, min(tile.channels, hidden), residual,
-        **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        grad, x, w12, b12, w3, dx, normed, cast, positions, c, hidden, tile.pairs, min(tile.channels, hidden),
+        residual, cast is not grad, **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     tile = WIDE_WEIGHTS if wide else WEIGHTS
     slices = triton.cdiv(hidden, tile.channels)
     count = parts(x.device, slices, triton.cdiv(positions, tile.pairs))
     sums = [w.new_empty(count, *w.shape, dtype=torch.float32) for w in (w12, b12, w3)]
     _weights[slices, count](
-        grad, x, w12, b12, w3, *sums, positions, c, hidden, tile.pairs, min(tile.channels, hidden),
+        cast, normed, w12, b12, w3, *sums, positions, c, hidden, tile.pairs, min(tile.channels, hidden),
         **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return dx, *(x.sum(0) for x in sums)
@@ -59,10 +60,11 @@ def backward(
 def _forward(x_ptr, w_ptr, b_ptr, w3_ptr, out_ptr, P, C: tl.constexpr, H: tl.constexpr, BM: tl.constexpr,
              BH: tl.constexpr, RESIDUAL: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One program: BM positions; the hidden channels come BH at a time and never leave the multiprocessor."""
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    c = tl.arange(0, C)
-    inside = m[:, None] < P
-    at = m[:, None].to(tl.int64) * C + c[None, :]
+    start = tl.program_id(0) * BM
+    m, c = tl.arange(0, BM), tl.arange(0, C)
+    inside, at = m[:, None] < P - start, m[:, None] * C + c[None, :]
+    x_ptr += start.to(tl.int64) * C
+    out_ptr += start.to(tl.int64) * C
     x, _ = normalise(tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32), C, 1)
     x = x.to(DOT)
     out = tl.zeros([BM, C], tl.float32)
@@ -80,16 +82,24 @@ def _forward(x_ptr, w_ptr, b_ptr, w3_ptr, out_ptr, P, C: tl.constexpr, H: tl.con
 
 
 @triton.jit
-def _backward(dy_ptr, x_ptr, w_ptr, b_ptr, w3_ptr, dx_ptr, P, C: tl.constexpr, H: tl.constexpr, BM: tl.constexpr,
-              BH: tl.constexpr, RESIDUAL: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One program: gradient of x at BM positions; the hidden channels are computed again."""
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    c = tl.arange(0, C)
-    inside = m[:, None] < P
-    at = m[:, None].to(tl.int64) * C + c[None, :]
+def _backward(dy_ptr, x_ptr, w_ptr, b_ptr, w3_ptr, dx_ptr, normed_ptr, cast_ptr, P, C: tl.constexpr, H: tl.constexpr,
+              BM: tl.constexpr, BH: tl.constexpr, RESIDUAL: tl.constexpr, CAST: tl.constexpr, DOT: tl.constexpr,
+              PRECISION: tl.constexpr):  # fmt: skip
+    """One program: gradient of x at BM positions; the hidden channels are computed again. Also what :func:`_weights`
+    reads: the normalised x and, where it is in another dtype, dy in that of the products."""
+    start = tl.program_id(0) * BM
+    m, c = tl.arange(0, BM), tl.arange(0, C)
+    inside, at = m[:, None] < P - start, m[:, None] * C + c[None, :]
+    x_ptr += start.to(tl.int64) * C
+    dy_ptr += start.to(tl.int64) * C
+    dx_ptr += start.to(tl.int64) * C
+    normed_ptr += start.to(tl.int64) * C
     x, _ = normalise(tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32), C, 1)
     x = x.to(DOT)
+    tl.store(normed_ptr + at, x.to(normed_ptr.dtype.element_ty), mask=inside)
     dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(DOT)
+    if CAST:
+        tl.store(cast_ptr + start.to(tl.int64) * C + at, dy.to(cast_ptr.dtype.element_ty), mask=inside)
     dx = tl.zeros([BM, C], tl.float32)
     for first in range(0, H, BH):
         h = first + tl.arange(0, BH)
@@ -100,8 +110,9 @@ def _backward(dy_ptr, x_ptr, w_ptr, b_ptr, w3_ptr, dx_ptr, P, C: tl.constexpr, H
         b = tl.dot(x, tl.trans(w2), input_precision=PRECISION) + tl.load(b_ptr + H + h)[None, :]
         du = tl.dot(dy, tl.trans(w3), input_precision=PRECISION)
         s = sigmoid(a)
-        da = du * b * s * (1.0 + a * (1.0 - s))
-        db = du * a * s
+        u = a * s
+        da = du * b * (s + u * (1.0 - s))
+        db = du * u
         dx = tl.dot(da.to(DOT), w1, dx, input_precision=PRECISION)
         dx = tl.dot(db.to(DOT), w2, dx, input_precision=PRECISION)
     # Read once more: kept in registers x and dy would halve the tile.
@@ -113,37 +124,36 @@ def _backward(dy_ptr, x_ptr, w_ptr, b_ptr, w3_ptr, dx_ptr, P, C: tl.constexpr, H
 
 
 @triton.jit
-def _weights(dy_ptr, x_ptr, w_ptr, b_ptr, w3_ptr, dw_ptr, db_ptr, dw3_ptr, P, C: tl.constexpr, H: tl.constexpr,
+def _weights(dy_ptr, normed_ptr, w_ptr, b_ptr, w3_ptr, dw_ptr, db_ptr, dw3_ptr, P, C: tl.constexpr, H: tl.constexpr,
              BM: tl.constexpr, BH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One program: gradients of the weights of BH hidden channels, added up over every n-th block of BM positions.
 
-    The programs of the same blocks are neighbours, so that x and dy come from L2 for all of them but one.
+    The programs of the same blocks are neighbours, so that normalised x and dy come from L2 for all of them but one.
     """
-    h = tl.program_id(0) * BH + tl.arange(0, BH)
-    c = tl.arange(0, C)
+    h, m, c = tl.program_id(0) * BH + tl.arange(0, BH), tl.arange(0, BM), tl.arange(0, C)
     at = h[:, None] * C + c[None, :]
     w1, w2, w3 = tl.load(w_ptr + at).to(DOT), tl.load(w_ptr + H * C + at).to(DOT), tl.load(w3_ptr + at).to(DOT)
     b1, b2 = tl.load(b_ptr + h), tl.load(b_ptr + H + h)
     dw1, dw2, dw3 = tl.zeros([BH, C], tl.float32), tl.zeros([BH, C], tl.float32), tl.zeros([BH, C], tl.float32)
     db1, db2 = tl.zeros([BH], tl.float32), tl.zeros([BH], tl.float32)
     for block in range(tl.program_id(1), tl.cdiv(P, BM), tl.num_programs(1)):
-        m = block * BM + tl.arange(0, BM)
-        inside = m[:, None] < P
-        rows = m[:, None].to(tl.int64) * C + c[None, :]
-        x, _ = normalise(tl.load(x_ptr + rows, mask=inside, other=0.0).to(tl.float32), C, 1)
-        x = x.to(DOT)
-        dy = tl.load(dy_ptr + rows, mask=inside, other=0.0).to(DOT)
+        start = tl.full([], block, tl.int64) * BM * C
+        inside, rows = m[:, None] < P - block * BM, m[:, None] * C + c[None, :]
+        x = tl.load(normed_ptr + start + rows, mask=inside, other=0.0).to(DOT)
+        dy = tl.load(dy_ptr + start + rows, mask=inside, other=0.0).to(DOT)
         a = tl.dot(w1, tl.trans(x), input_precision=PRECISION) + b1[:, None]
         b = tl.dot(w2, tl.trans(x), input_precision=PRECISION) + b2[:, None]
-        du = tl.dot(w3, tl.trans(dy), input_precision=PRECISION)
         s = sigmoid(a)
-        da = du * b * s * (1.0 + a * (1.0 - s))
-        db = du * a * s
-        db1 += tl.sum(da, 1)
-        db2 += tl.sum(db, 1)
-        dw1 = tl.dot(da.to(DOT), x, dw1, input_precision=PRECISION)
-        dw2 = tl.dot(db.to(DOT), x, dw2, input_precision=PRECISION)
-        dw3 = tl.dot((a * s * b).to(DOT), dy, dw3, input_precision=PRECISION)
+        u = a * s
+        # All in the products' dtype, for there are few registers left beside the sums.
+        to_a, to_b = (b * (s + u * (1.0 - s))).to(DOT), u.to(DOT)
+        dw3 = tl.dot((u * b).to(DOT), dy, dw3, input_precision=PRECISION)
+        du = tl.dot(w3, tl.trans(dy), input_precision=PRECISION).to(DOT)
+        da, db = du * to_a, du * to_b
+        db1 += tl.sum(da.to(tl.float32), 1)
+        db2 += tl.sum(db.to(tl.float32), 1)
+        dw1 = tl.dot(da, x, dw1, input_precision=PRECISION)
+        dw2 = tl.dot(db, x, dw2, input_precision=PRECISION)
     part = tl.program_id(1).to(tl.int64)
     tl.store(dw_ptr + part * 2 * H * C + at, dw1)
     tl.store(dw_ptr + part * 2 * H * C + H * C + at, dw2)
@@ -154,21 +164,22 @@ def _weights(dy_ptr, x_ptr, w_ptr, b_ptr, w3_ptr, dw_ptr, db_ptr, dw3_ptr, P, C:
 
 def _launches() -> list[Launch]:
     """Boltz-2's pairs in bf16-mixed and in bf16."""
+    weights = {"w_ptr": "*bf16", "b_ptr": "*fp32", "w3_ptr": "*bf16", "P": "i32"}
+    sizes = {"C": 128, "H": 512, **dot_constants(torch.bfloat16)}
     found = []
     for x in ("fp32", "bf16"):
-        types = {"x_ptr": f"*{x}", "w_ptr": "*bf16", "b_ptr": "*fp32", "w3_ptr": "*bf16", "P": "i32"}
-        grads = {**types, "dy_ptr": f"*{x}"}
-        sums = {"dw_ptr": "*fp32", "db_ptr": "*fp32", "dw3_ptr": "*fp32"}
-        for name, kernel, tile, of in (
-            ("forward", _forward, FORWARD, {**types, "out_ptr": f"*{x}"}),
-            ("backward", _backward, BACKWARD, {**grads, "dx_ptr": f"*{x}"}),
-            ("weights", _weights, WEIGHTS, {**grads, **sums}),
+        types = {**weights, "x_ptr": f"*{x}"}
+        grads = {"dy_ptr": f"*{x}", "dx_ptr": f"*{x}", "normed_ptr": "*bf16", "cast_ptr": "*bf16"}
+        for name, kernel, tile, of, constants in (
+            ("forward", _forward, FORWARD, {**types, "out_ptr": f"*{x}"}, {}),
+            ("backward", _backward, BACKWARD, {**types, **grads}, {"CAST": x == "fp32"}),
         ):
-            constants = {"C": 128, "H": 512, "BM": tile.pairs, "BH": tile.channels, **dot_constants(torch.bfloat16)}
-            if kernel is not _weights:
-                constants["RESIDUAL"] = True
+            constants = {**sizes, **constants, "BM": tile.pairs, "BH": tile.channels, "RESIDUAL": True}
             found.append(Launch(f"transition {name}, x {x}", kernel, of, constants, *tile[2:]))
-    return found
+    of = {**weights, "dy_ptr": "*bf16", "normed_ptr": "*bf16"}
+    of |= {"dw_ptr": "*fp32", "db_ptr": "*fp32", "dw3_ptr": "*fp32"}
+    constants = {**sizes, "BM": WEIGHTS.pairs, "BH": WEIGHTS.channels}
+    return [*found, Launch("transition weights", _weights, of, constants, *WEIGHTS[2:])]
 
 
 LAUNCHES = _launches()

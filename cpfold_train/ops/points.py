@@ -1,0 +1,28 @@
+"""Products of positions and noise levels, which nothing may round.
+
+A matrix product in fp32 may go through TF32 on a GPU (the key ``tf32``), which rounds a coordinate of 100 Angstrom to
+0.06. So there these are calculated component by component, of which there are few.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+def linear_of_points(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear``: (..., k) times the transpose of (c, k), of few components k."""
+    if x.device.type == "cpu":
+        return linear(x, weight, bias)
+    out = by_component(x, weight.T)
+    return out if bias is None else out + bias
+
+
+def turned(points: Tensor, rotation: Tensor) -> Tensor:
+    """(..., n, 3) times (..., 3, 3)."""
+    return points @ rotation if points.device.type == "cpu" else by_component(points, rotation)
+
+
+def by_component(x: Tensor, matrix: Tensor) -> Tensor:
+    """(..., n, k) times (..., k, c) as a sum of k outer products."""
+    return sum(x[..., k, None] * matrix[..., k, None, :] for k in range(matrix.shape[-2]))

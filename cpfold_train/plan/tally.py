@@ -1,0 +1,107 @@
+"""The work of a step, counted by the part of the model that does it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+MATRIX, MEMORY, EXPONENTIALS, LINK, LAUNCHES = "matrix units", "memory", "exponentials", "link", "launches"
+"""What can bound a kernel, or an operation of several."""
+
+Seconds = Callable[["Kernel"], tuple[str, float]]
+"""What bounds a kernel, and its time."""
+
+
+class Kernel(NamedTuple):
+    """One kernel, or the few that an operator starts.
+
+    Attributes:
+        flops: operations of its matrix products.
+        dtype: in which they are made.
+        moved_bytes: read from and written to the device's memory.
+        exps: exponentials.
+        launches: CUDA kernels that it starts.
+    """
+
+    flops: float
+    dtype: torch.dtype
+    moved_bytes: float
+    exps: float = 0.0
+    launches: int = 1
+
+
+class Part(NamedTuple):
+    """A module, all blocks of a stack together, and the operation within it; "" is what its operations do not do."""
+
+    module: str
+    operation: str = ""
+
+
+@dataclass
+class Tally:
+    """What one part does.
+
+    Attributes:
+        kernels: launches.
+        flops: of matrix products, by their dtype.
+        exps: exponentials.
+        moved_bytes: read and written.
+        least_bytes: of these, what no kernel can leave out: arguments and results of the operation, once, and in the
+            backward pass the arguments, the gradient of the result, and the gradients of the arguments.
+        seconds: time of the kernels, by what bounds them.
+        host_bytes: copied to the host or from there.
+        shared_bytes: sent by FSDP to gather weights and to share out gradients.
+        sent_bytes, messages: of context parallelism, by its operation.
+    """
+
+    kernels: float = 0
+    flops: Counter[torch.dtype] = field(default_factory=Counter)
+    exps: float = 0
+    moved_bytes: float = 0
+    least_bytes: float = 0
+    seconds: Counter[str] = field(default_factory=Counter)
+    host_bytes: float = 0
+    shared_bytes: float = 0
+    sent_bytes: Counter[str] = field(default_factory=Counter)
+    messages: Counter[str] = field(default_factory=Counter)
+
+    def add(self, kernel: Kernel, bound: str, seconds: float, times: float) -> None:
+        """Count a kernel so many times, and the seconds that each of them takes."""
+        self.kernels += times * kernel.launches
+        if kernel.flops:
+            self.flops[kernel.dtype] += times * kernel.flops
+        self.exps += times * kernel.exps
+        self.moved_bytes += times * kernel.moved_bytes
+        self.seconds[bound] += times * seconds
+
+    def plus(self, other: Tally, times: float = 1) -> Tally:
+        """This and so many times the other."""
+
+        def combined(mine: float | Counter, theirs: float | Counter) -> float | Counter:
+            if isinstance(mine, Counter):
+                return Counter({key: mine[key] + times * theirs[key] for key in mine.keys() | theirs.keys()})
+            return mine + times * theirs
+
+        return Tally(*(combined(mine, theirs) for mine, theirs in zip(vars(self).values(), vars(other).values())))
+
+
+Tallies = dict[Part, Tally]
+"""Work by part."""
+
+
+def combined(tallies: Tallies, more: Tallies, times: float) -> Tallies:
+    """Part by part the one and so many times the other."""
+    nothing = Tally()
+    return {part: tallies.get(part, nothing).plus(more.get(part, nothing), times) for part in tallies | more}
+
+
+def totals(tallies: Tallies) -> Tally:
+    """All parts together."""
+    total = Tally()
+    for tally in tallies.values():
+        total = total.plus(tally)
+    return total

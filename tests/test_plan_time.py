@@ -1,0 +1,211 @@
+"""What a plan says of time: which device, which kernels, and what bounds them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cpfold_train.devices import DEVICES, Measured, Rates, find_device, kernels_on
+from cpfold_train.errors import ConfigError
+from cpfold_train.kernels import choice
+from cpfold_train.kernels.work import WORK, Work, work
+from cpfold_train.parallel.grid import Grid
+from cpfold_train.plan.estimate import LAUNCH_S, kernel_seconds, part_costs
+from cpfold_train.plan.tally import (
+    EXPONENTIALS,
+    LAUNCHES,
+    LINK,
+    MATRIX,
+    MEMORY,
+    Kernel,
+    Part,
+    Tally,
+    combined,
+    totals,
+)
+from cpfold_train.plan.trace import STEP, Tracer
+
+H100 = DEVICES["h100-80gb"]
+
+
+@torch.library.custom_op("cpfold::test_product", mutates_args=())
+def product(x: Tensor, weight: Tensor, wide: bool = False) -> Tensor:
+    """An operator whose kernel, here two operations of torch's, is not to be counted."""
+    return (x @ weight).exp()
+
+
+@product.register_fake
+def _(x: Tensor, weight: Tensor, wide: bool = False) -> Tensor:
+    return (x.new_empty(len(x), weight.shape[1]) + 1).exp()
+
+
+def seconds_by_name(kernel: Kernel) -> tuple[str, float]:
+    return MEMORY, 1.0
+
+
+@pytest.fixture
+def formula():
+    @work("test_product")
+    def _(x: Tensor, weight: Tensor, wide: bool, out: Tensor) -> Work:
+        assert not wide
+        return Work(2 * x.shape[0] * weight.numel(), out.numel(), None, launches=3)
+
+    yield
+    del WORK["test_product"]
+
+
+def test_an_operator_of_ours_counts_as_it_says_and_what_is_inside_does_not(formula):
+    tracer = Tracer(seconds_by_name, 0)
+    with FakeTensorMode(), tracer:
+        x, weight = torch.empty(5, 7), torch.empty(7, 3, dtype=torch.bfloat16)
+        with tracer.times(4):
+            product(x, weight)
+        (x + 1).sigmoid()
+    tally = totals(tracer.tallies)
+    assert tally.kernels == 4 * 3 + 2
+    # In mixed precision products are made in the narrowest dtype that a kernel gets.
+    assert tally.flops == {torch.bfloat16: 4 * 2 * 5 * 7 * 3}
+    assert tally.exps == 4 * 5 * 3 + 5 * 7
+    assert tally.moved_bytes == 4 * (4 * 5 * 7 + 2 * 7 * 3 + 4 * 5 * 3) + 4 * 5 * 7 * 4
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.wide = nn.Linear(4, 4), Wide()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.wide(self.narrow(x))
+
+
+def test_work_is_counted_by_operation_forward_and_backward():
+    model = nn.Module()
+    model.stack = nn.Module()
+    model.stack.layers = nn.ModuleList([Block(), Block()])
+    tracer = Tracer(seconds_by_name, 0)
+    with FakeTensorMode(allow_non_fake_inputs=True), tracer:
+        model.to_empty(device="cpu")
+        tracer.watch(model)
+        tracer.reset()
+        x = torch.empty(10, 4)
+        for block in model.stack.layers:
+            x = block(x)
+        x.sum().backward()
+    narrow, wide = (tracer.tallies[Part("stack.layers", name)] for name in ("narrow", "wide"))
+    # Autograd is where no gradient of the input is needed.
+    assert sum(narrow.flops.values()) == 2 * 10 * 4 * 4 * (2 + 3)
+    assert sum(wide.flops.values()) == 2 * 10 * 2 * 4 * 8 * (2 + 4)
+    sides, weights = 10 * 4 * 4, 4 * (4 * 4 + 4)
+    assert narrow.least_bytes == 2 * (2 * sides + weights) + 2 * (2 * (sides + weights) + sides)
+    assert {part.module for part in tracer.tallies} == {"stack.layers", STEP}
+    assert Part("stack.layers", "") in tracer.tallies
+
+
+@pytest.mark.parametrize(
+    ("kernel", "bound", "seconds"),
+    [
+        (Kernel(1e12, torch.bfloat16, 1e9), MATRIX, 1e12 / (0.5 * 989e12)),
+        (Kernel(1e12, torch.float32, 1e9), MATRIX, 1e12 / (0.5 * 67e12)),
+        (Kernel(1e12, torch.bfloat16, 1e10), MEMORY, 1e10 / (0.8 * 3350e9)),
+        (Kernel(1e12, torch.bfloat16, 1e9, 1e11), EXPONENTIALS, 1e11 / (0.5 * 16 * 132 * 1.7e9)),
+        (Kernel(0, torch.float32, 100, launches=3), LAUNCHES, 15e-6),
+    ],
+)
+def test_what_takes_longest_bounds_a_kernel(kernel, bound, seconds):
+    found, time = kernel_seconds(H100)(kernel)
+    assert (found, time) == (bound, pytest.approx(seconds))
+    measured = replace(H100, measured=Rates(bf16_flops=1e15, memory_bytes_s=1e15, exp_s=1e14, tf32_flops=4e14))
+    assert kernel_seconds(measured)(Kernel(1e12, torch.bfloat16, 0)) == (MATRIX, pytest.approx(1e-3))
+    assert kernel_seconds(measured, tf32=True)(Kernel(1e12, torch.float32, 0)) == (MATRIX, pytest.approx(2.5e-3))
+    assert kernel_seconds(measured)(Kernel(1e12, torch.float32, 0))[1] == pytest.approx(1e12 / 33.5e12)
+
+
+def test_an_operation_takes_as_long_as_its_kernels_or_their_launches():
+    tally = Tally(kernels=1000, seconds=Counter({MATRIX: 0.02, MEMORY: 0.01}))
+    assert part_costs(tally, Grid(), H100).compute_s == pytest.approx(0.03)
+    assert part_costs(tally, Grid(), H100).bound == MATRIX
+    small = replace(tally, kernels=10_000)
+    assert part_costs(small, Grid(), H100).compute_s == pytest.approx(10_000 * LAUNCH_S)
+    assert part_costs(small, Grid(), H100).bound == LAUNCHES
+    assert part_costs(small, Grid(), replace(H100, measured=Rates(launch_s=1e-6))).bound == MATRIX
+    sending = replace(tally, sent_bytes=Counter({"there": 450e9}))
+    costs = part_costs(sending, Grid(2, 2), H100)
+    assert costs.bound == LINK and costs.seconds - costs.compute_s == pytest.approx(0.5 / 0.8)
+    assert costs.floor_s == pytest.approx(450 / 400)
+
+
+def test_parts_add_up():
+    a, b = {Part("a"): Tally(kernels=1, exps=2)}, {Part("a"): Tally(kernels=3), Part("b"): Tally(exps=5)}
+    both = combined(a, b, 2)
+    assert (both[Part("a")].kernels, both[Part("b")].exps, totals(both).exps) == (7, 10, 12)
+
+
+def test_kernels_are_those_of_the_planned_device_wherever_it_is_planned(monkeypatch):
+    monkeypatch.setattr(choice, "is_installed", lambda name: pytest.fail("nobody has to have it here"))
+
+    def chosen(device: str, precision: str) -> str:
+        return kernels_on(find_device(device, 1), device, "auto", precision).name
+
+    assert [chosen("cpu", p) for p in ("32-true", "bf16-mixed")] == ["torch", "torch"]
+    assert [chosen("h100-80gb", p) for p in ("32-true", "bf16-mixed", "64-true")] == ["triton", "triton", "torch"]
+    assert [chosen("b200-180gb", p) for p in ("32-true", "bf16-mixed")] == ["triton", "cuequivariance"]
+    assert kernels_on(H100, "h100-80gb", "torch", "bf16-mixed") == ("torch", "as asked for")
+
+
+def written(tmp_path, **changes) -> str:
+    """A file as gpu-check writes it."""
+    gpu = Measured("NVIDIA A100-SXM4-40GB", 42_000_000_000, [8, 0])
+    rates = Rates(bf16_flops=2e14, memory_bytes_s=1.3e12, launch_s=8e-6)
+    entries = {"device": asdict(gpu), "rates": asdict(rates), "phases": {"parity": "passed"}} | changes
+    file = tmp_path / "measured.json"
+    file.write_text(json.dumps(entries))
+    return str(file)
+
+
+def test_a_device_is_what_was_measured_on_it(tmp_path):
+    found = find_device(written(tmp_path), 1)
+    assert (found.memory, found.capability) == (42_000_000_000, (8, 0))
+    assert found.measured == Rates(bf16_flops=2e14, memory_bytes_s=1.3e12, launch_s=8e-6)
+    assert "measured on NVIDIA A100-SXM4-40GB" in found.source
+    assert (found.network, found.exps) == (DEVICES["a100-80gb"].network, DEVICES["a100-80gb"].exps)
+    assert kernels_on(found, "measured.json", "auto", "bf16-mixed").name == "triton"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"rates": {"bf16_flops": "fast"}}, 'has bf16_flops: "fast", which cannot be'),
+        ({"rates": {"exp_s": 0}}, "has exp_s: 0, which cannot be"),
+        ({"rates": {"launch_s": True}}, "has launch_s: true"),
+        ({"rates": None}, "is no JSON object with device and rates"),
+        ({"device": {"name": "H100"}}, "has memory_bytes: null"),
+        ({"device": {"name": "H100", "memory_bytes": 1, "capability": "9.0"}}, 'has capability: "9.0"'),
+    ],
+)
+def test_a_wrong_file_is_told(tmp_path, changes, sentence):
+    with pytest.raises(ConfigError, match="type a file that python -m cpfold_train gpu-check has written") as error:
+        find_device(written(tmp_path, **changes), 1)
+    assert sentence in str(error.value)
+
+
+def test_a_file_that_is_none_is_told(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot be read \(No such file or directory\): type"):
+        find_device(str(tmp_path / "none.json"), 1)
+    (tmp_path / "text.json").write_text("H100")
+    with pytest.raises(ConfigError, match="is no JSON object with device and rates: type"):
+        find_device(str(tmp_path / "text.json"), 1)
