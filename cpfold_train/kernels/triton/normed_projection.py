@@ -16,10 +16,10 @@ from torch import Tensor
 from cpfold_train.kernels.triton.launches import Launch
 from cpfold_train.kernels.triton.tile import dot_constants, normalise, normalise_backward, parts
 
-FORWARD = {"BM": 128}, 4, 1
-BACKWARD = {"BM": 64}, 4, 2
+FORWARD = {"BM": 64}, 4, 1
+BACKWARD = {"BM": 32}, 4, 2
 """Positions at a time, warps and stages."""
-PER_PROCESSOR = 4
+PER_PROCESSOR = 3
 """Programs of the backward pass for each multiprocessor."""
 
 
