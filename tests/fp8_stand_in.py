@@ -24,9 +24,9 @@ class Float8CurrentScaling:
 
 
 @contextmanager
-def fp8_autocast(enabled: bool, fp8_recipe: object):
+def autocast(enabled: bool, recipe: object):
     assert enabled
-    active.append(fp8_recipe)
+    active.append(recipe)
     try:
         yield
     finally:
@@ -79,7 +79,7 @@ def install(modules: dict[str, ModuleType] = sys.modules) -> None:
     package, pytorch, common, recipe = (
         ModuleType(f"transformer_engine{name}") for name in ("", ".pytorch", ".common", ".common.recipe")
     )
-    pytorch.Linear, pytorch.fp8_autocast, recipe.Float8CurrentScaling = Linear, fp8_autocast, Float8CurrentScaling
+    pytorch.Linear, pytorch.autocast, recipe.Float8CurrentScaling = Linear, autocast, Float8CurrentScaling
     package.pytorch, package.common, common.recipe = pytorch, common, recipe
     for module in (package, pytorch, common, recipe):
         modules[module.__name__] = module

@@ -103,6 +103,8 @@ def test_recipe_beats_the_defaults_and_the_command_line_beats_the_recipe():
         ("data.train=[nothing/*.tar]", ["nothing/*.tar"]),
         ("crop_size=0", ["crop_size=1"]),
         ("cp.timeout_s=0", ["cp.timeout_s"]),
+        ("profile.steps=[3]", ["profile.steps", "[10,12]"]),
+        ("profile.steps=[3,2]", ["profile.steps", "[10,12]"]),
         ("kernels=fast", ["kernels=auto", "kernels=triton", "kernels=cuequivariance"]),
         ("data.crop_schedule={-1: 48}", ["data.crop_schedule={1000: 768"]),
         ("data.crop_schedule=768", ["data.crop_schedule={1000: 768"]),

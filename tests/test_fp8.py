@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
+from importlib.util import find_spec
+from inspect import signature
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,6 +93,39 @@ def test_a_run(forked_runs, tmp_path, precision):
     calls, backward = map(int, re.search(r"stand-in: (\d+) calls, (\d+) for", process.stdout).groups())
     assert calls > backward > 0 if precision == "transformer-engine" else calls == 0
     assert f"z in {{torch.{'bfloat16' if precision == 'bf16-true' else 'float32'}}}" in process.stdout
+
+
+PACKAGE = find_spec("transformer_engine")
+"""Its Python files install anywhere; they import on machines with its CUDA part only, so they are read."""
+
+
+def definitions(file: str) -> dict[str, ast.AST]:
+    """Functions and classes of a file of the package, by name."""
+    tree = ast.parse((Path(PACKAGE.origin).parent / file).read_text())
+    return {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+def arguments(function: ast.FunctionDef) -> list[str]:
+    return [argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)]
+
+
+@pytest.mark.skipif(PACKAGE is None, reason="transformer-engine is not installed")
+def test_stand_in_has_the_signatures_of_the_package():
+    """The real package takes the arguments that the stand-in takes, and has it where it is imported from."""
+    initial = (Path(PACKAGE.origin).parent / "pytorch/__init__.py").read_text()
+    assert "import Linear\n" in initial and "import autocast\n" in initial
+    autocast = definitions("pytorch/quantization.py")["autocast"]
+    if isinstance(autocast, ast.ClassDef):
+        autocast = next(node for node in autocast.body if getattr(node, "name", "") == "__init__")
+    assert set(signature(fp8_stand_in.autocast).parameters) <= set(arguments(autocast))
+    methods = {
+        node.name: node for node in definitions("pytorch/module/linear.py")["Linear"].body if hasattr(node, "name")
+    }
+    assert set(signature(fp8_stand_in.Linear.__init__).parameters) <= set(arguments(methods["__init__"]))
+    # The weight is looked up by this name when the layer is called, so another can be given for one call.
+    assert arguments(methods["forward"])[:2] == ["self", "inp"]
+    assert "'weight'" in ast.unparse(methods["__init__"])
+    assert "Float8CurrentScaling" in definitions("common/recipe/__init__.py")
 
 
 def test_fp8_that_cannot_run(monkeypatch):

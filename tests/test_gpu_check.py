@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cpfold_train.__main__ import main
+from cpfold_train.devices import find_device
 from cpfold_train.gpu_check import command, exactness
 from cpfold_train.gpu_check.apart import run_apart
 from cpfold_train.gpu_check.phases import PHASES, Phase
@@ -22,7 +23,6 @@ from cpfold_train.gpu_check.step import largest_crop, next_crop
 from cpfold_train.model.config import ModelConfig
 from cpfold_train.parallel import redistribute
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.plan.devices import find_device
 from cpfold_train.testing.cases import CASES
 from cpfold_train.testing.parity import run
 

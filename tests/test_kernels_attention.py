@@ -6,6 +6,7 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,14 +14,19 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpfold_train.kernels import attention_operators
 from cpfold_train.kernels.attention import biased_attention, gated_attention
 from cpfold_train.kernels.attention_operators import Blocks, Tiling
 from cpfold_train.kernels.partial_attention import partial_attention, partial_gradients
-from cpfold_train.kernels.work import WORK
+from cpfold_train.kernels.work import NAMESPACE, WORK
 from cpfold_train.model.pair_stack import TriangleAttentionEndingNode, TriangleAttentionStartingNode
+from cpfold_train.ops import triangle_attention
+from cpfold_train.ops.recompute import recompute
 from cpfold_train.ops.token_attention import token_attention
+from cpfold_train.parallel.context import fake_world
 from cpfold_train.parallel.grid import Grid
 from tests.parity import cut, join, randomise
 
@@ -280,3 +286,29 @@ def test_what_travels_under_autocast_is_normalised_and_in_bf16(ranks):
     rows = N * N // 4 * C_Z
     assert plain - fused == rows * (4 - 2)
     close(found, expected.double(), torch.bfloat16, "update")
+
+
+class Launched(TorchDispatchMode):
+    """Counts calls of this project's operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == NAMESPACE:
+            self.calls[func._schema.name.partition("::")[2]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("node", ["starting", "ending"])
+def test_a_recomputed_block_attends_twice(node):
+    """Forward, and once more where the block is computed again: what that made is kept for the backward pass."""
+    n, c, heads, width = 64, 32, 2, 16
+    sizes = [(c,), (c,), (heads, c), *[(heads * width, c)] * 4, (c, heads * width)]
+    with fake_world(Grid(2, 2), "alltoall", "triton") as cp, FakeTensorMode(), Launched() as launched:
+        w = triangle_attention.Weights(*(torch.empty(size, requires_grad=True) for size in sizes))
+        z = torch.empty(1, n // 2, n // 2, c, requires_grad=True)
+        attend = getattr(triangle_attention, f"triangle_attention_{node}")
+        recompute(attend, z, torch.ones(1, n), w, cp).sum().backward()
+    assert launched.calls["attention"] == 2 * launched.calls["attention_backward"] > 0

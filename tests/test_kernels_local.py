@@ -1,7 +1,7 @@
 """Fused kernels of the pair stack's local parts, run by Triton's interpreter: forward and every gradient.
 
 Each is compared with torch's form in fp64. Errors are relative, of norms: in fp32 those of its rounding; in bf16 a
-few times that of rounding to 8 bits, in part because the interpreter cuts off where GPUs round.
+few times 2 ** -9, because several factors are rounded, and the interpreter cuts off where GPUs round to nearest.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ pytest.importorskip("triton")
 
 B, ROWS, COLS, C, HIDDEN = 2, 5, 13, 32, 128
 """65 pairs a sample: neither a multiple of a block nor of half of one."""
-BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
+BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 """Relative error of outputs and gradients, by dtype of the products."""
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cpfold_train.devices import DEVICES, Measured, Rates, find_device, kernels_on
 from cpfold_train.errors import ConfigError
 from cpfold_train.kernels import choice
 from cpfold_train.kernels.work import WORK, Work, work
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.plan.devices import DEVICES, Measured, Rates, find_device, kernels_on
 from cpfold_train.plan.estimate import LAUNCH_S, kernel_seconds, part_costs
 from cpfold_train.plan.tally import (
     EXPONENTIALS,

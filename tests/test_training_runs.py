@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import shutil
@@ -105,7 +106,7 @@ def run_dir_2x2(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows_2x2(run_dir_2x2) -> list[dict[str, str]]:
-    return finished("cp.grid=2x2", run_dir=run_dir_2x2)
+    return finished("cp.grid=2x2", "profile.steps=[3,3]", run_dir=run_dir_2x2)
 
 
 def test_run_directory(rows_2x2, run_dir_2x2):
@@ -126,9 +127,25 @@ def test_run_directory(rows_2x2, run_dir_2x2):
     expected = {"status": "completed", "steps": 4, "grid": "2x2", "dp": 1, "world_size": 4, "seed": 0}
     assert {key: result[key] for key in expected} == expected
     assert result["last_losses"] == losses
+    assert result["kernels"] == "torch"
     for name in ("peak_memory_mib", "peak_memory_above_baseline_mib", "sent_mib", "exposed_comm_s"):
         assert len(result[name]) == 4
         assert min(result[name]) > 0
+
+
+def test_throughput_is_logged(rows_2x2):
+    """A rank's part of the tokens and of the arithmetic, by the time of the step. The peak of a CPU is not known."""
+    for row in rows_2x2[1:]:
+        assert float(row["tokens_per_s"]) == pytest.approx(float(row["tokens"]) / 4 / float(row["step_s"]))
+        assert float(row["tflops"]) > 0 and row["mfu"] == ""
+
+
+def test_profiled_step_has_a_trace_of_each_rank(rows_2x2, run_dir_2x2):
+    for rank in range(4):
+        with gzip.open(run_dir_2x2 / "profile" / f"rank{rank}.json.gz") as file:
+            names = {event.get("name") for event in json.load(file)["traceEvents"]}
+        # Matrix products of the forward pass, and the optimizer of the one step.
+        assert {"aten::mm", "Optimizer.step#AdamW.step"} <= names
 
 
 @pytest.mark.parametrize(("grid", "ranks"), [("1x1", 1), ("3x1", 3)])

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch.distributed.flight_recorder.components.loader import read_dir
 
 from cpfold_train.parallel import flight_recorder, watch
-from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.parallel.context import Axis, ContextParallel
 from cpfold_train.parallel.grid import Grid
+from cpfold_train.parallel.ledger import Ledger
 from cpfold_train.parallel.meeting import listen
 from cpfold_train.training import out_of_memory
 from cpfold_train.training.fault import sentence_on
@@ -82,6 +83,27 @@ def test_a_rank_that_waits_on_its_device_for_too_long(tmp_path, stands_in):
     assert files == {"nccl_trace_rank_0", "nccl_trace_rank_1"}
     dumps, _ = read_dir(SimpleNamespace(prefix=flight_recorder.PREFIX, trace_dir=str(folder)))
     assert {dump["rank"] for dump in dumps.values()} == {0, 1}, "torch's own analyser reads them"
+
+
+def sign(rank: int, waiting: bool, there_s: float, completed: int) -> watch.Sign:
+    return watch.Sign(rank, 0.5, "an_op", waiting, there_s, completed, completed + waiting)
+
+
+@pytest.mark.parametrize(
+    ("signs", "rank"),
+    [
+        ([sign(1, True, 9.0, 7), sign(2, False, 20.0, 7), sign(3, False, 1.0, 9)], 2),
+        ([sign(1, True, 9.0, 7), sign(2, True, 20.0, 5), sign(3, True, 1.0, 6)], 3),
+    ],
+)
+def test_who_holds_up_the_others(monkeypatch, signs, rank):
+    """One at work; where all wait, one of the same replica, here ranks 0, 1 and 3, that has come less far."""
+    monkeypatch.setattr(watch.dist, "get_backend", lambda: "nccl")
+    all_ranks = Axis("cp", 3, 0, (0, 1, 3), None)
+    cp = SimpleNamespace(
+        grid=Grid(), ledger=Ledger(), all=all_ranks, timeout=timedelta(1), mesh=SimpleNamespace(device_type="cpu")
+    )
+    assert watch.Watch(cp, pytest.fail, None)._who_holds_up(signs).rank == rank
 
 
 def entry(name: str, state: str, group: tuple[str, str] = ("0", "default_pg")) -> dict:

@@ -43,7 +43,7 @@ def look(record: Record, scope: Scope) -> None:
 
 
 def described(device: torch.device) -> dict[str, Any]:
-    """A device as :mod:`cpfold_train.plan.devices` reads it, and some more."""
+    """A device as :mod:`cpfold_train.devices` reads it, and some more."""
     if device.type == "cpu":
         return {"name": "cpu", "memory_bytes": psutil.virtual_memory().total, "capability": [0, 0], "count": 1}
     found = torch.cuda.get_device_properties(device)

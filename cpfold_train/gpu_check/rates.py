@@ -1,6 +1,6 @@
 """What the card reaches: memory, matrix products, exponentials, launches and links.
 
-The rates are those that ``plan device=FILE.json`` takes; see :mod:`cpfold_train.plan.devices`.
+The rates are those that ``plan device=FILE.json`` takes; see :mod:`cpfold_train.devices`.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpfold_train.kernels.by_rows import by_rows, rows_per_block
+from cpfold_train.kernels.regions import region
 from cpfold_train.model.config import AtomConfig
 from cpfold_train.model.constants import NUM_ELEMENTS, NUM_NAME_CHARACTERS, NUM_NAME_CODES
 from cpfold_train.model.layers import linear, normed_linear, without_autocast
@@ -113,12 +114,14 @@ class AtomEncoder(nn.Module):
         return by_rows(function, windows, inputs, [layer.weight for layer in weights])
 
 
+@region
 def _pair_terms(q: Tensor, k: Tensor, *weights: Tensor) -> Tensor:
     """Windows (B, w, 32, 5 + atom_z) of position, residue, mask and projection, and keys (B, w, 5 + atom_z, 128), to
     (B, w, 32, 128, atom_z)."""
     return _refined(_offsets(q, k, *weights[:3]) + _of_each(q, k), *weights[3:])
 
 
+@region
 def _pair_terms_with_tokens(q: Tensor, k: Tensor, pairs: Tensor, *weights: Tensor) -> Tensor:
     """As :func:`_pair_terms`, with one more term."""
     return _refined(_offsets(q, k, *weights[:3]) + pairs + _of_each(q, k), *weights[3:])

@@ -19,7 +19,8 @@ class MemoryConfig:
         recompute_updates: of a block that is recomputed keep z and m before each of their updates, and recompute each
             update once more.
         residual: ``fp32``, or ``bf16`` for z between blocks.
-        offload: keep z and m between blocks in the memory of the host.
+        offload: keep z and m between blocks in the memory of the host; None, which a run decides by their size, does
+            not.
         chunk_mib: size of the widest intermediate of what is computed a few rows at a time; None is 4 on CPU and 256
             on GPUs.
         samples_at_once: diffusion samples that go through the diffusion module together; None is all.
@@ -30,7 +31,7 @@ class MemoryConfig:
     blocks_at_once: int = 1
     recompute_updates: bool = False
     residual: str = "fp32"
-    offload: bool = False
+    offload: bool | None = None
     chunk_mib: float | None = None
     samples_at_once: int | None = None
 

@@ -5,17 +5,20 @@ AlphaFold 3, Algorithm 16, as Boltz-2 runs it (``boltz/model/modules/trunkv2.py`
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpfold_train.kernels.by_rows import by_rows, rows_per_block
+from cpfold_train.kernels.fused import product_dtype
 from cpfold_train.kernels.layer_norm import layer_norm
 from cpfold_train.model.config import MemoryConfig, TemplateConfig
 from cpfold_train.model.constants import NUM_TOKENS
 from cpfold_train.model.layers import linear, without_autocast
 from cpfold_train.model.pair_stack import PairStack
-from cpfold_train.ops.recompute import recompute
+from cpfold_train.ops.recompute import call, recompute
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.random import Draws
 
@@ -84,9 +87,13 @@ class TemplateV2Module(nn.Module):
     ) -> Tensor:
         """Tile (B, N/R, N/C, template_dim) of one template of each sample, whose features are (B, N, ...)."""
         v = self._embed(z, template, cp)
-        update = v
-        for i, block in enumerate(self.pairformer.layers):
-            update = block.update_pairs(update, token_mask, cp, None if draws is None else draws.at("block", i))
+        update, blocks = v, self.pairformer.layers
+        # Blocks that together are no wider than z hold no more than one of the Pairformer: the template's own
+        # recomputation is enough. Of more blocks each is computed once more.
+        run = recompute if self.memory.recompute and len(blocks) * v.shape[-1] > z.shape[-1] else call
+        for i, block in enumerate(blocks):
+            at = None if draws is None else draws.at("block", i)
+            update = run(block.update_pairs, update, token_mask, cp, at)
         return layer_norm(v + update, self.v_norm.weight, self.v_norm.bias, cp.kernels, z.dtype)
 
     def _embed(self, z: Tensor, template: dict[str, Tensor], cp: ContextParallel) -> Tensor:
@@ -97,10 +104,12 @@ class TemplateV2Module(nn.Module):
         j = (template[name][:, cols] for name in (*self.ROW_FEATURES, "template_frame_rot", "template_frame_t"))
         weights = self.z_norm.weight, self.z_norm.bias, self.z_proj.weight, self.a_proj.weight
         row_bytes = z[:, :1].numel() * max(4, z.element_size())
-        return by_rows(self._embed_rows, rows_per_block(row_bytes, z.device), (z, *i), (*weights, *j))
+        embed = partial(self._embed_rows, cp.kernels)
+        return by_rows(embed, rows_per_block(row_bytes, z.device), (z, *i), (*weights, *j))
 
     def _embed_rows(
         self,
+        kernels: str,
         z: Tensor,
         type_i: Tensor,
         cb_i: Tensor,
@@ -121,7 +130,7 @@ class TemplateV2Module(nn.Module):
         origin_j: Tensor,
     ) -> Tensor:
         """Rows (B, r, N/C, token_z) and the features of their tokens (B, r, ...) and of the columns' (B, N/C, ...)."""
-        x = F.linear(F.layer_norm(z, norm_weight.shape, norm_weight, norm_bias), z_proj)
+        x = F.linear(layer_norm(z, norm_weight, norm_bias, kernels, product_dtype(z)), z_proj)
         with without_autocast(z):
             by_bin, by_cb, by_sign, by_frame, by_type_i, by_type_j = a_proj.T.split(
                 [self.NUM_BINS, 1, 3, 1, NUM_TOKENS, NUM_TOKENS]

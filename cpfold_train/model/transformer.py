@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpfold_train.kernels.by_rows import by_rows, rows_per_block
+from cpfold_train.kernels.regions import region
 from cpfold_train.model.layers import linear
 from cpfold_train.ops.recompute import recompute
 
@@ -54,11 +55,9 @@ class AttentionPairBias(nn.Module):
 
     def forward(self, s: Tensor, bias: Tensor, attend: Attend) -> Tensor:
         """Update (B*M, n, c_s) of this rank's share ``s``; ``bias`` is what ``attend`` takes."""
-        q, k, v = (
-            project(s).unflatten(-1, (self.num_heads, -1)) for project in (self.proj_q, self.proj_k, self.proj_v)
-        )
-        o = attend(q * q.shape[-1] ** -0.5, k, v, bias)
-        return self.proj_o(self.proj_g(s).sigmoid() * o.flatten(-2))
+        weights = self.proj_q.weight, self.proj_q.bias, self.proj_k.weight, self.proj_v.weight, self.proj_g.weight
+        q, k, v, gate = _projections(s, self.num_heads, *weights)
+        return _gated_projection(attend(q, k, v, bias), gate, self.proj_o.weight)
 
 
 class ConditionedTransitionBlock(nn.Module):
@@ -99,7 +98,8 @@ class DiffusionTransformerLayer(nn.Module):
     def forward(self, a: Tensor, s: Tensor, bias: Tensor, attend: Attend) -> Tensor:
         """New ``a``; shapes as :meth:`DiffusionTransformer.forward`."""
         update = self.pair_bias_attn(self.adaln(a, s), bias, attend)
-        a = a + self.output_projection_linear(s).sigmoid() * update
+        gate = self.output_projection_linear
+        a = _add_gated(a, s, update, gate.weight, gate.bias)
         return a + self.transition(a, s)
 
 
@@ -139,6 +139,26 @@ def _output_gate(dim_single_cond: int, dim: int) -> nn.Linear:
     return gate
 
 
+@region
+def _projections(
+    s: Tensor, heads: int, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor, v_weight: Tensor, gate_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scaled queries, keys and values (B*M, n, h, d), and gates (B*M, n, h d)."""
+    q, k, v = (F.linear(s, *w).unflatten(-1, (heads, -1)) for w in ((q_weight, q_bias), (k_weight,), (v_weight,)))
+    return q * q.shape[-1] ** -0.5, k, v, F.linear(s, gate_weight).sigmoid()
+
+
+@region
+def _gated_projection(o: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(gate * o.flatten(-2), weight)
+
+
+@region
+def _add_gated(a: Tensor, s: Tensor, update: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return a + F.linear(s, weight, bias).sigmoid() * update
+
+
+@region
 def _adaptive_norm(
     a: Tensor, s: Tensor, norm_weight: Tensor, scale_weight: Tensor, scale_bias: Tensor, shift_weight: Tensor
 ) -> Tensor:
@@ -146,6 +166,7 @@ def _adaptive_norm(
     return F.linear(s, scale_weight, scale_bias).sigmoid() * F.layer_norm(a, a.shape[-1:]) + F.linear(s, shift_weight)
 
 
+@region
 def _transition(
     a: Tensor,
     s: Tensor,

@@ -20,9 +20,9 @@ from cpfold_train.kernels.pair_weighted_averaging import (
 )
 from cpfold_train.ops.stream import stream
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.parallel.grid import Interval, split
-from cpfold_train.parallel.layouts import bands_of_tile_cols, row_bands, tiles, with_dim
-from cpfold_train.parallel.redistribute import Layout, Route
+from cpfold_train.parallel.grid import split
+from cpfold_train.parallel.layouts import bands_of_tile_cols, row_bands, tiles
+from cpfold_train.parallel.redistribute import Route
 
 
 def pair_weighted_averaging(v: Tensor, logits: Tensor, key_mask: Tensor, cp: ContextParallel) -> Tensor:
@@ -45,21 +45,16 @@ def pair_weighted_averaging(v: Tensor, logits: Tensor, key_mask: Tensor, cp: Con
         head_bytes = keys * (v.shape[2] + v.shape[1] * v.shape[4]) * v.element_size()
     else:
         head_bytes = keys * v.shape[2] * max(4, logits.element_size())
-    groups = split(heads, -(-heads // rows_per_block(head_bytes, v.device)))
-    logits_has, logits_wants = tiles(cp.grid, n, n), bands_of_tile_cols(cp.grid, n)
-    v_has, v_wants = tiles(cp.grid, s, n), row_bands(cp.grid, s, n)
-
-    def route(dims: tuple[int, ...], has: Layout, wants: Layout, group: Interval) -> Route:
-        every, some = ((0, heads),) * cp.all.size, (group,) * cp.all.size
-        return Route(cp, cp.all, dims, with_dim(every, has), with_dim(some, wants), op)
-
+    groups = [slice(*group) for group in split(heads, -(-heads // rows_per_block(head_bytes, v.device)))]
     # Values arrive with all that one token has side by side, as the product takes them.
-    routes = [
-        [route((1, 2, 3), logits_has, logits_wants, group), route((1, 3, 2), v_has, v_wants, group)] for group in groups
-    ]
+    moves = (
+        ((2, 3), tiles(cp.grid, n, n), bands_of_tile_cols(cp.grid, n)),
+        ((3, 2), tiles(cp.grid, s, n), row_bands(cp.grid, s, n)),
+    )
+    routes = [[Route(cp, cp.all, dims, has, wants, op) for dims, has, wants in moves] for _ in groups]
     sources = logits.permute(0, 3, 1, 2), v.permute(0, 3, 2, 1, 4)
     average, gradients = (_fused_average, _fused_gradients) if fused else (_average, None)
-    o = stream(average, routes, (key_mask,), sources, dim=1, gradients=gradients)
+    o = stream(average, routes, (key_mask,), sources, dim=1, gradients=gradients, parts=groups)
     return o.permute(0, 3, 2, 1, 4)
 
 

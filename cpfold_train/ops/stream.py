@@ -29,6 +29,7 @@ def stream(
     inputs: Sequence[Tensor] = (),
     rows: int = 1,
     gradients: Gradients | None = None,
+    parts: Sequence[slice] | None = None,
 ) -> Tensor:
     """``step(k, *inputs, *shared, *pieces_k)`` for k = 0, 1, ..., added up or joined.
 
@@ -42,12 +43,14 @@ def stream(
         rows: how many of them a step gets at a time, as in :func:`~cpfold_train.kernels.by_rows.by_rows`.
         gradients: where ``step`` is not differentiable, ``gradients(k, grad, *shared, *pieces_k)``, a gradient or None
             for each of the tensors. Without it a step is computed again in the backward pass.
+        parts: where each step takes a part of dim 1 of all sources, and no two steps the same, these parts; the routes
+            are those of the parts.
 
     Returns:
         The sum, or the parts joined along ``dim``.
     """
     counts = len(inputs), len(shared)
-    return _Stream.apply(step, gradients, routes, dim, rows, counts, *inputs, *shared, *sources)
+    return _Stream.apply(step, gradients, routes, parts, dim, rows, counts, *inputs, *shared, *sources)
 
 
 class _Stream(torch.autograd.Function):
@@ -57,17 +60,19 @@ class _Stream(torch.autograd.Function):
         step: Step,
         gradients: Gradients | None,
         routes,
+        source_parts: Sequence[slice] | None,
         dim: int | None,
         rows: int,
         counts: tuple[int, int],
         *tensors: Tensor,
     ):
-        ctx.step, ctx.gradients, ctx.routes, ctx.dim, ctx.rows, ctx.counts = step, gradients, routes, dim, rows, counts
+        ctx.step, ctx.gradients, ctx.routes, ctx.parts = step, gradients, routes, source_parts
+        ctx.dim, ctx.rows, ctx.counts = dim, rows, counts
         ctx.save_for_backward(*tensors)
         ctx.autocast = autocast_state(tensors[0].device)
         inputs, shared, sources = _groups(tensors, counts)
         parts: list[Tensor] = []
-        for k, pieces in enumerate(pieces_in_turn(routes, sources)):
+        for k, pieces in enumerate(pieces_in_turn(routes, sources, source_parts)):
             part = in_blocks(partial(step, k), rows, inputs, (*shared, *pieces))
             dtype = part.dtype
             if dim is None and parts:
@@ -85,14 +90,19 @@ class _Stream(torch.autograd.Function):
         tensors = ctx.saved_tensors
         inputs, shared, sources = _groups(tensors, ctx.counts)
         local = len(inputs) + len(shared)
-        needs = ctx.needs_input_grad[6:]
+        needs = ctx.needs_input_grad[7:]
         needed = [i for i, need in enumerate(needs) if need]
-        # Sums over many pieces: in bf16 they would stop growing.
-        wide = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if need else None
-                for x, need in zip(tensors, needs)]  # fmt: skip
+        once = len(ctx.routes) == 1 or ctx.parts is not None
+
+        def start(i: int, x: Tensor) -> Tensor:
+            # Sums over many pieces: in bf16 they would stop growing.
+            summed = i < local or not once
+            return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32) if summed else x.dtype)
+
+        wide = [start(i, x) if need else None for i, (x, need) in enumerate(zip(tensors, needs))]
         grads = [grad] * len(ctx.routes) if ctx.dim is None else grad.split(ctx.sizes, ctx.dim)
         returning: list[Returning] = []
-        turns = zip(ctx.routes, pieces_in_turn(ctx.routes, sources), grads)
+        turns = zip(ctx.routes, pieces_in_turn(ctx.routes, sources, ctx.parts), grads)
         for k, (here, pieces, part_grad) in enumerate(turns):
             back: dict[int, Tensor] = {}
             if ctx.gradients is None:
@@ -113,14 +123,16 @@ class _Stream(torch.autograd.Function):
                     elif i in back:
                         back[i] += g
                     else:
-                        back[i] = g.to(wide[i].dtype)
+                        # Of one block it is the whole, of several the first addend.
+                        back[i] = g if inputs == () else g.to(torch.promote_types(g.dtype, torch.float32))
             collect(returning)
-            returning = [(here[i - local], g.to(tensors[i].dtype), wide[i]) for i, g in back.items()]
+            part = slice(None) if ctx.parts is None else ctx.parts[k]
+            returning = [(here[i - local], g.to(tensors[i].dtype), wide[i][:, part]) for i, g in back.items()]
             give_back(returning)
             # None of it may live on beside the next step's.
             del pieces, blocks, back
         collect(returning)
-        return *(None,) * 6, *(g if g is None else g.to(x.dtype) for g, x in zip(wide, tensors))
+        return *(None,) * 7, *(g if g is None else g.to(x.dtype) for g, x in zip(wide, tensors))
 
 
 def _groups(tensors: Sequence[Tensor], counts: tuple[int, int]) -> tuple[Sequence[Tensor], ...]:
@@ -128,15 +140,22 @@ def _groups(tensors: Sequence[Tensor], counts: tuple[int, int]) -> tuple[Sequenc
     return tensors[:inputs], tensors[inputs : inputs + shared], tensors[inputs + shared :]
 
 
-def pieces_in_turn(routes: Sequence[Sequence[Route]], sources: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The pieces of each step, handed out when those of the next step are on their way.
+def pieces_in_turn(
+    routes: Sequence[Sequence[Route]], sources: Sequence[Tensor], parts: Sequence[slice] | None = None
+) -> Iterator[list[Tensor]]:
+    """The pieces of each step, handed out when those of the next step are on their way; of parts as in :func:`stream`.
 
     The list is emptied for the next step: whoever loops over it would else hold three steps' pieces.
     """
-    coming = [route.fetch(x) for route, x in zip(routes[0], sources)]
-    for here, following in zip(routes, [*routes[1:], ()]):
+
+    def fetch(k: int) -> list[Tensor]:
+        here = routes[k] if k < len(routes) else ()
+        return [route.fetch(x if parts is None else x[:, parts[k]]) for route, x in zip(here, sources)]
+
+    coming = fetch(0)
+    for k, here in enumerate(routes):
         pieces = [route.arrive(piece) for route, piece in zip(here, coming)]
-        coming = [route.fetch(x) for route, x in zip(following, sources)]
+        coming = fetch(k + 1)
         yield pieces
         pieces.clear()
 

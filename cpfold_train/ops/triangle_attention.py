@@ -232,8 +232,14 @@ def _of_heads(shared: Sequence[Tensor], some: Interval, heads: int) -> tuple[Ten
 
 
 def _attend(z: Tensor, bias: Tensor, shared: Sequence[Tensor], queries: Interval, kernels: str) -> Tensor:
-    """Complete rows z (B, r, N, c) and the bias (B, h, M, N) of some queries to the update of these (B, r, M, c)."""
+    """Complete rows z (B, r, N, c) and the bias (B, h, M, N) of some queries to the update of these (B, r, M, c).
+
+    Fused kernels hold no scores. So where all rows make one block, what autograd keeps for the backward pass are their
+    queries, keys, values, gates and results, five times z, and nothing is computed once more.
+    """
     rows = _rows_at_once(z, z.shape[2], shared, kernels)
+    if kernels != "torch" and rows >= z.shape[1]:
+        return _attend_rows(queries, kernels, z, bias, *shared)
     return by_rows(partial(_attend_rows, queries, kernels), rows, (z,), (bias, *shared))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from cpfold_train.kernels.by_rows import rows_per_block
+from cpfold_train.kernels.regions import region
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import ATOM_WINDOW, split
 from cpfold_train.parallel.layouts import in_one_dim
@@ -64,6 +65,7 @@ def attend_in_windows(atom_pad_mask: Tensor, cp: ContextParallel) -> Callable[[T
     return attend
 
 
+@region
 def _attend(q: Tensor, kv: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
     """Some windows: q (B M, 32 w, h, d), kv (B M, 32 w + 96, h, 2d), bias (B, w, 32, 128, h), mask (B, 32 w + 96)."""
     batch, dtype = bias.shape[0], q.dtype

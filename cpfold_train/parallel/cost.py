@@ -1,7 +1,7 @@
 """What the two ways of communicating cost, and which of them ``cp.algorithm=auto`` takes.
 
 Figures are means over the ranks of a grid, forward and backward together; T is the number of elements of a tile of z,
-B (N/R) (N/C) c. For the triangle multiplication:
+B (N/R) (N/C) c, of as many bytes as what travels has: z, or LN(z) in autocast's dtype. For the triangle multiplication:
 
     all-to-all   sent 6 T (P - 1) / P                    messages 6 (P - 1) g
     ring         sent 3 T (C - 1 + R - 1 / C)            messages 3 (C - 1 + (R + C - gcd(R, C)) (P - 1) / P)

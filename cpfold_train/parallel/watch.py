@@ -73,6 +73,7 @@ class Watch:
 
     def __init__(self, cp: ContextParallel, on_fault: Callable[[str], None], dumps: Path | None) -> None:
         self._rank, self._size, self._ledger = cp.grid.rank, cp.grid.world_size, cp.ledger
+        self._replica = cp.all.ranks
         self._on_fault, self._dumps = on_fault, dumps
         self._device = torch.cuda.current_device() if cp.mesh.device_type == "cuda" else None
         # gloo's waits end by themselves.
@@ -128,9 +129,7 @@ class Watch:
             last = ", ".join(f"rank {s.rank} for {s.silent_s:.0f} s, last seen {_where(s)}" for s in silent)
             sentence = f"{me} for a rank that has stopped or is gone: there is no sign of {last}"
         else:
-            # Whoever holds up the others has been at work for longer than they have waited; where all wait, it is
-            # behind the others.
-            last = max(signs, key=lambda sign: (not sign.waiting, -sign.completed if sign.waiting else sign.there_s))
+            last = self._who_holds_up(signs)
             sentence = f"{me}; rank {last.rank} holds it up: it is {_where(last)} for {last.there_s:.0f} s"
             if last.waiting or last.posted > last.completed:
                 here = f"{self._ledger.completed} of {self._ledger.posted}"
@@ -140,6 +139,13 @@ class Watch:
             if told := _within(3 * INTERVAL, lambda: self._all_dumps(answering), None):
                 sentence += f"; {told}"
         return sentence
+
+    def _who_holds_up(self, signs: list[Sign]) -> Sign:
+        """One that has been at work for longer than the others have waited. Where all wait, one that is behind: ranks
+        of a replica come to the same exchanges."""
+        if at_work := [sign for sign in signs if not sign.waiting]:
+            return max(at_work, key=lambda sign: sign.there_s)
+        return min(signs, key=lambda sign: (sign.rank not in self._replica, sign.completed))
 
     def _all_dumps(self, answering: set[int]) -> str | None:
         """Have these ranks write what torch remembers of their exchanges, and say what follows from it."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cpfold_train.devices import find_device
 from cpfold_train.errors import ConfigError
 from cpfold_train.plan.compose import of_run, read_request
 from cpfold_train.plan.estimate import ASSUMPTIONS, FLOOR
@@ -16,6 +17,7 @@ from cpfold_train.plan.plan import GIB, Plan, plan, plan_prediction, validation_
 from cpfold_train.plan.propose import choose_memory, ladder, propose
 from cpfold_train.plan.report import show_plan, show_proposals, typed_levers
 from cpfold_train.plan.trace import Moment
+from cpfold_train.training.offload_default import with_default_offload
 
 PREDICTION = (
     "diffusion.samples=5",
@@ -100,6 +102,8 @@ def run(args: argparse.Namespace) -> None:
     with Console(stderr=True).status("planning"):
         if request.choose:
             config = replace(config, memory=choose_memory(config, request.grid, request.device))
+        found = find_device(request.device, request.grid.world_size)
+        config = with_default_offload(config, request.grid, None if found.capability is None else found.memory)
         found = plan(config, request.grid, request.device)
         validation = validation_moment(config, request.grid, request.device) if config.data.val else None
     _show(found, validation, args.json)

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from cpfold_train.devices import find_device, kernels_on
 from cpfold_train.parallel.grid import Grid, parse_grid
 from cpfold_train.plan.batch import batches_of_data
 from cpfold_train.plan.compose import compose
 from cpfold_train.plan.depth import by_category
-from cpfold_train.plan.devices import find_device, kernels_on
 from cpfold_train.plan.estimate import kernel_seconds
 from cpfold_train.plan.measure import GIVEN_BACK_BYTES, run_once
 from cpfold_train.plan.plan import MIB, fullest_moment

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from cpfold_train.devices import Device
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.plan.devices import Device
 from cpfold_train.plan.step import Trace
 from cpfold_train.plan.tally import (
     EXPONENTIALS,

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from torch import Tensor, nn
 
 from cpfold_train.data.padding import GPU_MULTIPLE
+from cpfold_train.devices import Device, find_device, kernels_on
 from cpfold_train.errors import ConfigError
 from cpfold_train.kernels.choice import Choice
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.plan.batch import assumed_batch, feature_bytes
 from cpfold_train.plan.depth import FEWEST, by_category, by_module, extrapolated, groups_of, shallow
-from cpfold_train.plan.devices import Device, find_device, kernels_on
 from cpfold_train.plan.estimate import MEMORY_MARGIN, Costs, estimate, estimate_forward, kernel_seconds
 from cpfold_train.plan.forward import trace_prediction, trace_validation
 from cpfold_train.plan.step import Trace, build, trace_step
@@ -124,7 +124,7 @@ def plan(config: TrainConfig, grid: Grid, device: str) -> Plan:
     Args:
         config: of the run.
         grid: with the rank to plan for.
-        device: one of :data:`cpfold_train.plan.devices.DEVICES`; or ``cpu``, where times mean little; or a file.
+        device: one of :data:`cpfold_train.devices.DEVICES`; or ``cpu``, where times mean little; or a file.
 
     Raises:
         ConfigError: there is no such device.

@@ -8,10 +8,10 @@ from dataclasses import replace
 from rich.console import Console
 from rich.progress import track
 
+from cpfold_train.devices import find_device
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.parallel.grid import Grid, squarest
-from cpfold_train.plan.devices import find_device
 from cpfold_train.plan.estimate import MEMORY_MARGIN
 from cpfold_train.plan.plan import Plan, plan
 from cpfold_train.training.config import TrainConfig
@@ -30,7 +30,7 @@ def choose_memory(config: TrainConfig, grid: Grid, device: str) -> MemoryConfig:
     Args:
         config: of the run; what it says of memory is not regarded.
         grid: the ranks.
-        device: one of :data:`cpfold_train.plan.devices.DEVICES`, or ``cpu``: this machine's memory, divided by its
+        device: one of :data:`cpfold_train.devices.DEVICES`, or ``cpu``: this machine's memory, divided by its
             ranks.
 
     Raises:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from cpfold_train.devices import find_device
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.plan.depth import by_category, by_module
-from cpfold_train.plan.devices import find_device
 from cpfold_train.plan.estimate import ASSUMPTIONS, FLOOR, Costs
 from cpfold_train.plan.plan import GIB, MIB, Plan
 from cpfold_train.plan.trace import CATEGORIES, Moment
@@ -28,6 +28,7 @@ def show_plan(found: Plan, validation: Moment | None = None) -> None:
     table = Table("figure", "value", title=title)
     table.add_row("parameters", f"{found.parameters / 1e6:.1f} million")
     table.add_row("kernels", f"{found.kernels.name}: {found.kernels.why}")
+    table.add_row("memory options", " ".join(typed_levers(config.memory)))
     table.add_row("peak memory", f"{found.peak / GIB:.2f} GiB of {found.memory / GIB:.1f}: {_verdict(found)}")
     table.add_row("at that moment runs", found.phase)
     if validation is not None:

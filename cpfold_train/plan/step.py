@@ -144,7 +144,7 @@ def without_contents(
 
 
 def keep_between_steps(module: CoFoldingModule, config: TrainConfig, tracer: Tracer) -> Optimizer:
-    """Make what a run keeps beside its weights from the end of its first step on."""
+    """Make what a run keeps beside its weights from the end of its first step on; the module holds it."""
     trained = [x for x in module.parameters() if x.requires_grad]
     with tracer.category("gradients"):
         # DistributedDataParallel has room for all of them from the start. With FSDP they are there from the step or
@@ -160,6 +160,7 @@ def keep_between_steps(module: CoFoldingModule, config: TrainConfig, tracer: Tra
         group["fused"] = True
     with tracer.category("optimizer"):
         optimizer.step()
+    module.optimizer = optimizer
     return optimizer
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 
 from cpfold_train.data.features import NUM_BINS
 from cpfold_train.data.sampling import open_source
@@ -62,6 +64,8 @@ def check(config: TrainConfig) -> None:
     if config.kernels in ("triton", "cuequivariance"):
         _require_installed(config)
     check_kernels(config)
+    if config.compile:
+        _require_compiler(config)
     check_precision(config.trainer)
     _one_of("model.num_bins", config.model.num_bins, (NUM_BINS,))
     atoms = config.model.atoms
@@ -93,6 +97,7 @@ def check(config: TrainConfig) -> None:
     _optimizer(config)
     check_finetune(config)
     _crop_schedule(config.data.crop_schedule)
+    _profiled_steps(config.profile.steps)
     for source in training_sources(config.data):
         open_source(source)
     if config.data.val:
@@ -130,6 +135,26 @@ def _crop_schedule(schedule: object) -> None:
                 f"data.crop_schedule={schedule} does not say from which step on which size holds: type whole numbers, "
                 "as data.crop_schedule={1000: 768, 5000: 3072}; crop_size says what holds before"
             )
+
+
+def _profiled_steps(steps: object) -> None:
+    """Raise ConfigError unless it is None or a first and a last step."""
+    if steps is None:
+        return
+    valid = isinstance(steps, list) and len(steps) == 2 and all(type(step) is int for step in steps)
+    if not valid or not 1 <= steps[0] <= steps[1]:
+        raise ConfigError(
+            f"profile.steps={steps} is not a first and a last step: type for example profile.steps=[10,12]"
+        )
+
+
+def _require_compiler(config: TrainConfig) -> None:
+    """Raise ConfigError where torch.compile finds nothing to compile with."""
+    if config.trainer.accelerator == "cpu":
+        if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+            raise ConfigError("compile=true needs a C++ compiler on CPU: install g++, or type compile=false")
+    elif not is_installed("triton"):
+        raise ConfigError("compile=true needs the triton package on GPUs: type pip install triton, or compile=false")
 
 
 def _require_installed(config: TrainConfig) -> None:

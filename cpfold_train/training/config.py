@@ -163,6 +163,13 @@ class FaultsConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """``steps``: first and last optimizer step to trace, or None."""
+
+    steps: Any = MISSING
+
+
+@dataclass
 class WandbConfig:
     """Weights & Biases; see ``conf/train.yaml``."""
 
@@ -212,7 +219,8 @@ class ParallelConfig:
 
 @dataclass
 class TrainConfig:
-    """One run; ``kernels`` is what computes triangle attention, ``tf32`` how exact fp32 matrix products are on GPUs."""
+    """One run; ``kernels`` are those of attention and pair stack, ``compile`` fuses what launches many small ones, and
+    ``tf32`` says how exact fp32 matrix products are on GPUs."""
 
     crop_size: int = MISSING
     batch_size: int = MISSING
@@ -220,6 +228,7 @@ class TrainConfig:
     seed: int = MISSING
     ckpt_path: str | None = MISSING
     kernels: str = MISSING
+    compile: bool = MISSING
     tf32: bool = MISSING
     cp: ContextParallelConfig = field(default_factory=ContextParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -236,6 +245,7 @@ class TrainConfig:
     early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
     module_statistics: ModuleStatisticsConfig = field(default_factory=ModuleStatisticsConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     @property
     def largest_crop(self) -> int:

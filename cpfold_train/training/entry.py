@@ -32,6 +32,7 @@ from cpfold_train.training.check import check
 from cpfold_train.training.check_checkpoint import checkpoint_to_resume
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.launch import World, device_here, is_first_rank, plan_world, started_by_slurm, starts_ranks
+from cpfold_train.training.offload_default import with_default_offload
 from cpfold_train.training.restart import StartAgain
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,7 +89,8 @@ def start(config: DictConfig, run_dir: Path) -> None:
     world = plan_world(typed.cp.grid, typed.dp, typed.trainer.num_nodes, typed.trainer.accelerator)
     if typed.memory.auto:
         typed.memory = _chosen_memory(typed, world)
-        config.memory = OmegaConf.structured(typed.memory)
+    typed.memory = with_default_offload(typed, world.grid, _gpu_bytes(typed.trainer.accelerator)).memory
+    config.memory = OmegaConf.structured(typed.memory)
     if is_first_rank():
         if note := world.note():
             print(f"note: {note}", file=sys.stderr)
@@ -109,6 +111,15 @@ def start(config: DictConfig, run_dir: Path) -> None:
         if again is not None:
             again.after_out_of_memory()
         raise
+
+
+def _gpu_bytes(accelerator: str) -> int | None:
+    """Memory of this machine's GPU; None where the run is on CPU."""
+    if device_here(accelerator) == "cpu":
+        return None
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory
 
 
 def _chosen_memory(config: TrainConfig, world: World) -> MemoryConfig:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from cpfold_train.losses.total import confidence_losses, structure_losses
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.config import MemoryConfig, ModelConfig
+from cpfold_train.model.flops import Passes, SampleSizes, step_flops
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.gather import gather_figures
 from cpfold_train.parallel.random import Draws
@@ -73,6 +74,7 @@ class CoFoldingModule(LightningModule):
         self.model = CoFolding(model, memory)
         self.validation: dict[str, float] = {}
         self._recycling, self._optim, self._diffusion, self._seed = model.recycling_steps, optim, diffusion, seed
+        self._sizes = model
         self._weights: dict[str, float] = asdict(loss)
         self.judged = loss.of_confidence
         self.bad_losses = torch.zeros((), dtype=torch.int64)
@@ -89,16 +91,26 @@ class CoFoldingModule(LightningModule):
 
         Returns:
             ``loss``, for the backward pass; ``shares``, this rank's part of the batch's mean losses by name, ``loss``
-            their weighted sum; ``tokens``.
+            their weighted sum; ``tokens``; ``flops``, the operations of all ranks that share the batch
+            (:mod:`cpfold_train.model.flops`).
         """
         if self.too_large:
             # A gradient that is not a number, so that the step is skipped as all that have one.
             trained = [p.to_local() if isinstance(p, DTensor) else p for p in self.parameters() if p.requires_grad]
             loss = sum(p.sum() for p in trained) * torch.nan
-            return {"loss": loss, "shares": {"loss": loss.detach()}, "tokens": batch["num_tokens"].sum()}
+            return {"loss": loss, "shares": {"loss": loss.detach()}, "tokens": batch["num_tokens"].sum(), "flops": 0.0}
         # Every rank and every grid draws the same count, also after a resume.
         step = [self._seed, self.global_step]
-        return self.micro_batch(batch, int(np.random.default_rng(step).integers(0, self._recycling + 1)))
+        recycling = int(np.random.default_rng(step).integers(0, self._recycling + 1))
+        return self.micro_batch(batch, recycling) | {"flops": self._flops(batch, recycling)}
+
+    def _flops(self, batch: Batch, recycling: int) -> float:
+        """Operations of a micro-batch on all ranks of a replica, from the global shapes of its features."""
+        b, s, n = batch["msa"].shape
+        sizes = SampleSizes(b, n, s, batch["ref_pos"].shape[1], batch["template_mask"].shape[1])
+        drawn = self._diffusion
+        passes = Passes(recycling, drawn.multiplicity, drawn.sampling_steps, drawn.samples, self.judged)
+        return step_flops(self._sizes, sizes, passes)
 
     def micro_batch(self, batch: Batch, recycling: int) -> dict[str, Tensor | dict[str, Tensor]]:
         """What :meth:`training_step` returns, with so many recycling steps."""

@@ -79,9 +79,9 @@ class Fp8Precision(MixedPrecision):
     def fp8(self) -> Iterator[None]:
         """A region in which linear layers under autocast are computed in fp8."""
         from transformer_engine.common.recipe import Float8CurrentScaling
-        from transformer_engine.pytorch import fp8_autocast
+        from transformer_engine.pytorch import autocast
 
-        with fp8_autocast(enabled=True, fp8_recipe=Float8CurrentScaling()), linear_by(self._linear):
+        with autocast(enabled=True, recipe=Float8CurrentScaling()), linear_by(self._linear):
             yield
 
     def _linear(self, x: Tensor, weight: Tensor) -> Tensor:

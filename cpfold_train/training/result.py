@@ -15,6 +15,7 @@ from rich.table import Table
 from cpfold_train.errors import DiskFullError
 from cpfold_train.memory import now_mib, peak_mib, reset_peak
 from cpfold_train.parallel.gather import gather_figures
+from cpfold_train.training.figures import StepFigures
 from cpfold_train.training.metrics_csv import read_metrics
 from cpfold_train.training.module import VALIDATION
 from cpfold_train.training.result_file import write_result
@@ -33,10 +34,11 @@ class Result(Callback):
         run_dir: where ``metrics.csv`` is and the result goes.
         seed: for the record.
         skip: knows how many steps were skipped.
+        figures: knows how long training steps took.
     """
 
-    def __init__(self, run_dir: Path, seed: int, skip: SkipBadSteps) -> None:
-        self._skip = skip
+    def __init__(self, run_dir: Path, seed: int, skip: SkipBadSteps, figures: StepFigures) -> None:
+        self._skip, self._figures = skip, figures
         self._run_dir = run_dir
         self._seed = seed
         self._started = time.time()
@@ -50,19 +52,10 @@ class Result(Callback):
         reset_peak(device)
         self._baseline = now_mib(device)
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Any], batch_idx: int
-    ) -> None:
-        self._batch_started = time.perf_counter()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: dict, batch: dict[str, Any], batch_idx: int
-    ) -> None:
-        self._worked += time.perf_counter() - self._batch_started
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         cp, waited = trainer.strategy.cp, trainer.train_dataloader.waited_s
         peak, total = peak_mib(trainer.strategy.root_device), cp.ledger.total()
+        self._worked = self._figures.watch.seconds()
         figures = {
             "peak_memory_mib": peak,
             "peak_memory_above_baseline_mib": peak - self._baseline,
@@ -100,6 +93,7 @@ class Result(Callback):
             **_last_figures(self._run_dir / "metrics.csv"),
             "seconds": round(time.time() - self._started, 1),
             "grid": str(grid),
+            "kernels": trainer.strategy.kernels.name,
             "dp": grid.dp,
             "world_size": grid.world_size,
             "seed": self._seed,

@@ -11,12 +11,15 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 
+from cpfold_train.devices import DEVICES, called_alike, own_gpu_name
 from cpfold_train.errors import RunError
 from cpfold_train.kernels.by_rows import set_block_bytes
+from cpfold_train.kernels.regions import compile_regions
 from cpfold_train.memory import return_large_tensors
 from cpfold_train.training.boltz_checkpoint import initialise
 from cpfold_train.training.check_finetune import require_metric
-from cpfold_train.training.config import TrainConfig
+from cpfold_train.training.check_precision import IN_BF16
+from cpfold_train.training.config import TrainConfig, TrainerConfig
 from cpfold_train.training.datamodule import TileData
 from cpfold_train.training.early_stop import EarlyStop
 from cpfold_train.training.fault import FAULTS, TellFaults, sentence_on
@@ -40,6 +43,7 @@ from cpfold_train.training.schedule_start import StartSchedule, schedule_start
 from cpfold_train.training.signals import SaveOnSigterm
 from cpfold_train.training.skip import SkipBadSteps
 from cpfold_train.training.strategy import GridStrategy, leave_out
+from cpfold_train.training.trace_steps import TraceSteps
 
 
 def run(
@@ -63,6 +67,7 @@ def run(
         set_up_gpus(config.tf32)
     chunk_mib = config.memory.chunk_mib
     set_block_bytes(None if chunk_mib is None else int(chunk_mib * 2**20))
+    compile_regions("inductor" if config.compile else None)
     pl.seed_everything(config.seed, verbose=False)
     timeout = timedelta(seconds=config.cp.timeout_s)
     module = CoFoldingModule(
@@ -131,6 +136,7 @@ def _callbacks(config: TrainConfig, run_dir: Path, again: StartAgain | None) -> 
     # First, so that the others see the average in validation. It holds the weights once more.
     callbacks: list[Callback] = [MovingAverage(config.optim.ema_decay)] if config.optim.ema_decay else []
     skip = SkipBadSteps(config.faults.max_skipped, run_dir)
+    figures = StepFigures(skip, peak_flops(config.trainer))
     if config.faults.memory_snapshot:
         callbacks.append(MemorySnapshot(run_dir / FAULTS))
     callbacks.append(TellFaults(folder))
@@ -139,9 +145,9 @@ def _callbacks(config: TrainConfig, run_dir: Path, again: StartAgain | None) -> 
         callbacks.append(ModuleStatistics(run_dir / "modules.csv", every_n_steps))
     callbacks += [
         skip,
-        StepFigures(skip),
+        figures,
         Pictures(run_dir),
-        Result(run_dir, config.seed, skip),
+        Result(run_dir, config.seed, skip, figures),
         SaveOnSigterm(last, again),
         last,
     ]
@@ -151,11 +157,21 @@ def _callbacks(config: TrainConfig, run_dir: Path, again: StartAgain | None) -> 
         )
     if config.early_stop.monitor:
         callbacks.append(EarlyStop(**dataclasses.asdict(config.early_stop)))
+    if config.profile.steps:
+        callbacks.append(TraceSteps(run_dir / "profile", *config.profile.steps))
     if (step := schedule_start(config, run_dir)) is not None:
         callbacks.append(StartSchedule(step))
     if config.trainer.enable_progress_bar:
         callbacks.append(TQDMProgressBar(leave=True))
     return callbacks
+
+
+def peak_flops(trainer: TrainerConfig) -> float | None:
+    """Operations a second of this machine's GPU at its best, in the dtype of most products; None of other devices."""
+    name = own_gpu_name()
+    if trainer.accelerator == "cpu" or name is None or (like := called_alike(name)) is None:
+        return None
+    return DEVICES[like].bf16 if trainer.precision in IN_BF16 else DEVICES[like].fp32
 
 
 def _loggers(config: TrainConfig, run_dir: Path, record: dict[str, Any]) -> list[Logger]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -72,6 +73,8 @@ class GridStrategy(Watched, DDPStrategy):
         self.grid = replace(self.grid, rank=self.global_rank)
         device, precision = self.root_device, str(self.precision_plugin.precision)
         self.kernels = choose_kernels(self._kernels, device.type, precision, capability_of(device))
+        if self._kernels == "auto" and self.is_global_zero:
+            print(f"kernels=auto: {self.kernels.name}, because {self.kernels.why}", file=sys.stderr)
         self.cp = ContextParallel(self.grid, device.type, self._timeout, self._algorithm, self.kernels.name)
         self.start_watch()
 

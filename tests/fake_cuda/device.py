@@ -11,10 +11,13 @@ import importlib.util
 import subprocess
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 SOURCE = Path(__file__).with_name("guard.cpp")
 TORCH = Path(importlib.util.find_spec("torch").origin).parent
 COMPILER = "g++"
+_operators: Any = None
+"""Registers operators for as long as it lives."""
 
 
 def compile_guard(folder: Path) -> Path:
@@ -31,12 +34,10 @@ def use(library: Path) -> None:
     ctypes.CDLL(str(library))
     import torch
 
-    torch.cuda.Event = lambda **_: torch.Event(device="cuda")
     torch.cuda.Stream = torch.cuda.current_stream = lambda *_: torch.Stream(device="cuda")
     torch.cuda.stream = lambda _: nullcontext()
     torch.cuda.is_bf16_supported = lambda *_, **__: True
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
-    operators = torch.library.Library("aten", "IMPL", "Meta")
-    operators.impl("record_stream", lambda *_: None)
-    # It unregisters what it holds when it goes.
-    torch.cuda.operators_without_contents = operators
+    global _operators
+    _operators = torch.library.Library("aten", "IMPL", "Meta")
+    _operators.impl("record_stream", lambda *_: None)

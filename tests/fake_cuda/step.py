@@ -84,6 +84,8 @@ def takes_no_time(kernel) -> tuple[str, float]:
 def waits_of(settings: list[str]) -> list[list]:
     """Why, where and how often the host waits for the device in a step of rank 1 of 2x2; of which kind, the first word
     says."""
+    import torch
+
     from cpfold_train.data.padding import GPU_MULTIPLE
     from cpfold_train.losses import smooth_lddt
     from cpfold_train.parallel.grid import Grid
@@ -104,6 +106,22 @@ def waits_of(settings: list[str]) -> list[list]:
                 found[why, caller()] += 1
             return out
 
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            pass
+
+        def record(self) -> None:
+            pass
+
+        def query(self) -> bool:
+            return True
+
+        def elapsed_time(self, other: Event) -> float:
+            return 0.0
+
+        def synchronize(self) -> None:
+            found["an event is waited for", caller()] += 1
+
     def where(near):
         found[WAITS["nonzero"], caller()] += 1
         return _where(near)
@@ -117,7 +135,11 @@ def waits_of(settings: list[str]) -> list[list]:
         "validation": forward.trace_validation,
         "prediction": forward.trace_prediction,
     }
-    with mock.patch.object(step, "Tracer", Listing), mock.patch.object(smooth_lddt, "_where", where):
+    with (
+        mock.patch.object(step, "Tracer", Listing),
+        mock.patch.object(smooth_lddt, "_where", where),
+        mock.patch.object(torch.cuda, "Event", Event),
+    ):
         traces[kind](config, grid, assumed_batch(config, grid, GPU_MULTIPLE), takes_no_time, False, device="cuda")
     return [[*place, times] for place, times in found.items()]
 

@@ -9,8 +9,10 @@ and ``delta`` are those over all keys, of which these may be a part.
 - bias: a program owns a tile of the bias and goes over all rows, or a part of them where there are too few tiles to
   fill the GPU; ``dbias += ds`` stays in registers. There are no atomics: results are the same from run to run.
 
-Each computes one exponential a score, and 4, 3 and 2 products of ``d`` operations a score. The first two are ordered
-like the forward pass, by :func:`~cpfold_train.kernels.triton.attention.place`, so that their bias comes from HBM once.
+Each computes one exponential a score, and 4, 3 and 2 products of ``2 d`` operations. The first two are ordered like the
+forward pass, by :func:`~cpfold_train.kernels.triton.attention.place`, so that their bias comes from HBM once. From L2
+a score takes 2 bytes of bias (1 where a program has two rows) and ``4 d`` over the tile's side that stays, in bf16; in
+the kernel for the bias, which holds its tile, ``4 d (1 / BLOCK_M + 1 / BLOCK_N)``.
 """
 
 from __future__ import annotations

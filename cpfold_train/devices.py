@@ -134,6 +134,8 @@ DEVICES = {
     ),
 }  # fmt: skip
 """By the name that ``device`` takes, beside ``cpu``, ``gpu`` and a file."""
+UNKNOWN = "h100-80gb"
+"""Whose figures a GPU gets that is not in the table."""
 
 
 def find_device(name: str, local_ranks: int) -> Device:
@@ -180,7 +182,7 @@ def _own_gpu() -> Device:
     if not torch.cuda.is_available():
         raise ConfigError("device=gpu finds no GPU here: type device=cpu, or the name of a GPU as device=h100-80gb")
     own = torch.cuda.get_device_properties(0)
-    like = _called_alike(own.name)
+    like = called_alike(own.name) or UNKNOWN
     return replace(
         DEVICES[like],
         memory=own.total_memory,
@@ -189,9 +191,16 @@ def _own_gpu() -> Device:
     )
 
 
-def _called_alike(name: str) -> str:
-    """The device of the table that a driver's name says, or else the first."""
-    return next((known for known in DEVICES if known.partition("-")[0] in name.lower()), "h100-80gb")
+def called_alike(name: str) -> str | None:
+    """The device of the table that a driver's name says, whatever its memory; None where there is none."""
+    return next((known for known in DEVICES if known.partition("-")[0] in name.lower()), None)
+
+
+def own_gpu_name() -> str | None:
+    """What the driver calls this machine's first GPU; None where there is none."""
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
 
 
 def _measured(file: Path) -> Device:
@@ -214,7 +223,7 @@ def _measured(file: Path) -> Device:
     for name, value in (vars(gpu) | vars(rates)).items():
         if not ((value is None and name in vars(rates)) or _is_right(name, value)):
             raise ConfigError(f"device={file} has {name}: {json.dumps(value)}, which cannot be: {how}")
-    like = DEVICES[_called_alike(gpu.name)]
+    like = DEVICES[called_alike(gpu.name) or UNKNOWN]
     return replace(
         like,
         memory=gpu.memory_bytes,

@@ -1,0 +1,45 @@
+"""Parts of the model that exchange nothing and launch many small kernels, fused by ``torch.compile`` on demand.
+
+A layer of the diffusion transformer is some forty launches of a few microseconds' work each, of atoms as of tokens. On
+a GPU what they take is the host's time to launch them. With ``compile=true`` TorchInductor makes few kernels of each
+region; what lies between regions, attention and exchange, stays as it is. Regions are functions of tensors, with
+weights among their arguments, so that all layers share one compiled function. A shape that was not there before is
+compiled again, so crops are best padded to few sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+REGIONS: dict[str, Callable] = {}
+"""The functions as they are written, by name."""
+_backend: str | None = None
+
+
+def compile_regions(backend: str | None) -> None:
+    """Choose for this process what compiles regions, as ``torch.compile`` calls it; None runs them as they are."""
+    global _backend
+    _backend = backend
+
+
+def region(function: Callable[P, R]) -> Callable[P, R]:
+    """Mark a function of tensors as a region. It must be one graph: no exchange, no value that the host looks at."""
+    compiled: dict[str, Callable[P, R]] = {}
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if _backend is None:
+            return function(*args, **kwargs)
+        if _backend not in compiled:
+            compiled[_backend] = torch.compile(function, backend=_backend, fullgraph=True)
+        return compiled[_backend](*args, **kwargs)
+
+    REGIONS[function.__qualname__] = function
+    return run
