@@ -40,7 +40,7 @@ def test_all_phases_on_a_cpu(tmp_path):
     assert block["trained_ms"] > block["forward_ms"] > 0 and block["launches"] > 100 and block["kernels"]
     assert entries["step"]["measured"]["step_s"] > 0 and entries["largest"]["largest"]["crop_size"] == 16
     table = (tmp_path / "gpu-check.md").read_text()
-    assert "| trunk |" in table and "### cpu" in table
+    assert "| training step |" in table and "### cpu" in table
     # What a plan takes as a device.
     device = find_device(str(tmp_path / "gpu-check.json"), 1)
     assert device.measured.bf16_flops == results["rates"]["bf16_flops"] > 0

@@ -42,7 +42,7 @@ PHASES = {
     "rates": Phase("what the card reaches", 6, lambda r, s, known: measure_rates(r, s, gpus_of(known))),
     "blocks": Phase("blocks of one rank of 2x2", 22, lambda r, s, known: measure_blocks(r, s, known["rates"])),
     "cores": Phase("triangle attention alone", 4, lambda r, s, _: measure_cores(r, s)),
-    "step": Phase("a training step of Boltz-2", 18, lambda r, s, _: plan_and_measure(r, s)),
+    "step": Phase("a training step of Boltz-2", 18, lambda r, s, known: plan_and_measure(r, s, known)),
     "largest": Phase("the largest crop that runs", 14, lambda r, s, _: find_largest(r, s)),
 }
 

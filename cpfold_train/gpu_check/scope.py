@@ -104,7 +104,7 @@ ON_CPU = replace(
     block_rows=8,
     stock_tokens=24,
     exact_tokens=16,
-    cases=("pairformer block", "TriangleAttentionEndingNode, ring", "atoms to tokens", "trunk"),
+    cases=("pairformer block", "TriangleAttentionEndingNode, ring", "atoms to tokens", "training step"),
     step=(*STEP, "data.max_msa_rows=8", "diffusion.multiplicity=1", *(f"loss.{name}=0" for name in CONFIDENCE)),
     step_tokens=(16,),
     edge=128,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,15 +42,24 @@ SAMPLES, FULL = 4, 0.9
 residues."""
 
 
-def plan_and_measure(record: Record, scope: Scope) -> None:
-    """A step at the largest crop that the plan says fits, with the levers that a run has by default."""
+def plan_and_measure(record: Record, scope: Scope, known: dict[str, Any]) -> None:
+    """A step at the largest crop that the plan says fits, with the levers that a run has by default.
+
+    Args:
+        known: ``device`` and ``rates`` of this card, with which the plan is made.
+    """
     crops = scope.step_tokens
-    first = _plan(record, scope, crops[len(crops) // 2])
-    crop = largest_crop(first, crops)
-    planned = first if crop == first.config.crop_size else _plan(record, scope, crop)
-    while not planned.fits and crop > crops[0]:
-        crop = max(other for other in crops if other < crop)
-        planned = _plan(record, scope, crop)
+    with tempfile.TemporaryDirectory() as folder:
+        device = "cpu"
+        if scope.device == "cuda":
+            device = str(Path(folder) / "device.json")
+            Path(device).write_text(json.dumps(known))
+        first = _plan(record, scope, crops[len(crops) // 2], device)
+        crop = largest_crop(first, crops)
+        planned = first if crop == first.config.crop_size else _plan(record, scope, crop, device)
+        while not planned.fits and crop > crops[0]:
+            crop = max(other for other in crops if other < crop)
+            planned = _plan(record, scope, crop, device)
     figures = planned.figures()
     record.add(
         "planned",
@@ -60,9 +72,9 @@ def plan_and_measure(record: Record, scope: Scope) -> None:
     record.attempt("measured", _measure, record, scope, planned)
 
 
-def _plan(record: Record, scope: Scope, crop: int) -> Plan:
+def _plan(record: Record, scope: Scope, crop: int, device: str) -> Plan:
     record.at(f"planning {crop} tokens")
-    return plan(settings(scope, crop), Grid(), "gpu" if scope.device == "cuda" else "cpu")
+    return plan(settings(scope, crop), Grid(), device)
 
 
 def largest_crop(known: Plan, crops: tuple[int, ...]) -> int:
