@@ -116,7 +116,7 @@ def test_outer_product_mean(c, c_z, dtype, monkeypatch):
     """Blocks of two rows, of which the last is smaller, and rows that are no whole number of tiles."""
     from cpfold_train.kernels.triton import outer_product_mean as kernel
 
-    for tile in (kernel.PROJECT, kernel.UNPROJECT, kernel.WEIGHT):
+    for tile in (kernel.PROJECT, kernel.UNPROJECT, kernel.WEIGHT, kernel.WIDE):
         monkeypatch.setitem(tile[0], "PAIRS", 16)
         monkeypatch.setitem(tile[0], "CHANNELS", c * c // 2)
     monkeypatch.setattr(opm, "OUTER_BYTES", 2 * 2 * 19 * c * c * dtype.itemsize)
@@ -163,7 +163,7 @@ def on_a_grid(cp, op: str, kernels: str, fetched_bytes: int, mixed: bool) -> dic
     """What :func:`tests.parity.run` finds on this rank, in fp32 or under autocast."""
     from cpfold_train.kernels.triton import outer_product_mean as kernel
 
-    for tile in (kernel.PROJECT, kernel.UNPROJECT, kernel.WEIGHT):
+    for tile in (kernel.PROJECT, kernel.UNPROJECT, kernel.WEIGHT, kernel.WIDE):
         # The fewer steps the faster is the interpreter.
         tile[0].update(PAIRS=16, CHANNELS=1024)
     cls, call, placements, out = OPS[op]
