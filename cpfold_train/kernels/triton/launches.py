@@ -16,6 +16,7 @@ class Launch:
         types: Triton's type of each argument that is no constant: ``*bf16``, ``*fp32``, ``i32`` ...
         constants: values of ``tl.constexpr`` arguments.
         num_warps, num_stages: of the launch.
+        major: the major compute capability that the launch is for; None for all.
     """
 
     name: str
@@ -24,3 +25,4 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    major: int | None = None
