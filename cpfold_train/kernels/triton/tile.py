@@ -15,6 +15,8 @@ import triton.language as tl
 from cpfold_train.kernels.triton.interpret import product_type
 
 EPS = tl.constexpr(1e-5)
+AMPERE, HOPPER, BLACKWELL = 8, 9, 10
+"""Major compute capabilities, whose matrix units want tiles of their own."""
 
 
 class Tile(NamedTuple):
@@ -24,6 +26,21 @@ class Tile(NamedTuple):
     channels: int
     num_warps: int
     num_stages: int
+
+
+class Tiles(NamedTuple):
+    """Of a forward pass, of the gradient of what goes in and of that of the weights."""
+
+    forward: Tile
+    backward: Tile
+    weights: Tile
+
+
+def tiles_for(device: torch.device, dtype: torch.dtype, tiles: dict[int, Tiles], wide: Tiles) -> Tiles:
+    """Those of the GPU's major compute capability, or Ampere's where it has none; ``wide`` for products of fp32."""
+    if dtype == torch.float32:
+        return wide
+    return tiles.get(torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else HOPPER, tiles[AMPERE])
 
 
 def dot_constants(dtype: torch.dtype) -> dict[str, Any]:
