@@ -201,9 +201,9 @@ def test_planned_as_run(case):
         seen.append(watch.seen)
     assert found[0] == found[1]
     assert seen[0] == seen[1]
-    (name, forward), (back, backward) = seen[0]
-    assert back == f"{name}_backward"
-    assert 3 < backward.flops / forward.flops <= 4 and forward.moved_bytes < backward.moved_bytes
+    (name, forward), *others = seen[0]
+    assert [other for other, _ in others] == [f"{name}_backward", f"{name}_weights"]
+    assert all(1.6 < work.flops / forward.flops <= 2 and work.moved_bytes > 0 for _, work in others)
 
 
 @pytest.mark.parametrize("case", ["gated projection", "gated output, dropout", "transition, residual"])

@@ -18,21 +18,28 @@ matmul."""
 GPU_BLOCK_BYTES = 1 << 28
 """The same on a GPU, where a block must be worth its kernel launches."""
 _chosen_bytes: int | None = None
+_as_on_gpu = False
 
 AutocastState = tuple[str, torch.dtype, bool]
 
 
-def set_block_bytes(block_bytes: int | None) -> None:
-    """Choose the size of a block for this process, like the number of its threads; None is the device's own."""
-    global _chosen_bytes
-    _chosen_bytes = block_bytes
+def set_block_bytes(block_bytes: int | None, as_on_gpu: bool = False) -> None:
+    """Choose the size of a block for this process, like the number of its threads.
+
+    Args:
+        block_bytes: None is the device's own.
+        as_on_gpu: tensors are on the CPU in name only, as in a plan: blocks are those of a GPU.
+    """
+    global _chosen_bytes, _as_on_gpu
+    _chosen_bytes, _as_on_gpu = block_bytes, as_on_gpu
 
 
 def rows_per_block(
     bytes_per_row: int, device: torch.device, cpu_bytes: int = BLOCK_BYTES, gpu_bytes: int = GPU_BLOCK_BYTES
 ) -> int:
     """How many rows to take at a time, so that intermediates of ``bytes_per_row`` fill one block."""
-    block_bytes = _chosen_bytes or (cpu_bytes if device.type == "cpu" else gpu_bytes)
+    on_gpu = _as_on_gpu or device.type != "cpu"
+    block_bytes = _chosen_bytes or (gpu_bytes if on_gpu else cpu_bytes)
     return max(1, block_bytes // max(1, bytes_per_row))
 
 

@@ -5,8 +5,9 @@ tiles of T bytes in bf16 3 T, and 2 x 2c x c operations a pair; torch's form mov
 more.
 
 The backward pass keeps x and z. As in :mod:`cpfold_train.kernels.gated_projection` one kernel makes the gradients of x
-and z, and another those of the weights; both project again. They move 5 T and 3 T; stored gradients of projection and
-gate, and normalised x and z, would be 8 T more, for 0.15 TFLOP saved.
+and z, and another those of the weights; both project again. The first also writes the normalised z for the second,
+which has no registers to normalise both: they move 6 T and 3 T. Stored gradients of projection and gate and a
+normalised x too, for cuBLAS, would be 6 T more, for 0.15 TFLOP saved.
 """
 
 from __future__ import annotations
@@ -85,9 +86,8 @@ def _forward(
     from cpfold_train.kernels.triton import gated_output as kernels
 
     pairs = x.contiguous().flatten(2), z.contiguous().flatten(1, 2)
-    factors = None if row_factors is None else _of_pairs(row_factors, z)
-    out = kernels.forward(*pairs, weight.to(dtype), bias, factors, residual, z.dtype if residual else dtype)
-    return out.view(z.shape)
+    factors, wide = _of_pairs(row_factors, z), z.dtype if residual else dtype
+    return kernels.forward(*pairs, weight.to(dtype), bias, factors, residual, wide).view(z.shape)
 
 
 @_forward.register_fake
@@ -107,13 +107,14 @@ def _backward(
     row_factors: Tensor | None,
     residual: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and z; the normalised z, (B, r, n, c) in ``dtype``."""
     from cpfold_train.kernels.triton import gated_output as kernels
 
     pairs = grad.contiguous().flatten(1, 2), x.contiguous().flatten(2), z.contiguous().flatten(1, 2)
-    factors = None if row_factors is None else _of_pairs(row_factors, z)
-    dx, dz, dweight, dbias = kernels.backward(*pairs, weight.to(dtype), bias, factors, residual)
-    return dx.view(x.shape), dz.view(z.shape), dweight, dbias
+    dx, *found = kernels.backward(*pairs, weight.to(dtype), bias, _of_pairs(row_factors, z), residual)
+    dz, normed = (y.view(z.shape) for y in found)
+    return dx.view(x.shape), dz, normed
 
 
 @_backward.register_fake
@@ -126,13 +127,30 @@ def _(
     row_factors: Tensor | None,
     residual: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), z.new_empty(z.shape), torch.empty_like(weight), torch.empty_like(bias)
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), z.new_empty(z.shape), z.new_empty(z.shape, dtype=dtype)
 
 
-def _of_pairs(row_factors: Tensor, z: Tensor) -> Tensor:
+@torch.library.custom_op("cpfold::gated_output_weights", mutates_args=())
+def _weights(
+    grad: Tensor, x: Tensor, normed: Tensor, weight: Tensor, bias: Tensor, row_factors: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from cpfold_train.kernels.triton import gated_output as kernels
+
+    pairs = grad.contiguous().flatten(1, 2), x.contiguous().flatten(2), normed.flatten(1, 2)
+    return kernels.weights(*pairs, weight.to(normed.dtype), bias, _of_pairs(row_factors, normed))
+
+
+@_weights.register_fake
+def _(
+    grad: Tensor, x: Tensor, normed: Tensor, weight: Tensor, bias: Tensor, row_factors: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _of_pairs(row_factors: Tensor | None, z: Tensor) -> Tensor | None:
     """(B, r) to (B, r * n) in fp32: a hundredth of z."""
-    return row_factors.float()[:, :, None].expand(z.shape[:3]).flatten(1)
+    return None if row_factors is None else row_factors.float()[:, :, None].expand(z.shape[:3]).flatten(1)
 
 
 def _keep(ctx, inputs: tuple, output: Tensor) -> None:
@@ -141,8 +159,10 @@ def _keep(ctx, inputs: tuple, output: Tensor) -> None:
 
 
 def _gradients(ctx, grad: Tensor) -> tuple:
-    found = torch.ops.cpfold.gated_output_backward(grad, *ctx.saved_tensors, ctx.residual, ctx.dtype)
-    return *found, None, None, None
+    x, z, weight, bias, row_factors = ctx.saved_tensors
+    ops = torch.ops.cpfold
+    dx, dz, normed = ops.gated_output_backward(grad, x, z, weight, bias, row_factors, ctx.residual, ctx.dtype)
+    return dx, dz, *ops.gated_output_weights(grad, x, normed, weight, bias, row_factors), None, None, None
 
 
 torch.library.register_autograd("cpfold::gated_output", _gradients, setup_context=_keep)
@@ -159,8 +179,8 @@ def _(
     dtype: torch.dtype,
     out: Tensor,
 ) -> Work:
-    # The kernel, and the weights' cast.
-    return Work(2 * z.numel() * len(weight), z.numel(), x.nbytes + z.nbytes + out.nbytes, 2)
+    # The weights' cast, the factors of pairs and the kernel.
+    return Work(2 * z.numel() * len(weight), z.numel(), x.nbytes + z.nbytes + out.nbytes, 3)
 
 
 @work("gated_output_backward")
@@ -173,8 +193,22 @@ def _(
     row_factors: Tensor | None,
     residual: bool,
     dtype: torch.dtype,
-    out: tuple[Tensor, ...],
+    out: tuple[Tensor, Tensor, Tensor],
 ) -> Work:
-    # Each of the two kernels projects and multiplies with the gradients; the weights' cast, two kernels and two sums.
-    moved = 3 * (x.nbytes + z.nbytes) + 2 * grad.nbytes
-    return Work(2 * 4 * z.numel() * len(weight), 2 * z.numel(), moved, 5)
+    # Projection and gate once more, and the products with their gradients.
+    moved = grad.nbytes + 2 * x.nbytes + 2 * z.nbytes + out[2].nbytes
+    return Work(4 * z.numel() * len(weight), z.numel(), moved, 3)
+
+
+@work("gated_output_weights")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    normed: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    row_factors: Tensor | None,
+    out: tuple[Tensor, Tensor],
+) -> Work:
+    # The same; the weights' cast, the factors of pairs, the kernel and two sums over its parts.
+    return Work(4 * grad.numel() * len(weight), grad.numel(), grad.nbytes + x.nbytes + normed.nbytes, 5)

@@ -66,21 +66,31 @@ def _(z: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype)
 
 
 @torch.library.custom_op("cpfold::gated_projection_backward", mutates_args=())
-def _backward(
-    grad: Tensor, z: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad: Tensor, z: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     from cpfold_train.kernels.triton import gated_projection as kernels
 
     pairs, masks = z.contiguous().flatten(1, 2), mask.contiguous().flatten(1)
-    dz, dweight, dbias = kernels.backward(grad.contiguous().flatten(2), pairs, masks, weight.to(dtype), bias)
-    return dz.view(z.shape), dweight, dbias
+    return kernels.backward(grad.contiguous().flatten(2), pairs, masks, weight.to(dtype), bias).view(z.shape)
 
 
 @_backward.register_fake
-def _(
+def _(grad: Tensor, z: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    return z.new_empty(z.shape)
+
+
+@torch.library.custom_op("cpfold::gated_projection_weights", mutates_args=())
+def _weights(
     grad: Tensor, z: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    return z.new_empty(z.shape), torch.empty_like(weight), torch.empty_like(bias)
+) -> tuple[Tensor, Tensor]:
+    from cpfold_train.kernels.triton import gated_projection as kernels
+
+    pairs, masks = z.contiguous().flatten(1, 2), mask.contiguous().flatten(1)
+    return kernels.weights(grad.contiguous().flatten(2), pairs, masks, weight.to(dtype), bias)
+
+
+@_weights.register_fake
+def _(grad: Tensor, z: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight), torch.empty_like(bias)
 
 
 def _keep(ctx, inputs: tuple, output: Tensor) -> None:
@@ -89,9 +99,9 @@ def _keep(ctx, inputs: tuple, output: Tensor) -> None:
 
 
 def _gradients(ctx, grad: Tensor) -> tuple:
-    z, mask, weight, bias = ctx.saved_tensors
-    dz, dweight, dbias = torch.ops.cpfold.gated_projection_backward(grad, z, mask, weight, bias, ctx.dtype)
-    return dz, None, dweight, dbias, None
+    args = grad, *ctx.saved_tensors, ctx.dtype
+    dz = torch.ops.cpfold.gated_projection_backward(*args)
+    return dz, None, *torch.ops.cpfold.gated_projection_weights(*args), None
 
 
 torch.library.register_autograd("cpfold::gated_projection", _gradients, setup_context=_keep)
@@ -99,15 +109,19 @@ torch.library.register_autograd("cpfold::gated_projection", _gradients, setup_co
 
 @work("gated_projection")
 def _(z: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype, out: Tensor) -> Work:
-    # The kernel, and the weights' cast.
+    # The weights' cast and the kernel.
     return Work(2 * mask.numel() * weight.numel(), out.numel(), z.nbytes + mask.nbytes + out.nbytes, 2)
 
 
 @work("gated_projection_backward")
+def _(grad: Tensor, z: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype, out: Tensor) -> Work:
+    # Projections and gates once more, and the products with their gradients.
+    return Work(4 * mask.numel() * weight.numel(), grad.numel(), 2 * z.nbytes + mask.nbytes + grad.nbytes, 2)
+
+
+@work("gated_projection_weights")
 def _(
     grad: Tensor, z: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype, out: tuple[Tensor, ...]
 ) -> Work:
-    # Each of the two kernels projects and multiplies with the gradients; the weights' cast, two kernels and two sums.
-    return Work(
-        2 * 4 * mask.numel() * weight.numel(), 2 * grad.numel(), 3 * z.nbytes + 2 * (mask.nbytes + grad.nbytes), 5
-    )
+    # The same; the weights' cast, the kernel and two sums over its parts.
+    return Work(4 * mask.numel() * weight.numel(), grad.numel(), z.nbytes + mask.nbytes + grad.nbytes, 4)

@@ -30,7 +30,7 @@ from cpfold_train.kernels.work import Work, work
 
 WIDTHS = (16, 32, 64)
 """Channels c for which there are fused kernels; others take torch's form, and so does fp64."""
-MOST_OUT = 256
+MOST_OUT = 128
 """Channels of z, at most, for which there are."""
 OUTER_BYTES = 1 << 30
 """Sums of products that the fused kernels have in memory at a time. Each block of rows adds its part of the gradient of

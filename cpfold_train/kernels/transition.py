@@ -5,8 +5,9 @@ does with scores): it reads x and writes the result, 2 T for tiles of T bytes, a
 it is bound (0.93 TFLOP at 3,072 tokens on 2x2, 1.3 ms at 700 TFLOP/s).
 
 The backward pass keeps x alone and has two kernels. Both compute the hidden channels and their gradient again, 6 c h
-operations; the first then makes the gradient of x, 4 c h more, and moves 3 T; the second goes through all positions for
-some hidden channels and makes the gradients of the weights, 6 c h more, and moves 2 T, because the programs that share
+operations. The first then makes the gradient of x, 4 c h more; it also writes the normalised x, and dy where that is
+not in the dtype of the products, for the second: 4 T (8 T with x in fp32). The second goes through all positions for
+some hidden channels and makes the gradients of the weights, 6 c h more; it moves 2 T, because the programs that share
 positions run side by side and read them from L2. Stored, what the second computes again would be 12 T written and read:
 4.8 ms for 1.3.
 """
@@ -86,19 +87,37 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, fc3: Tensor, residual: bool, dtyp
 @torch.library.custom_op("cpfold::transition_backward", mutates_args=())
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, fc3: Tensor, residual: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of x; the normalised x in ``dtype``; ``grad`` in ``dtype`` too, empty where it is so already."""
     from cpfold_train.kernels.triton import transition as kernels
 
     flat = grad.reshape(-1, x.shape[-1]), x.reshape(-1, x.shape[-1])
-    dx, dweight, dbias, dfc3 = kernels.backward(*flat, weight.to(dtype), bias, fc3.T.to(dtype).contiguous(), residual)
-    return dx.view(x.shape), dweight, dbias, dfc3.T.to(fc3.dtype, memory_format=torch.contiguous_format)
+    dx, normed, cast = kernels.backward(*flat, weight.to(dtype), bias, fc3.T.to(dtype).contiguous(), residual)
+    return dx.view(x.shape), normed, cast
 
 
 @_backward.register_fake
 def _(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, fc3: Tensor, residual: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), *(torch.empty_like(w) for w in (weight, bias, fc3))
+) -> tuple[Tensor, Tensor, Tensor]:
+    flat = x.numel() // x.shape[-1], x.shape[-1]
+    cast = x.new_empty(0 if grad.dtype == dtype else flat, dtype=dtype)
+    return x.new_empty(x.shape), x.new_empty(flat, dtype=dtype), cast
+
+
+@torch.library.custom_op("cpfold::transition_weights", mutates_args=())
+def _weights(grad: Tensor, normed: Tensor, weight: Tensor, bias: Tensor, fc3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``grad`` and ``normed`` (P, c) in the dtype of the products."""
+    from cpfold_train.kernels.triton import transition as kernels
+
+    dtype = normed.dtype
+    dweight, dbias, dfc3 = kernels.weights(grad, normed, weight.to(dtype), bias, fc3.T.to(dtype).contiguous())
+    return dweight, dbias, dfc3.T.to(fc3.dtype, memory_format=torch.contiguous_format)
+
+
+@_weights.register_fake
+def _(grad: Tensor, normed: Tensor, weight: Tensor, bias: Tensor, fc3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(weight), torch.empty_like(bias), torch.empty_like(fc3)
 
 
 def _keep(ctx, inputs: tuple, output: Tensor) -> None:
@@ -107,8 +126,11 @@ def _keep(ctx, inputs: tuple, output: Tensor) -> None:
 
 
 def _gradients(ctx, grad: Tensor) -> tuple:
-    found = torch.ops.cpfold.transition_backward(grad, *ctx.saved_tensors, ctx.residual, ctx.dtype)
-    return *found, None, None
+    x, weight, bias, fc3 = ctx.saved_tensors
+    ops = torch.ops.cpfold
+    dx, normed, cast = ops.transition_backward(grad, x, weight, bias, fc3, ctx.residual, ctx.dtype)
+    narrow = cast if cast.numel() else grad.reshape(normed.shape)
+    return dx, *ops.transition_weights(narrow, normed, weight, bias, fc3), None, None
 
 
 torch.library.register_autograd("cpfold::transition", _gradients, setup_context=_keep)
@@ -116,7 +138,7 @@ torch.library.register_autograd("cpfold::transition", _gradients, setup_context=
 
 @work("transition")
 def _(x: Tensor, weight: Tensor, bias: Tensor, fc3: Tensor, residual: bool, dtype: torch.dtype, out: Tensor) -> Work:
-    # The kernel, and the weights' casts and transpose.
+    # Casts and transpose of the weights, and the kernel.
     hidden = x.numel() // fc3.shape[0] * fc3.shape[1]
     return Work(6 * fc3.shape[0] * hidden, hidden, x.nbytes + out.nbytes, 4)
 
@@ -130,8 +152,17 @@ def _(
     fc3: Tensor,
     residual: bool,
     dtype: torch.dtype,
-    out: tuple[Tensor, ...],
+    out: tuple[Tensor, Tensor, Tensor],
 ) -> Work:
-    # Five products and six; the weights' casts and transpose, two kernels, three sums, the transpose back.
+    # Hidden channels and their gradient, and two products with that.
     hidden = x.numel() // fc3.shape[0] * fc3.shape[1]
-    return Work(22 * fc3.shape[0] * hidden, 2 * hidden, 3 * x.nbytes + 2 * grad.nbytes, 9)
+    return Work(10 * fc3.shape[0] * hidden, hidden, grad.nbytes + x.nbytes + sum(y.nbytes for y in out), 4)
+
+
+@work("transition_weights")
+def _(
+    grad: Tensor, normed: Tensor, weight: Tensor, bias: Tensor, fc3: Tensor, out: tuple[Tensor, Tensor, Tensor]
+) -> Work:
+    # The same and three products; casts and transpose of the weights, the kernel, three sums, the transpose back.
+    hidden = normed.shape[0] * fc3.shape[1]
+    return Work(12 * fc3.shape[0] * hidden, hidden, grad.nbytes + normed.nbytes, 8)

@@ -83,7 +83,7 @@ class AtomEncoder(nn.Module):
                 first, stop = token_spans(feats, cp)[cp.all.index]
                 own = self.s_to_c_trans(s_trunk[:, first:stop].to(q.dtype))
                 c = c + pick_tokens(own, first, feats)
-                pairs = pairs_in_windows(normed_linear(z, *self.z_to_p_trans), feats, cp)
+                pairs = pairs_in_windows(normed_linear(z, *self.z_to_p_trans, cp.kernels), feats, cp)
             return q, c, self._pairs(c, pairs, feats, cp)
 
     def _embed(self, feats: dict[str, Tensor]) -> Tensor:

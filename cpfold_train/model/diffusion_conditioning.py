@@ -96,7 +96,7 @@ class DiffusionConditioning(nn.Module):
         z = self.pairwise_conditioner(z_trunk, rel_pos)
         q, c, p = self.atom_encoder(feats, cp, s_trunk, z)
         enc, dec = (
-            torch.cat([normed_linear(p, *layer) for layer in layers], -1)
+            torch.cat([normed_linear(p, *layer, cp.kernels) for layer in layers], -1)
             for layers in (self.atom_enc_proj_z, self.atom_dec_proj_z)
         )
         mask = feats["token_pad_mask"]

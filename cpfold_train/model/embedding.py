@@ -50,7 +50,7 @@ class InputEmbedder(nn.Module):
         ``method_feature``, ``modified``, ``cyclic_period`` and ``mol_type`` and those of this rank's atoms that
         :class:`~cpfold_train.model.atom_encoder.AtomEncoder` reads."""
         q, c, p = self.atom_encoder(feats, cp)
-        bias = normed_linear(p, *self.atom_enc_proj_z)
+        bias = normed_linear(p, *self.atom_enc_proj_z, cp.kernels)
         s, _, _ = self.atom_attention_encoder(feats, q, c, bias, cp)
         return gather_shares(s, cp, "atom_tokens") + self._embed_tokens(feats)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from cpfold_train.kernels.by_rows import by_rows, rows_per_block
+from cpfold_train.kernels.normed_projection import normed_projection
 from cpfold_train.kernels.transition import transition
 
 
@@ -53,16 +52,12 @@ class Transition(nn.Module):
         return self.norm.weight, self.norm.bias, self.fc1.weight, self.fc2.weight, self.fc3.weight
 
 
-def normed_linear(x: Tensor, norm: nn.LayerNorm, project: nn.Linear) -> Tensor:
-    """``project(norm(x))`` of (B, rows, ..., c), a few rows at a time: the norm of a whole tile would have to be kept.
+def normed_linear(x: Tensor, norm: nn.LayerNorm, project: nn.Linear, kernels: str) -> Tensor:
+    """``project(norm(x))`` of (B, rows, ..., c), without keeping the norm of a whole tile.
 
-    ``project`` has no bias. The norm is in the dtype of its weights, whatever that of x is."""
-    rows = rows_per_block(x[:, :1].numel() * x.element_size(), x.device)
-    return by_rows(_normed_linear, rows, (x,), (norm.weight, norm.bias, project.weight))
-
-
-def _normed_linear(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(F.layer_norm(x.to(norm_weight.dtype), norm_weight.shape, norm_weight, norm_bias), weight)
+    ``project`` has no bias. The norm is in the dtype of its weights, whatever that of x is. ``kernels`` are those of
+    :func:`~cpfold_train.kernels.normed_projection.normed_projection`."""
+    return normed_projection(x, norm.weight, norm.bias, project.weight, kernels)
 
 
 def without_autocast(x: Tensor) -> torch.autocast:

@@ -8,11 +8,10 @@ from torch.nn import functional as F
 
 from cpfold_train.kernels.fused import product_dtype
 from cpfold_train.kernels.layer_norm import layer_norm
-from cpfold_train.kernels.normed_projection import normed_projection
 from cpfold_train.model.blocks import run_blocks
 from cpfold_train.model.config import MemoryConfig, MSAConfig
 from cpfold_train.model.constants import NUM_TOKENS
-from cpfold_train.model.layers import Transition, linear
+from cpfold_train.model.layers import Transition, linear, normed_linear
 from cpfold_train.model.pair_stack import PairStack
 from cpfold_train.ops import outer_product_mean as opm
 from cpfold_train.ops.dropout import drop_rows
@@ -41,7 +40,7 @@ class PairWeightedAveraging(nn.Module):
         """Update for an MSA block (B, S/R, N/C, c_m), from a pair tile (B, N/R, N/C, c_z) and a mask (B, N)."""
         m = layer_norm(m, self.norm_m.weight, self.norm_m.bias, cp.kernels, product_dtype(m))
         v = self.proj_m(m).unflatten(-1, (PWA_HEADS, PWA_WIDTH))
-        logits = normed_projection(z, self.norm_z.weight, self.norm_z.bias, self.proj_z.weight, cp.kernels)
+        logits = normed_linear(z, self.norm_z, self.proj_z, cp.kernels)
         o = pair_weighted_averaging(v, logits, token_mask, cp)
         return self.proj_o(self.proj_g(m).sigmoid() * o.flatten(-2))
 

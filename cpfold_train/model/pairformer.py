@@ -45,7 +45,8 @@ class AttentionPairBias(nn.Module):
             project(x).unflatten(-1, (self.num_heads, -1))
             for project, x in ((self.proj_q, queries), (self.proj_k, keys), (self.proj_v, keys))
         )
-        o = attention_pair_bias(q * q.shape[-1] ** -0.5, k, v, normed_linear(z, *self.proj_z), token_mask[:, cols], cp)
+        bias = normed_linear(z, *self.proj_z, cp.kernels)
+        o = attention_pair_bias(q * q.shape[-1] ** -0.5, k, v, bias, token_mask[:, cols], cp)
         return self.proj_o(self.proj_g(queries).sigmoid() * o.flatten(-2))
 
 

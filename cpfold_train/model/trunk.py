@@ -102,7 +102,7 @@ class Trunk(nn.Module):
                 at = None if draws is None else draws.at("recycling", cycle)
                 s = s_init + self.s_recycle(self.s_norm(s))
                 with kept_on_host(None) if self.memory.offload else nullcontext():
-                    z = z_init + normed_linear(z, self.z_norm, self.z_recycle)
+                    z = z_init + normed_linear(z, self.z_norm, self.z_recycle, cp.kernels)
                     z = z + self.template_module(z, feats, cp, at)
                 # The MSA module returns all of z, so z doubles here: checkpoints are trained so.
                 z = z + self.msa_module(z, s_inputs, feats, cp, at)

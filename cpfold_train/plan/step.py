@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from cpfold_train.data.batch import ON_HOST
-from cpfold_train.kernels.by_rows import GPU_BLOCK_BYTES, set_block_bytes
+from cpfold_train.kernels.by_rows import set_block_bytes
 from cpfold_train.memory import LARGE_BYTES
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.parallel.context import ContextParallel, fake_world
@@ -118,7 +118,7 @@ def without_contents(
     """Inside, the module's weights are on the device, tensors have no contents, other ranks are not there, and all that
     is done is counted. Arguments are those of :func:`trace_step`."""
     chunk_mib = config.memory.chunk_mib
-    block_bytes = int(chunk_mib * 2**20) if chunk_mib else None if on_host else GPU_BLOCK_BYTES
+    block_bytes = int(chunk_mib * 2**20) if chunk_mib else None
     if config.trainer.precision == "bf16-true":
         module.model.trunk.pair_dtype = torch.bfloat16
     elif config.trainer.precision == "64-true":
@@ -127,7 +127,7 @@ def without_contents(
     with (
         fake_world(grid, config.cp.algorithm, config.kernels, device) as cp,
         _shared_out(module, cp) if config.parallel.fsdp else nullcontext(),
-        _blocks_of(block_bytes),
+        _blocks_of(block_bytes, not on_host),
         FakeTensorMode(allow_non_fake_inputs=True),
         tracer,
         two_blocks_for_all(tracer),
@@ -218,9 +218,9 @@ def _shared_out(module: CoFoldingModule, cp: ContextParallel) -> Iterator[None]:
 
 
 @contextmanager
-def _blocks_of(block_bytes: int | None) -> Iterator[None]:
+def _blocks_of(block_bytes: int | None, as_on_gpu: bool) -> Iterator[None]:
     """Tensors are on the CPU in name only: what a GPU takes at a time has to be said."""
-    set_block_bytes(block_bytes)
+    set_block_bytes(block_bytes, as_on_gpu)
     try:
         yield
     finally:

@@ -6,32 +6,44 @@ first those of x, then those of the gates, from z.
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from cpfold_train.kernels.triton.launches import Launch
-from cpfold_train.kernels.triton.tile import Tile, dot_constants, normalise, normalise_backward, parts, sigmoid
+from cpfold_train.kernels.triton.tile import (
+    AMPERE,
+    BLACKWELL,
+    HOPPER,
+    Tile,
+    Tiles,
+    dot_constants,
+    normalise,
+    normalise_backward,
+    parts,
+    sigmoid,
+    tiles_for,
+)
 
-FORWARD, BACKWARD, WEIGHTS = Tile(64, 64, 4, 2), Tile(64, 32, 8, 2), Tile(32, 128, 8, 2)
-WIDE_FORWARD, WIDE_BACKWARD, WIDE_WEIGHTS = Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(32, 32, 8, 1)
-"""Products of fp32 have no matrix units to themselves and twice the bytes."""
+TILES = {
+    AMPERE: Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)),
+    HOPPER: Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 8, 2), Tile(32, 128, 8, 2)),
+    BLACKWELL: Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 8, 2), Tile(32, 128, 8, 2)),
+}
+WIDE = Tiles(Tile(32, 16, 4, 1), Tile(32, 16, 8, 1), Tile(32, 32, 8, 1))
+"""For products of fp32, which have twice the bytes and, but for TF32, no matrix units."""
 
 
 def forward(
-    x: Tensor,
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    factors: Tensor | None,
-    residual: bool,
-    dtype: torch.dtype,
+    x: Tensor, z: Tensor, weight: Tensor, bias: Tensor, factors: Tensor | None, residual: bool, dtype: torch.dtype
 ) -> Tensor:
     """(B, P, C) in ``dtype``."""
     batch, pairs, c = z.shape
     out = torch.empty_like(z, dtype=dtype)
-    tile = WIDE_FORWARD if weight.dtype == torch.float32 else FORWARD
+    tile = tiles_for(z.device, weight.dtype, TILES, WIDE).forward
     _forward[triton.cdiv(pairs, tile.pairs), batch](
         x, z, weight, bias, factors, out, pairs, c, tile.pairs, min(tile.channels, c), residual,
         **dot_constants(weight.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -40,32 +52,34 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    factors: Tensor | None,
-    residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x and z, in their dtypes, and of ``weight`` and ``bias``, in fp32."""
+    grad: Tensor, x: Tensor, z: Tensor, weight: Tensor, bias: Tensor, factors: Tensor | None, residual: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and z, in their dtypes, and the normalised z in that of ``weight``."""
     batch, pairs, c = z.shape
-    wide, constants = weight.dtype == torch.float32, dot_constants(weight.dtype)
-    dx, dz, normed = torch.empty_like(x), torch.empty_like(z), torch.empty_like(z, dtype=weight.dtype)
-    tile = WIDE_BACKWARD if wide else BACKWARD
+    found = torch.empty_like(x), torch.empty_like(z), torch.empty_like(z, dtype=weight.dtype)
+    tile = tiles_for(z.device, weight.dtype, TILES, WIDE).backward
     _backward[triton.cdiv(pairs, tile.pairs), batch](
-        grad, x, z, weight, bias, factors, dx, dz, normed, pairs, c, tile.pairs, min(tile.channels, c), residual,
-        **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        grad, x, z, weight, bias, factors, *found, pairs, c, tile.pairs, min(tile.channels, c), residual,
+        **dot_constants(weight.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    tile = WIDE_WEIGHTS if wide else WEIGHTS
+    return found
+
+
+def weights(
+    grad: Tensor, x: Tensor, normed: Tensor, weight: Tensor, bias: Tensor, factors: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``weight`` and ``bias``, in fp32."""
+    batch, pairs, c = normed.shape
+    tile = tiles_for(x.device, weight.dtype, TILES, WIDE).weights
     slices = triton.cdiv(c, tile.channels)
-    count = parts(z.device, slices, batch * triton.cdiv(pairs, tile.pairs))
-    dweight, dbias = (w.new_empty(count, *w.shape, dtype=torch.float32) for w in (weight, bias))
+    count = parts(x.device, slices, batch * triton.cdiv(pairs, tile.pairs), tile.num_warps)
+    sums = [w.new_empty(count, *w.shape, dtype=torch.float32) for w in (weight, bias)]
     _weights[slices, count](
-        grad, x, normed, weight, bias, factors, dweight, dbias, batch, pairs, c, tile.pairs, min(tile.channels, c),
-        **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        grad, x, normed, weight, bias, factors, *sums, batch, pairs, c, tile.pairs, min(tile.channels, c),
+        **dot_constants(weight.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return dx, dz, dweight.sum(0), dbias.sum(0)
+    dweight, dbias = (w.sum(0) for w in sums)
+    return dweight, dbias
 
 
 @triton.jit
@@ -190,17 +204,18 @@ def _weights(dy_ptr, x_ptr, normed_ptr, w_ptr, b_ptr, f_ptr, dw_ptr, db_ptr, B, 
 def _launches() -> list[Launch]:
     """Boltz-2's pairs in bf16-mixed and in bf16, with residual and dropout."""
     found = []
-    for z in ("fp32", "bf16"):
+    for z, (major, tiles) in product(("fp32", "bf16"), TILES.items()):
         types = {"x_ptr": "*bf16", "w_ptr": "*bf16", "b_ptr": "*fp32", "f_ptr": "*fp32", "P": "i32"}
         grads = {"dy_ptr": f"*{z}", "dx_ptr": "*bf16", "dz_ptr": f"*{z}", "normed_ptr": "*bf16"}
         sums = {"dw_ptr": "*fp32", "db_ptr": "*fp32", "B": "i32"}
         for name, kernel, tile, more, constants in (
-            ("forward", _forward, FORWARD, {"z_ptr": f"*{z}", "out_ptr": f"*{z}"}, {"RESIDUAL": True}),
-            ("backward", _backward, BACKWARD, {"z_ptr": f"*{z}", **grads}, {"RESIDUAL": True}),
-            ("weights", _weights, WEIGHTS, {"dy_ptr": f"*{z}", "normed_ptr": "*bf16", **sums}, {}),
+            ("forward", _forward, tiles.forward, {"z_ptr": f"*{z}", "out_ptr": f"*{z}"}, {"RESIDUAL": True}),
+            ("backward", _backward, tiles.backward, {"z_ptr": f"*{z}", **grads}, {"RESIDUAL": True}),
+            ("weights", _weights, tiles.weights, {"dy_ptr": f"*{z}", "normed_ptr": "*bf16", **sums}, {}),
         ):
             constants |= {"C": 128, "BM": tile.pairs, "BO": tile.channels, **dot_constants(torch.bfloat16)}
-            found.append(Launch(f"gated_output {name}, z {z}", kernel, types | more, constants, *tile[2:]))
+            case = f"gated_output {name}, z {z}, {major}.0"
+            found.append(Launch(case, kernel, types | more, constants, tile.num_warps, tile.num_stages, major))
     return found
 
 

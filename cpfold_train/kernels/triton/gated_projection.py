@@ -6,24 +6,42 @@ their biases (2 OUT,): first those of the values, then those of their gates.
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from cpfold_train.kernels.triton.launches import Launch
-from cpfold_train.kernels.triton.tile import Tile, dot_constants, normalise, normalise_backward, parts, sigmoid
+from cpfold_train.kernels.triton.tile import (
+    AMPERE,
+    BLACKWELL,
+    HOPPER,
+    Tile,
+    Tiles,
+    dot_constants,
+    normalise,
+    normalise_backward,
+    parts,
+    sigmoid,
+    tiles_for,
+)
 
-FORWARD, BACKWARD, WEIGHTS = Tile(128, 32, 8, 3), Tile(64, 32, 4, 2), Tile(32, 64, 4, 3)
-WIDE_FORWARD, WIDE_BACKWARD, WIDE_WEIGHTS = Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(32, 32, 8, 1)
-"""Products of fp32 have no matrix units to themselves and twice the bytes."""
+TILES = {
+    AMPERE: Tiles(Tile(128, 32, 8, 3), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)),
+    HOPPER: Tiles(Tile(128, 32, 8, 3), Tile(64, 32, 4, 2), Tile(32, 64, 4, 3)),
+    BLACKWELL: Tiles(Tile(128, 32, 8, 3), Tile(64, 32, 4, 2), Tile(32, 64, 4, 3)),
+}
+WIDE = Tiles(Tile(32, 16, 4, 1), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1))
+"""For products of fp32, which have twice the bytes and, but for TF32, no matrix units."""
 
 
 def forward(z: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(B, OUT, P) in the dtype of ``weight``."""
     batch, pairs, c = z.shape
     out = weight.new_empty(batch, len(weight) // 2, pairs)
-    tile = WIDE_FORWARD if weight.dtype == torch.float32 else FORWARD
+    tile = tiles_for(z.device, weight.dtype, TILES, WIDE).forward
     _forward[triton.cdiv(pairs, tile.pairs), batch](
         z, mask, weight, bias, out, pairs, c, out.shape[1], tile.pairs, min(tile.channels, out.shape[1]),
         **dot_constants(weight.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -31,26 +49,31 @@ def forward(z: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def backward(grad: Tensor, z: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of z, in its dtype, and of ``weight`` and ``bias``, in fp32."""
+def backward(grad: Tensor, z: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Gradient of z, in its dtype."""
     batch, pairs, c = z.shape
-    channels, wide = grad.shape[1], weight.dtype == torch.float32
-    constants = dot_constants(weight.dtype)
     dz = torch.empty_like(z)
-    tile = WIDE_BACKWARD if wide else BACKWARD
+    tile = tiles_for(z.device, weight.dtype, TILES, WIDE).backward
     _backward[triton.cdiv(pairs, tile.pairs), batch](
-        grad, z, mask, weight, bias, dz, pairs, c, channels, tile.pairs, min(tile.channels, channels),
-        **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        grad, z, mask, weight, bias, dz, pairs, c, grad.shape[1], tile.pairs, min(tile.channels, grad.shape[1]),
+        **dot_constants(weight.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    tile = WIDE_WEIGHTS if wide else WEIGHTS
+    return dz
+
+
+def weights(grad: Tensor, z: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of ``weight`` and ``bias``, in fp32."""
+    (batch, pairs, c), channels = z.shape, grad.shape[1]
+    tile = tiles_for(z.device, weight.dtype, TILES, WIDE).weights
     slices = triton.cdiv(channels, tile.channels)
-    count = parts(z.device, slices, batch * triton.cdiv(pairs, tile.pairs))
-    dweight, dbias = (x.new_empty(count, *x.shape, dtype=torch.float32) for x in (weight, bias))
+    count = parts(z.device, slices, batch * triton.cdiv(pairs, tile.pairs), tile.num_warps)
+    sums = [w.new_empty(count, *w.shape, dtype=torch.float32) for w in (weight, bias)]
     _weights[slices, count](
-        grad, z, mask, weight, bias, dweight, dbias, batch, pairs, c, channels, tile.pairs,
-        min(tile.channels, channels), **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        grad, z, mask, weight, bias, *sums, batch, pairs, c, channels, tile.pairs, min(tile.channels, channels),
+        **dot_constants(weight.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return dz, dweight.sum(0), dbias.sum(0)
+    dweight, dbias = (x.sum(0) for x in sums)
+    return dweight, dbias
 
 
 @triton.jit
@@ -150,17 +173,17 @@ def _weights(dy_ptr, z_ptr, mask_ptr, w_ptr, b_ptr, dw_ptr, db_ptr, B, P, C: tl.
 def _launches() -> list[Launch]:
     """Boltz-2's pairs in bf16-mixed and in bf16."""
     found = []
-    for z in ("fp32", "bf16"):
+    for z, (major, tiles) in product(("fp32", "bf16"), TILES.items()):
         types = {"z_ptr": f"*{z}", "mask_ptr": "*fp32", "w_ptr": "*bf16", "b_ptr": "*fp32", "P": "i32"}
         grads = {**types, "dy_ptr": "*bf16"}
-        sums = {"dw_ptr": "*fp32", "db_ptr": "*fp32", "B": "i32"}
         for name, kernel, tile, of in (
-            ("forward", _forward, FORWARD, {**types, "out_ptr": "*bf16"}),
-            ("backward", _backward, BACKWARD, {**grads, "dz_ptr": f"*{z}"}),
-            ("weights", _weights, WEIGHTS, {**grads, **sums}),
+            ("forward", _forward, tiles.forward, {**types, "out_ptr": "*bf16"}),
+            ("backward", _backward, tiles.backward, {**grads, "dz_ptr": f"*{z}"}),
+            ("weights", _weights, tiles.weights, {**grads, "dw_ptr": "*fp32", "db_ptr": "*fp32", "B": "i32"}),
         ):
             constants = {"C": 128, "OUT": 256, "BM": tile.pairs, "BO": tile.channels, **dot_constants(torch.bfloat16)}
-            found.append(Launch(f"gated_projection {name}, z {z}", kernel, of, constants, *tile[2:]))
+            case = f"gated_projection {name}, z {z}, {major}.0"
+            found.append(Launch(case, kernel, of, constants, tile.num_warps, tile.num_stages, major))
     return found
 
 

@@ -20,7 +20,8 @@ from cpfold_train.kernels.triton.tile import dot_constants, parts
 PROJECT = {"PAIRS": 128, "CHANNELS": 64}, 8, 3
 UNPROJECT = {"PAIRS": 128, "CHANNELS": 64}, 4, 2
 WEIGHT = {"PAIRS": 64, "CHANNELS": 128}, 8, 3
-"""Tiles, warps and stages. In ``PROJECT`` and ``WEIGHT`` the loop is over channels (c', d) and over pairs."""
+WIDE = {"PAIRS": 64, "CHANNELS": 32}, 8, 2
+"""Tiles, warps and stages: of each kernel in bf16, and of all of them in fp32, where less fits registers."""
 
 
 @triton.jit
@@ -140,7 +141,7 @@ def project(outer: Tensor, count: Tensor, weight: Tensor, bias: Tensor | None) -
     """Contiguous (B, r c, m c) and (B, r, m) to (B, r, m, c_z), in the dtype of the former."""
     (batch, rows, cols), width = count.shape, weight.shape[0]
     out = outer.new_empty(batch, rows, cols, width)
-    tile, warps, stages = PROJECT
+    tile, warps, stages = PROJECT if outer.itemsize == 2 else WIDE
     project_kernel[(batch * rows * triton.cdiv(cols, tile["PAIRS"]),)](
         outer,
         count,
@@ -160,7 +161,7 @@ def unproject(grad: Tensor, weight: Tensor) -> Tensor:
     """Contiguous (B, r, m, c_z) to (B, r c, m c), in the dtype of ``grad``."""
     (batch, rows, cols, width), c = grad.shape, round(weight.shape[1] ** 0.5)
     out = grad.new_empty(batch, rows * c, cols * c)
-    tile, warps, stages = UNPROJECT
+    tile, warps, stages = UNPROJECT if grad.itemsize == 2 else WIDE
     unproject_kernel[(batch * rows * triton.cdiv(cols, tile["PAIRS"]),)](
         grad, weight, out, cols, **_constants(c, width, grad.dtype, tile), num_warps=warps, num_stages=stages
     )
@@ -170,7 +171,7 @@ def unproject(grad: Tensor, weight: Tensor) -> Tensor:
 def weight_gradient(outer: Tensor, grad: Tensor) -> Tensor:
     """Contiguous (B, r c, m c) and (B, r, m, c_z) to (c_z, c * c) in fp32."""
     (batch, rows, cols, width), c = grad.shape, outer.shape[1] // grad.shape[1]
-    tile, warps, stages = WEIGHT
+    tile, warps, stages = WEIGHT if outer.itemsize == 2 else WIDE
     slices = triton.cdiv(c * c, tile["CHANNELS"])
     # Two programs fit on a multiprocessor.
     splits = 2 * parts(grad.device, slices, batch * rows * triton.cdiv(cols, tile["PAIRS"]))

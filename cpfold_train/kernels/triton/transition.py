@@ -12,18 +12,34 @@ import triton.language as tl
 from torch import Tensor
 
 from cpfold_train.kernels.triton.launches import Launch
-from cpfold_train.kernels.triton.tile import Tile, dot_constants, normalise, normalise_backward, parts, sigmoid
+from cpfold_train.kernels.triton.tile import (
+    AMPERE,
+    BLACKWELL,
+    HOPPER,
+    Tile,
+    Tiles,
+    dot_constants,
+    normalise,
+    normalise_backward,
+    parts,
+    sigmoid,
+    tiles_for,
+)
 
-FORWARD, BACKWARD, WEIGHTS = Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 128, 8, 2)
-WIDE_FORWARD, WIDE_BACKWARD, WIDE_WEIGHTS = Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(32, 32, 8, 1)
-"""Products of fp32 have no matrix units to themselves and twice the bytes."""
+TILES = {
+    AMPERE: Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 8, 2)),
+    HOPPER: Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 128, 8, 2)),
+    BLACKWELL: Tiles(Tile(64, 32, 4, 3), Tile(64, 32, 4, 2), Tile(64, 64, 8, 2)),
+}
+WIDE = Tiles(Tile(32, 16, 4, 1), Tile(32, 16, 8, 1), Tile(32, 32, 8, 1))
+"""For products of fp32, which have twice the bytes and, but for TF32, no matrix units."""
 
 
 def forward(x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, residual: bool, dtype: torch.dtype) -> Tensor:
     """(P, C) in ``dtype``."""
     positions, c = x.shape
     out = torch.empty_like(x, dtype=dtype)
-    tile = WIDE_FORWARD if w12.dtype == torch.float32 else FORWARD
+    tile = tiles_for(x.device, w12.dtype, TILES, WIDE).forward
     _forward[(triton.cdiv(positions, tile.pairs),)](
         x, w12, b12, w3, out, positions, c, len(w3), tile.pairs, min(tile.channels, len(w3)), residual,
         **dot_constants(w12.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -33,27 +49,32 @@ def forward(x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, residual: bool, dty
 
 def backward(
     grad: Tensor, x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, residual: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, in its dtype, and of ``w12``, ``b12`` and ``w3``, in fp32."""
-    positions, c = x.shape
-    hidden, wide = len(w3), w12.dtype == torch.float32
-    constants = dot_constants(w12.dtype)
-    dx, normed = torch.empty_like(x), torch.empty_like(x, dtype=w12.dtype)
-    cast = grad if grad.dtype == w12.dtype else torch.empty_like(grad, dtype=w12.dtype)
-    tile = WIDE_BACKWARD if wide else BACKWARD
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of x, in its dtype; the normalised x in that of the weights; ``grad`` in it too, or nothing if it is."""
+    (positions, c), hidden, dtype = x.shape, len(w3), w12.dtype
+    cast = grad.dtype != dtype
+    found = torch.empty_like(x), torch.empty_like(x, dtype=dtype), x.new_empty(x.shape if cast else 0, dtype=dtype)
+    tile = tiles_for(x.device, dtype, TILES, WIDE).backward
     _backward[(triton.cdiv(positions, tile.pairs),)](
-        grad, x, w12, b12, w3, dx, normed, cast, positions, c, hidden, tile.pairs, min(tile.channels, hidden),
-        residual, cast is not grad, **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        grad, x, w12, b12, w3, *found, positions, c, hidden, tile.pairs, min(tile.channels, hidden), residual, cast,
+        **dot_constants(dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    tile = WIDE_WEIGHTS if wide else WEIGHTS
+    return found
+
+
+def weights(grad: Tensor, normed: Tensor, w12: Tensor, b12: Tensor, w3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``w12``, ``b12`` and ``w3``, in fp32; ``grad`` and ``normed`` are in the dtype of the weights."""
+    (positions, c), hidden = normed.shape, len(w3)
+    tile = tiles_for(normed.device, w12.dtype, TILES, WIDE).weights
     slices = triton.cdiv(hidden, tile.channels)
-    count = parts(x.device, slices, triton.cdiv(positions, tile.pairs))
+    count = parts(normed.device, slices, triton.cdiv(positions, tile.pairs), tile.num_warps)
     sums = [w.new_empty(count, *w.shape, dtype=torch.float32) for w in (w12, b12, w3)]
     _weights[slices, count](
-        cast, normed, w12, b12, w3, *sums, positions, c, hidden, tile.pairs, min(tile.channels, hidden),
-        **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        grad, normed, w12, b12, w3, *sums, positions, c, hidden, tile.pairs, min(tile.channels, hidden),
+        **dot_constants(w12.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return dx, *(x.sum(0) for x in sums)
+    dw12, db12, dw3 = (x.sum(0) for x in sums)
+    return dw12, db12, dw3
 
 
 @triton.jit
@@ -164,22 +185,23 @@ def _weights(dy_ptr, normed_ptr, w_ptr, b_ptr, w3_ptr, dw_ptr, db_ptr, dw3_ptr, 
 
 def _launches() -> list[Launch]:
     """Boltz-2's pairs in bf16-mixed and in bf16."""
-    weights = {"w_ptr": "*bf16", "b_ptr": "*fp32", "w3_ptr": "*bf16", "P": "i32"}
-    sizes = {"C": 128, "H": 512, **dot_constants(torch.bfloat16)}
+    types = {"w_ptr": "*bf16", "b_ptr": "*fp32", "w3_ptr": "*bf16", "P": "i32", "normed_ptr": "*bf16"}
+    sums = {"dw_ptr": "*fp32", "db_ptr": "*fp32", "dw3_ptr": "*fp32"}
     found = []
-    for x in ("fp32", "bf16"):
-        types = {**weights, "x_ptr": f"*{x}"}
-        grads = {"dy_ptr": f"*{x}", "dx_ptr": f"*{x}", "normed_ptr": "*bf16", "cast_ptr": "*bf16"}
-        for name, kernel, tile, of, constants in (
-            ("forward", _forward, FORWARD, {**types, "out_ptr": f"*{x}"}, {}),
-            ("backward", _backward, BACKWARD, {**types, **grads}, {"CAST": x == "fp32"}),
-        ):
-            constants = {**sizes, **constants, "BM": tile.pairs, "BH": tile.channels, "RESIDUAL": True}
-            found.append(Launch(f"transition {name}, x {x}", kernel, of, constants, *tile[2:]))
-    of = {**weights, "dy_ptr": "*bf16", "normed_ptr": "*bf16"}
-    of |= {"dw_ptr": "*fp32", "db_ptr": "*fp32", "dw3_ptr": "*fp32"}
-    constants = {**sizes, "BM": WEIGHTS.pairs, "BH": WEIGHTS.channels}
-    return [*found, Launch("transition weights", _weights, of, constants, *WEIGHTS[2:])]
+    for major, tiles in TILES.items():
+        cases = [("weights", _weights, tiles.weights, {"dy_ptr": "*bf16", **sums}, {})]
+        for x in ("fp32", "bf16"):
+            grads = {"x_ptr": f"*{x}", "dy_ptr": f"*{x}", "dx_ptr": f"*{x}", "cast_ptr": "*bf16"}
+            outs = {"x_ptr": f"*{x}", "out_ptr": f"*{x}"}
+            backward = {"RESIDUAL": True, "CAST": x == "fp32"}
+            cases.append((f"forward, x {x}", _forward, tiles.forward, outs, {"RESIDUAL": True}))
+            cases.append((f"backward, x {x}", _backward, tiles.backward, grads, backward))
+        for name, kernel, tile, more, constants in cases:
+            of = {argument: kind for argument, kind in (types | more).items() if argument in kernel.arg_names}
+            constants |= {"C": 128, "H": 512, "BM": tile.pairs, "BH": tile.channels, **dot_constants(torch.bfloat16)}
+            case = f"transition {name}, {major}.0"
+            found.append(Launch(case, kernel, of, constants, tile.num_warps, tile.num_stages, major))
+    return found
 
 
 LAUNCHES = _launches()
