@@ -11,11 +11,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cpfold_train.__main__ import main
-from cpfold_train.kernels.compiled import ARCHITECTURES, inner_loop, occupancy
+from cpfold_train.kernels.compiled import ARCHITECTURES, Compiled, inner_loop, occupancy
 
 triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
@@ -67,6 +68,19 @@ def test_what_is_known_of_small_kernels(arch):
     assert product["shared_bytes"] >= 2 * 64 * 64 * 2 and product["blocks"] >= 2
     assert summed["atomics"] == 1 and summed["loop"] == 0 and not summed["matrix"]
     assert wide["stores_spilled"] > 100 and wide["loads_spilled"] > 100
+
+
+def test_tables(capsys, monkeypatch):
+    kernel = Compiled("k", "sm_90", 4, 168, 1, 2, 2048, 3, "registers", {"HGMMA": 4}, 32, 0, 99)
+    monkeypatch.setattr("cpfold_train.kernels.command.require_compiler", lambda arch: None)
+    monkeypatch.setattr("cpfold_train.kernels.command.launches", lambda arch: [SimpleNamespace(name="k")])
+    monkeypatch.setattr("cpfold_train.kernels.command.compiled", lambda launch, arch: kernel)
+    assert main(["kernels", "--markdown"]) == 0
+    assert "| k | 4 | 168 | 1+2 | 2 | 3 | 4 HGMMA | 32 | 0 | 99 |" in capsys.readouterr().out
+    assert main(["kernels"]) == 0
+    assert "4 HGMMA" in capsys.readouterr().out
+    assert main(["kernels", "--only", "other"]) == 2
+    assert "type a part of one of k" in capsys.readouterr().err
 
 
 def test_occupancy_by_the_scarcest():

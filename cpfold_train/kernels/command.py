@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only", default="", metavar="TEXT,...", help="kernels whose names have one of these in them (default: all)"
     )
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
+    parser.add_argument("--markdown", action="store_true", help="print a table in Markdown")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -40,34 +41,50 @@ def run(args: argparse.Namespace) -> None:
     found = [compiled(one, args.arch) for one in track(chosen, "compiling", console=Console(stderr=True))]
     if args.json:
         print(json.dumps([asdict(kernel) for kernel in found], indent=1))
+    elif args.markdown:
+        print(_as_markdown(found))
     else:
         _show(found, args.arch)
 
 
+HEADS = ("kernel", "warps", "regs", "spills", "KiB", "blocks", "matrix", "exp", "atomics", "loop")
+
+
+def _row(one: Compiled) -> list[str]:
+    """What is told of a kernel, under :data:`HEADS`."""
+    return [
+        one.kernel,
+        str(one.warps),
+        str(one.registers),
+        f"{one.stores_spilled}+{one.loads_spilled}",
+        f"{one.shared_bytes / KIB:.0f}",
+        str(one.blocks),
+        ", ".join(f"{count} {name}" for name, count in one.matrix.items()) or "0",
+        str(one.exponentials),
+        str(one.atomics),
+        str(one.loop or "-"),
+    ]
+
+
+def _as_markdown(found: list[Compiled]) -> str:
+    rows = [list(HEADS), ["---"] * len(HEADS), *map(_row, found)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 def _show(found: list[Compiled], arch: str) -> None:
     limit = ARCHITECTURES[arch].shared_block // KIB
+    first, *others = HEADS
     table = Table(
-        Column("kernel", overflow="fold"), "warps", "regs", "spills", "KiB", "blocks", "matrix", "exp", "atomics",
-        "loop",
+        Column(first, overflow="fold"),
+        *others,
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         title=f"Triton's kernels as compiled for {arch}",
         caption=f"regs: registers of a thread; spills: stores and loads of local memory; KiB: shared memory of a "
         f"block, of {limit}; blocks: on a multiprocessor; matrix, exp, atomics: instructions; loop: instructions of "
         "the innermost loop",
-    )  # fmt: skip
+    )
     for one in found:
-        table.add_row(
-            one.kernel,
-            str(one.warps),
-            str(one.registers),
-            f"{one.stores_spilled}+{one.loads_spilled}",
-            f"{one.shared_bytes / KIB:.0f}",
-            str(one.blocks),
-            ", ".join(f"{count} {name}" for name, count in one.matrix.items()) or "0",
-            str(one.exponentials),
-            str(one.atomics),
-            str(one.loop or "-"),
-        )
+        table.add_row(*_row(one))
     # Names are long, and what is no terminal is no wider than 80 columns by default.
     Console(width=None if sys.stdout.isatty() else 120).print(table)
