@@ -119,11 +119,13 @@ class Route:
         self._has, self._wants = has[self._me], wants[self._me]
         self._outgoing, self._incoming, self._disjoint = _plan(self._me, has, wants)
         self._exchange: Exchange | None = None
+        self._back: Tensor | None = None
 
-    def fetch(self, x: Tensor) -> Tensor:
-        """Post the messages; return the box that this rank wants with only its own part filled in."""
-        self._post(x, self._has, self._outgoing, self._incoming)
-        out = x.new_empty(self._shape(x, self._wants))
+    def fetch(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Post the messages; return the box that this rank wants with its own part filled in, and those of the others
+        at any time until :meth:`arrive`. It is made, unless ``out`` is to become it."""
+        out = x.new_empty(self._shape(x, self._wants)) if out is None else out
+        self._post(x, self._has, self._outgoing, self._incoming, out)
         if self._me in self._outgoing:
             box = self._outgoing[self._me]
             self._view(out, self._wants, box).copy_(self._view(x, self._has, box))
@@ -133,27 +135,33 @@ class Route:
         """Wait, and fill in the parts of the others."""
         received = self._exchange.wait()
         for p, box in _in_turn(self._incoming, self._me):
-            if p != self._me:
-                self._view(out, self._wants, box).copy_(received[p])
+            place = self._view(out, self._wants, box)
+            if p != self._me and not place.is_contiguous():
+                place.copy_(received[p])
         return out
 
-    def give_back(self, grad: Tensor) -> None:
-        """Post the gradient of the box that was wanted, on its way to the ranks that have it."""
-        self._post(grad, self._wants, self._incoming, self._outgoing)
+    def give_back(self, grad: Tensor, into: Tensor | None = None) -> None:
+        """Post the gradient of the box that was wanted, on its way to the ranks that have it; ``into`` is to become
+        what :meth:`collect` returns."""
+        if self._disjoint:
+            self._back = grad.new_empty(self._shape(grad, self._has)) if into is None else into
+        self._post(grad, self._wants, self._incoming, self._outgoing, self._back)
 
     def collect(self, grad: Tensor) -> Tensor:
         """Wait, and return the gradient of the box that this rank has; ``grad`` is what :meth:`give_back` was given."""
         received = self._exchange.wait()
         if self._me in self._outgoing:
             received[self._me] = self._view(grad, self._wants, self._outgoing[self._me])
-        shape = self._shape(grad, self._has)
         if self._disjoint:
-            out = grad.new_empty(shape)
+            out, self._back = self._back, None
             for p, box in _in_turn(self._outgoing, self._me):
-                self._view(out, self._has, box).copy_(received[p])
+                place = self._view(out, self._has, box)
+                if p == self._me or not place.is_contiguous():
+                    place.copy_(received[p])
         else:
             # As many addends as ranks: in bf16 each of them would be rounded once more.
-            total = grad.new_zeros(shape, dtype=torch.promote_types(grad.dtype, torch.float32))
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            total = grad.new_zeros(self._shape(grad, self._has), dtype=wide)
             for p, box in _in_turn(self._outgoing, self._me):
                 self._view(total, self._has, box).add_(received[p])
             out = total.to(grad.dtype)
@@ -172,13 +180,23 @@ class Route:
             sizes[dim] = hi - lo
         return sizes
 
-    def _post(self, x: Tensor, origin: Box, outgoing: dict[int, Box], incoming: dict[int, Box]) -> None:
+    def _post(
+        self, x: Tensor, origin: Box, outgoing: dict[int, Box], incoming: dict[int, Box], out: Tensor | None
+    ) -> None:
+        """Messages from ``outgoing`` boxes of x, which covers ``origin``. Those received come straight to where they
+        belong in ``out`` if that is contiguous there."""
         sends: dict[int, Tensor] = {}
         for p, box in _in_turn(outgoing, self._me):
             if p != self._me:
                 sends[p] = self._view(x, origin, box).contiguous()
                 self._cp.ledger.sent(self._op, sends[p].nbytes)
-        receives = {p: x.new_empty(self._shape(x, box)) for p, box in _in_turn(incoming, self._me) if p != self._me}
+        receives: dict[int, Tensor] = {}
+        target = self._wants if incoming is self._incoming else self._has
+        for p, box in _in_turn(incoming, self._me):
+            if p != self._me:
+                place = None if out is None else self._view(out, target, box)
+                fits = place is not None and place.is_contiguous()
+                receives[p] = place if fits else x.new_empty(self._shape(x, box))
         self._exchange = Exchange(self._axis, self._op, self._cp.ledger, sends, receives)
 
 
