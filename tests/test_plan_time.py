@@ -75,16 +75,6 @@ def test_an_operator_of_ours_counts_as_it_says_and_what_is_inside_does_not(formu
     assert tally.moved_bytes == 4 * (4 * 5 * 7 + 2 * 7 * 3 + 4 * 5 * 3) + 4 * 5 * 7 * 4
 
 
-def test_what_is_overwritten_is_not_read():
-    tracer = Tracer(seconds_by_name, 0)
-    with FakeTensorMode(), tracer:
-        x = torch.empty(5, 7)
-        x.copy_(torch.empty(5, 7, dtype=torch.bfloat16))
-        torch.zeros_like(x)
-        x.add_(x)
-    assert totals(tracer.tallies).moved_bytes == 5 * 7 * ((2 + 4) + 4 + 3 * 4)
-
-
 class Wide(nn.Module):
     def __init__(self) -> None:
         super().__init__()

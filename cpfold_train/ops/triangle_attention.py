@@ -49,7 +49,7 @@ from cpfold_train.parallel.layouts import (
     whole_rows,
     with_dim,
 )
-from cpfold_train.parallel.redistribute import Layout, Route, finish, start
+from cpfold_train.parallel.redistribute import Layout, Route, finish, finish_added, start
 
 Parts = tuple[Interval, ...]
 Norm = tuple[Tensor, ...]
@@ -74,7 +74,21 @@ class Weights(NamedTuple):
     o: Tensor
 
 
-def triangle_attention_starting(z: Tensor, token_mask: Tensor, w: Weights, cp: ContextParallel) -> Tensor:
+class _Residual(NamedTuple):
+    """A tile z (B, r, q, c) and, for a dropout, what the update's rows (B, r, 1, 1) are multiplied with first."""
+
+    z: Tensor
+    factors: Tensor | None
+
+
+def triangle_attention_starting(
+    z: Tensor,
+    token_mask: Tensor,
+    w: Weights,
+    cp: ContextParallel,
+    residual: bool = False,
+    factors: Tensor | None = None,
+) -> Tensor:
     """Pair (i, j) attends to the pairs (i, k), with the bias of (j, k).
 
     Args:
@@ -82,45 +96,64 @@ def triangle_attention_starting(z: Tensor, token_mask: Tensor, w: Weights, cp: C
         token_mask: (B, N), 1 for real tokens.
         w: parameters.
         cp: the running grid.
+        residual: add z.
+        factors: (B, N/R), with which the rows of the update are multiplied: a dropout of theirs. With the residual.
 
     Returns:
-        Update of the tile (B, N/R, N/C, c).
+        Update of the tile (B, N/R, N/C, c), or, with the residual, the new tile.
     """
     n, op = z.shape[1] * cp.grid.rows, "triangle_attention_start"
     as_tiles = tiles(cp.grid, n, n)
+    add = _Residual(z, None if factors is None else factors[:, :, None, None]) if residual else None
     z, norm, bias = _normed(z, token_mask[:, None, slice(*cp.grid.col_tokens(n))].expand(z.shape[:3]), w, cp)
     bias = bias.contiguous()
     if _algorithm(z, n, w, False, cp) == "ring":
         blocks = [col_parts(cp.grid, n, k) for k in range(cp.grid.cols)]
-        return _around_the_grid(
-            z, bias, norm, w, row_parts(cp.grid, n), col_parts(cp.grid, n), blocks, as_tiles, cp, op
-        )
+        rows, queries = row_parts(cp.grid, n), col_parts(cp.grid, n)
+        return _added(_around_the_grid(z, bias, norm, w, rows, queries, blocks, as_tiles, cp, op), add)
     groups = row_groups(cp.grid, n, z.shape[3], bias.shape[1])
     sharers = row_sharers(cp.grid, z.shape[3])
     some = n // groups
     as_rows, shares = whole_rows(cp.grid, some, n, sharers), col_shares(cp.grid, n, sharers)
-    return _in_whole_rows(
-        z.chunk(groups, 1), bias, norm, w, tiles(cp.grid, some, n), as_rows, shares, as_tiles, n, cp, op
-    )
+    has = tiles(cp.grid, some, n)
+    return _in_whole_rows(z.chunk(groups, 1), bias, norm, w, has, as_rows, shares, as_tiles, n, cp, op, add)
 
 
-def triangle_attention_ending(z: Tensor, token_mask: Tensor, w: Weights, cp: ContextParallel) -> Tensor:
+def triangle_attention_ending(
+    z: Tensor,
+    token_mask: Tensor,
+    w: Weights,
+    cp: ContextParallel,
+    residual: bool = False,
+    factors: Tensor | None = None,
+) -> Tensor:
     """Pair (i, j) attends to the pairs (k, j), with the bias of (k, i); otherwise as
-    :func:`triangle_attention_starting`, of which it is the transpose."""
+    :func:`triangle_attention_starting`, of which it is the transpose: ``factors`` (B, N/C) are those of columns."""
     n, op = z.shape[1] * cp.grid.rows, "triangle_attention_end"
     as_tiles = mirrored_tiles(cp.grid, n)
+    add = None
+    if residual:
+        add = _Residual(z.transpose(1, 2), None if factors is None else factors[:, :, None, None])
     z, norm, bias = _normed(z, token_mask[:, slice(*cp.grid.row_tokens(n)), None].expand(z.shape[:3]), w, cp)
     z, bias = z.transpose(1, 2), bias.mT.contiguous()
     if _algorithm(z, n, w, True, cp) == "ring":
         blocks = [row_parts(cp.grid, n, k) for k in range(cp.grid.rows)]
         rows, queries = col_parts(cp.grid, n), row_parts(cp.grid, n)
-        return _around_the_grid(z, bias, norm, w, rows, queries, blocks, as_tiles, cp, op).transpose(1, 2)
+        update = _around_the_grid(z, bias, norm, w, rows, queries, blocks, as_tiles, cp, op)
+        return _added(update, add).transpose(1, 2)
     groups = row_groups(cp.grid, n, z.shape[3], bias.shape[1], ending=True)
     sharers = row_sharers(cp.grid, z.shape[3], ending=True)
     some = n // groups
     has, as_rows = (swapped(layout) for layout in (tiles(cp.grid, n, some), whole_cols(cp.grid, n, some, sharers)))
     shares = row_shares(cp.grid, n, sharers)
-    return _in_whole_rows(z.chunk(groups, 1), bias, norm, w, has, as_rows, shares, as_tiles, n, cp, op).transpose(1, 2)
+    new = _in_whole_rows(z.chunk(groups, 1), bias, norm, w, has, as_rows, shares, as_tiles, n, cp, op, add)
+    return new.transpose(1, 2)
+
+
+def _added(update: Tensor, add: _Residual | None) -> Tensor:
+    if add is None:
+        return update
+    return add.z + (update if add.factors is None else update * add.factors.to(update.dtype))
 
 
 def _algorithm(z: Tensor, n: int, w: Weights, ending: bool, cp: ContextParallel) -> str:
@@ -155,8 +188,10 @@ def _in_whole_rows(
     n: int,
     cp: ContextParallel,
     op: str,
+    add: _Residual | None,
 ) -> Tensor:
-    """Gated attention within complete rows: groups of a tile's rows (B, r, q, c) and its bias to the tile's update.
+    """Gated attention within complete rows: groups of a tile's rows (B, r, q, c) and its bias to the tile's update, or
+    to the new tile.
 
     One group travels while another attends, there, back and in the backward pass. ``has`` and ``as_rows`` number the
     rows of a group. Ranks that have the same rows attend for their ``shares`` of the queries.
@@ -186,7 +221,9 @@ def _in_whole_rows(
         updates = (stream(step, routes, shared, (bias,), inputs=(finish(part),), rows=rows) for part in coming)
     done = tuple((rows, share) for (rows, _), share in zip(as_rows, shares))
     going = [start(update, cp, cp.all, (1, 2), done, has, op) for update in updates]
-    return finish(going[0]) if len(going) == 1 else torch.cat([finish(part) for part in going], 1)
+    if add is not None and cp.kernels != "torch":
+        return finish_added(going, *add)
+    return _added(finish(going[0]) if len(going) == 1 else torch.cat([finish(part) for part in going], 1), add)
 
 
 def _around_the_grid(
@@ -257,6 +294,10 @@ def _attend_rows(
 ) -> Tensor:
     """What :func:`_attend` returns, for a block of rows and the heads that the bias and the weights have."""
     x, heads = _norm(z, *norm), bias.shape[1]
+    if kernels != "torch" and bias.shape[2] == bias.shape[3]:
+        # One product, forward and backward, for queries and keys of the same pairs.
+        qgkv = linear(x, torch.cat([qg, kv])).unflatten(-1, (4, heads, -1))
+        return linear(gated_attention(qgkv, None, bias, kernels).flatten(3), o)
     qg = linear(x[:, :, slice(*queries)], qg).unflatten(-1, (2, heads, -1))
     kv = linear(x, kv).unflatten(-1, (2, heads, -1))
     return linear(gated_attention(qg, kv, bias, kernels).flatten(3), o)

@@ -10,9 +10,10 @@ A box is a tuple of half-open intervals, one for each of the ``dims`` that the l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -72,6 +73,20 @@ def start(
 def finish(pending: Pending) -> Tensor:
     """Wait for a redistribution and return this rank's new box."""
     return pending._out if pending._route is None else _Finish.apply(pending._out, pending._route)
+
+
+def finish_added(parts: Sequence[Pending], z: Tensor, row_factors: Tensor | None) -> Tensor:
+    """``z + row_factors * update`` where the update comes in parts of dim 1, without joining or scaling it first.
+
+    Args:
+        parts: of the update (B, r, ..., c), in the order of their rows; none of them is used otherwise.
+        z: (B, r, ..., c).
+        row_factors: (B, r, 1, 1) or (B, 1, n, 1), or None for 1.
+
+    Returns:
+        (B, r, ..., c) in the dtype and with the strides of ``z``.
+    """
+    return _FinishAdded.apply(z, row_factors, [part._route for part in parts], *(part._out for part in parts))
 
 
 def sum_to_owners(
@@ -251,6 +266,45 @@ class _Finish(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         ctx.route.give_back(grad)
         return grad, None
+
+
+class _FinishAdded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z: Tensor, factors: Tensor | None, routes: list[Route | None], *outs: Tensor) -> Tensor:
+        ctx.factors, ctx.routes, ctx.dtypes = factors, routes, [out.dtype for out in outs]
+        ctx.sizes = [out.shape[1] for out in outs]
+        new = torch.empty_like(z)
+        for route, out, rows in zip(routes, outs, _slices(ctx.sizes)):
+            update = out if route is None else route.arrive(out)
+            if factors is None:
+                torch.add(z[:, rows], update, out=new[:, rows])
+            else:
+                torch.addcmul(z[:, rows], update, _of_rows(factors, rows), out=new[:, rows])
+        return new
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        back = []
+        for route, dtype, rows in zip(ctx.routes, ctx.dtypes, _slices(ctx.sizes)):
+            part = grad[:, rows]
+            # Contiguous whatever the strides of z: messages are made of it.
+            back.append(part.new_empty(part.shape, dtype=dtype))
+            if ctx.factors is None:
+                back[-1].copy_(part)
+            else:
+                torch.mul(part, _of_rows(ctx.factors, rows), out=back[-1])
+            if route is not None:
+                route.give_back(back[-1])
+        return grad, None, None, *back
+
+
+def _slices(sizes: list[int]) -> Iterator[slice]:
+    ends = list(accumulate(sizes, initial=0))
+    return map(slice, ends, ends[1:])
+
+
+def _of_rows(factors: Tensor, rows: slice) -> Tensor:
+    return factors if factors.shape[1] == 1 else factors[:, rows]
 
 
 class _SumToOwners(torch.autograd.Function):

@@ -53,8 +53,6 @@ _NO_KERNEL = {
 }
 _PICKING = {"index", "index_select", "gather", "embedding"}
 """Operations that read of their first argument only as much as they return."""
-_FILLING = {"copy_", "fill_", "zero_", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
-"""Operations that read nothing of their first argument."""
 _EXPONENTIALS = {"exp", "exp_", "_softmax", "sigmoid", "sigmoid_", "silu", "silu_"}
 """Operations that take one of each element."""
 
@@ -263,7 +261,7 @@ class Tracer(TorchDispatchMode):
             return
         count = flop_registry.get(func._overloadpacket)
         flops = count(*args, **kwargs, out_val=out) if count else 0
-        picked = results if name in _PICKING else () if name in _FILLING else tensors[:1]
+        picked = results if name in _PICKING else tensors[:1]
         exps = results[0].numel() if name in _EXPONENTIALS else 0
         moved = sum(x.nbytes for x in (*picked, *tensors[1:], *results))
         self.kernel(Kernel(flops, tensors[0].dtype, moved, exps))
