@@ -227,7 +227,8 @@ def _measured(file: Path) -> Device:
     return replace(
         like,
         memory=gpu.memory_bytes,
-        capability=tuple(gpu.capability),
+        # A CPU has none: zeros in the file.
+        capability=tuple(gpu.capability) if any(gpu.capability) else None,
         source=f"measured on {gpu.name}; what was not, and links to the host and other machines: {like.source}",
         measured=rates,
     )

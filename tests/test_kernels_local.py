@@ -30,7 +30,8 @@ from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.random import Draws
-from tests.parity import LENGTHS, join, real, run
+from cpfold_train.testing.parity import Case, run
+from tests.parity import LENGTHS, join, real
 
 pytest.importorskip("triton")
 
@@ -153,7 +154,7 @@ def on_a_grid(cp: ContextParallel, block: str, kernels: str, dtype: torch.dtype)
 
     cp.kernels = kernels
     try:
-        return run(cp, lambda: build(*sizes).to(dtype), in_dtype, inputs, PLACEMENTS, "pair")
+        return run(cp, Case(lambda: build(*sizes).to(dtype), in_dtype, inputs, PLACEMENTS, "pair"))
     finally:
         cp.kernels = "torch"
 

@@ -26,7 +26,8 @@ from cpfold_train.model.msa import OuterProductMean, PairWeightedAveraging
 from cpfold_train.ops import outer_product_mean as opm_op
 from cpfold_train.ops.outer_product_mean import pair_counts
 from cpfold_train.parallel.grid import Grid
-from tests.parity import DEPTHS, LENGTHS, join, real, run
+from cpfold_train.testing.parity import Case, run
+from tests.parity import DEPTHS, LENGTHS, join, real
 
 pytest.importorskip("triton")
 
@@ -160,7 +161,7 @@ OPS = {
 
 
 def on_a_grid(cp, op: str, kernels: str, fetched_bytes: int, mixed: bool) -> dict:
-    """What :func:`tests.parity.run` finds on this rank, in fp32 or under autocast."""
+    """What :func:`~cpfold_train.testing.parity.run` finds on this rank, in fp32 or under autocast."""
     from cpfold_train.kernels.triton import outer_product_mean as kernel
 
     for tile in (kernel.PROJECT, kernel.UNPROJECT, kernel.WEIGHT, kernel.WIDE):
@@ -177,7 +178,7 @@ def on_a_grid(cp, op: str, kernels: str, fetched_bytes: int, mixed: bool) -> dic
     cp.kernels, before, opm_op.FETCHED_BYTES = kernels, opm_op.FETCHED_BYTES, fetched_bytes
     try:
         inputs = {name: INPUTS[name].float() for name in placements}
-        return run(cp, partial(cls, C_M, C_Z), called, inputs, placements, out)
+        return run(cp, Case(partial(cls, C_M, C_Z), called, inputs, placements, out))
     finally:
         cp.kernels, opm_op.FETCHED_BYTES = "torch", before
 

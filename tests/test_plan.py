@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,6 +30,7 @@ from cpfold_train.plan.forward import trace_prediction, trace_validation
 from cpfold_train.plan.plan import Plan, fullest_moment, weight_bytes
 from cpfold_train.plan.step import Trace, build, trace_step
 from cpfold_train.plan.tally import MEMORY, Kernel, Tally, totals
+from cpfold_train.plan.trace import Tracer
 from cpfold_train.predict.predictor import Predictor, Settings
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.entry import CHOSEN_MEMORY, _chosen_memory
@@ -434,3 +436,19 @@ def test_a_run_takes_the_levers_that_the_planner_chooses(forked_runs, tmp_path):
     assert done.returncode == 0, done.stderr
     # There is room for everything.
     assert OmegaConf.load(tmp_path / "resolved.yaml").memory.recompute is False
+
+
+def test_bytes_that_a_kernel_moves():
+    """A copy reads its source and writes its target; a row that is expanded is read once; a sum reads both."""
+    tracer = Tracer(lambda kernel: (MEMORY, 0.0), 0)
+    with FakeTensorMode(), tracer:
+        x, y, row = torch.empty(8, 4), torch.empty(8, 4), torch.empty(1, 4)
+        for function, moved in (
+            (lambda: x.copy_(y), 2 * x.nbytes),
+            (lambda: x.zero_(), x.nbytes),
+            (lambda: x + row.expand(8, 4), 2 * x.nbytes + row.nbytes),
+            (lambda: x.add_(x), 3 * x.nbytes),
+        ):
+            tracer.reset()
+            function()
+            assert sum(part.moved_bytes for part in tracer.so_far().values()) == moved

@@ -98,7 +98,8 @@ def watch_islands(model: nn.Module) -> dict[str, bool]:
         seen[name] = not torch.is_autocast_enabled("cpu") and all(x.dtype == FP32 for x in tensors)
 
     for name, module in model.named_modules():
-        if in_fp32(name) and not any(module.children()):
+        # The outermost module of an island begins it inside its own forward pass.
+        if in_fp32(name) and (in_fp32(name.rpartition(".")[0]) or not any(module.children())):
             module.register_forward_hook(lambda _, given, made, name=name: look(name, given, made))
     return seen
 

@@ -93,6 +93,7 @@ ON_CPU = replace(
     model=ModelConfig(
         token_s=32,
         token_z=16,
+        recycling_steps=0,
         msa=MSAConfig(16, 1, 0.0, 0.0, 16, 2),
         pairformer=_SMALL,
         atoms=AtomConfig(8, 4, 1, 2, 1, 2),

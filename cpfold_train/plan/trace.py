@@ -53,6 +53,8 @@ _NO_KERNEL = {
 }
 _PICKING = {"index", "index_select", "gather", "embedding"}
 """Operations that read of their first argument only as much as they return."""
+_WRITING = {"copy_", "fill_", "zero_"}
+"""Operations that write their first argument without reading it."""
 _EXPONENTIALS = {"exp", "exp_", "_softmax", "sigmoid", "sigmoid_", "silu", "silu_"}
 """Operations that take one of each element."""
 
@@ -261,9 +263,10 @@ class Tracer(TorchDispatchMode):
             return
         count = flop_registry.get(func._overloadpacket)
         flops = count(*args, **kwargs, out_val=out) if count else 0
-        picked = results if name in _PICKING else tensors[:1]
+        first = results if name in _PICKING else [] if name in _WRITING else tensors[:1]
         exps = results[0].numel() if name in _EXPONENTIALS else 0
-        moved = sum(x.nbytes for x in (*picked, *tensors[1:], *results))
+        # Of what is expanded, memory has one copy.
+        moved = sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in (*first, *tensors[1:], *results))
         self.kernel(Kernel(flops, tensors[0].dtype, moved, exps))
 
     def _fused(self, func, args: tuple, kwargs: dict, out: Any) -> None:

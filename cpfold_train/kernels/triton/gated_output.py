@@ -33,7 +33,7 @@ TILES = {
     HOPPER: Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 8, 2), Tile(32, 128, 8, 2)),
     BLACKWELL: Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 8, 2), Tile(32, 128, 8, 2)),
 }
-WIDE = Tiles(Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(32, 32, 8, 1))
+WIDE = Tiles(Tile(32, 16, 4, 1), Tile(32, 16, 8, 1), Tile(32, 32, 8, 1))
 """For products of fp32, which have twice the bytes and, but for TF32, no matrix units."""
 
 
@@ -72,7 +72,7 @@ def weights(
     batch, pairs, c = normed.shape
     tile = tiles_for(x.device, weight.dtype, TILES, WIDE).weights
     slices = triton.cdiv(c, tile.channels)
-    count = parts(x.device, slices, batch * triton.cdiv(pairs, tile.pairs))
+    count = parts(x.device, slices, batch * triton.cdiv(pairs, tile.pairs), tile.num_warps)
     sums = [w.new_empty(count, *w.shape, dtype=torch.float32) for w in (weight, bias)]
     _weights[slices, count](
         grad, x, normed, weight, bias, factors, *sums, batch, pairs, c, tile.pairs, min(tile.channels, c),

@@ -33,7 +33,7 @@ TILES = {
     HOPPER: Tiles(Tile(128, 32, 8, 3), Tile(64, 32, 4, 2), Tile(32, 64, 4, 3)),
     BLACKWELL: Tiles(Tile(128, 32, 8, 3), Tile(64, 32, 4, 2), Tile(32, 64, 4, 3)),
 }
-WIDE = Tiles(Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(32, 32, 8, 1))
+WIDE = Tiles(Tile(32, 16, 4, 1), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1))
 """For products of fp32, which have twice the bytes and, but for TF32, no matrix units."""
 
 
@@ -66,7 +66,7 @@ def weights(grad: Tensor, z: Tensor, mask: Tensor, weight: Tensor, bias: Tensor)
     (batch, pairs, c), channels = z.shape, grad.shape[1]
     tile = tiles_for(z.device, weight.dtype, TILES, WIDE).weights
     slices = triton.cdiv(channels, tile.channels)
-    count = parts(z.device, slices, batch * triton.cdiv(pairs, tile.pairs))
+    count = parts(z.device, slices, batch * triton.cdiv(pairs, tile.pairs), tile.num_warps)
     sums = [w.new_empty(count, *w.shape, dtype=torch.float32) for w in (weight, bias)]
     _weights[slices, count](
         grad, z, mask, weight, bias, *sums, batch, pairs, c, channels, tile.pairs, min(tile.channels, channels),

@@ -21,7 +21,7 @@ PROJECT = {"PAIRS": 128, "CHANNELS": 64}, 8, 3
 UNPROJECT = {"PAIRS": 128, "CHANNELS": 64}, 4, 2
 WEIGHT = {"PAIRS": 64, "CHANNELS": 128}, 8, 3
 WIDE = {"PAIRS": 64, "CHANNELS": 32}, 8, 2
-"""Tiles, warps and stages, and those of all kernels in fp32, of which fewer fit registers and shared memory. In ``PROJECT`` and ``WEIGHT`` the loop is over channels (c', d) and over pairs."""
+"""Tiles, warps and stages: of each kernel in bf16, and of all of them in fp32, where less fits registers."""
 
 
 @triton.jit

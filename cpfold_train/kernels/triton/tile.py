@@ -1,6 +1,6 @@
 """What the kernels of the local parts share: the LayerNorm of a tile in registers, its gradient, and the launches.
 
-The norm's weight and bias are not here: :func:`cpfold_train.kernels.folded.folded` makes them part of the projection
+The norm's weight and bias are not here: :func:`cpfold_train.kernels.fused.folded` makes them part of the projection
 that follows.
 """
 
@@ -50,11 +50,11 @@ def dot_constants(dtype: torch.dtype) -> dict[str, Any]:
     return {"DOT": product_type(dtype), "PRECISION": "tf32" if tf32 else "ieee"}
 
 
-def parts(device: torch.device, slices: int, blocks: int) -> int:
+def parts(device: torch.device, slices: int, blocks: int, num_warps: int = 8) -> int:
     """Into how many parts a sum over ``blocks`` is split, so that with ``slices`` of channels all multiprocessors are
-    busy."""
+    busy: with eight warps each, which take all their registers."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return max(1, min(blocks, processors // slices))
+    return max(1, min(blocks, processors * 8 // num_warps // slices))
 
 
 @triton.jit

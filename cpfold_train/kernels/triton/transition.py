@@ -31,7 +31,7 @@ TILES = {
     HOPPER: Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 128, 8, 2)),
     BLACKWELL: Tiles(Tile(64, 32, 4, 3), Tile(64, 32, 4, 2), Tile(64, 64, 8, 2)),
 }
-WIDE = Tiles(Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(32, 32, 8, 1))
+WIDE = Tiles(Tile(32, 16, 4, 1), Tile(32, 16, 8, 1), Tile(32, 32, 8, 1))
 """For products of fp32, which have twice the bytes and, but for TF32, no matrix units."""
 
 
@@ -67,7 +67,7 @@ def weights(grad: Tensor, normed: Tensor, w12: Tensor, b12: Tensor, w3: Tensor) 
     (positions, c), hidden = normed.shape, len(w3)
     tile = tiles_for(normed.device, w12.dtype, TILES, WIDE).weights
     slices = triton.cdiv(hidden, tile.channels)
-    count = parts(normed.device, slices, triton.cdiv(positions, tile.pairs))
+    count = parts(normed.device, slices, triton.cdiv(positions, tile.pairs), tile.num_warps)
     sums = [w.new_empty(count, *w.shape, dtype=torch.float32) for w in (w12, b12, w3)]
     _weights[slices, count](
         grad, normed, w12, b12, w3, *sums, positions, c, hidden, tile.pairs, min(tile.channels, hidden),
