@@ -29,7 +29,8 @@ from torch.nn import functional as F
 
 from cpfold_train.kernels.attention import gated_attention
 from cpfold_train.kernels.by_rows import GPU_BLOCK_BYTES, by_rows, rows_per_block
-from cpfold_train.kernels.layer_norm import layer_norm
+from cpfold_train.kernels.fused import product_dtype
+from cpfold_train.kernels.layer_norm import layer_norm_beside
 from cpfold_train.kernels.linear import linear
 from cpfold_train.ops.pair_bias import pair_bias, project_bias
 from cpfold_train.ops.ring_attention import ring_attention
@@ -104,8 +105,9 @@ def triangle_attention_starting(
     """
     n, op = z.shape[1] * cp.grid.rows, "triangle_attention_start"
     as_tiles = tiles(cp.grid, n, n)
-    add = _Residual(z, None if factors is None else factors[:, :, None, None]) if residual else None
-    z, norm, bias = _normed(z, token_mask[:, None, slice(*cp.grid.col_tokens(n))].expand(z.shape[:3]), w, cp)
+    key_mask = token_mask[:, None, slice(*cp.grid.col_tokens(n))].expand(z.shape[:3])
+    old, z, norm, bias = _normed(z, key_mask, w, cp)
+    add = _Residual(old, _of_pairs(factors)) if residual else None
     bias = bias.contiguous()
     if _algorithm(z, n, w, False, cp) == "ring":
         blocks = [col_parts(cp.grid, n, k) for k in range(cp.grid.cols)]
@@ -131,10 +133,9 @@ def triangle_attention_ending(
     :func:`triangle_attention_starting`, of which it is the transpose: ``factors`` (B, N/C) are those of columns."""
     n, op = z.shape[1] * cp.grid.rows, "triangle_attention_end"
     as_tiles = mirrored_tiles(cp.grid, n)
-    add = None
-    if residual:
-        add = _Residual(z.transpose(1, 2), None if factors is None else factors[:, :, None, None])
-    z, norm, bias = _normed(z, token_mask[:, slice(*cp.grid.row_tokens(n)), None].expand(z.shape[:3]), w, cp)
+    key_mask = token_mask[:, slice(*cp.grid.row_tokens(n)), None].expand(z.shape[:3])
+    old, z, norm, bias = _normed(z, key_mask, w, cp)
+    add = _Residual(old.transpose(1, 2), _of_pairs(factors)) if residual else None
     z, bias = z.transpose(1, 2), bias.mT.contiguous()
     if _algorithm(z, n, w, True, cp) == "ring":
         blocks = [row_parts(cp.grid, n, k) for k in range(cp.grid.rows)]
@@ -150,6 +151,10 @@ def triangle_attention_ending(
     return new.transpose(1, 2)
 
 
+def _of_pairs(factors: Tensor | None) -> Tensor | None:
+    return None if factors is None else factors[:, :, None, None]
+
+
 def _added(update: Tensor, add: _Residual | None) -> Tensor:
     if add is None:
         return update
@@ -162,18 +167,17 @@ def _algorithm(z: Tensor, n: int, w: Weights, ending: bool, cp: ContextParallel)
     return choose(cp.algorithm, *costs, z.numel() * z.element_size())
 
 
-def _normed(z: Tensor, key_mask: Tensor, w: Weights, cp: ContextParallel) -> tuple[Tensor, Norm, Tensor]:
-    """What travels of a tile z, the norm that it still wants, and the triangle bias (B, h, N/R, N/C).
+def _normed(z: Tensor, key_mask: Tensor, w: Weights, cp: ContextParallel) -> tuple[Tensor, Tensor, Norm, Tensor]:
+    """A tile z for its residual, what travels of it, the norm that this still wants, and the triangle bias (B, h, N/R,
+    N/C).
 
     The bias is -1e9 where the key (B, N/R, N/C) is no real token.
     """
     norm = w.norm_weight, w.norm_bias
     if cp.kernels == "torch":
-        return z, norm, pair_bias(z, key_mask, *norm, w.bias, 1e9)
-    device = z.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    x = layer_norm(z, *norm, cp.kernels, dtype)
-    return x, (), project_bias(x, key_mask, w.bias, 1e9)
+        return z, z, norm, pair_bias(z, key_mask, *norm, w.bias, 1e9)
+    x, z = layer_norm_beside(z, *norm, cp.kernels, product_dtype(z))
+    return z, x, (), project_bias(x, key_mask, w.bias, 1e9)
 
 
 def _in_whole_rows(
