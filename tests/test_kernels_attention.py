@@ -201,7 +201,8 @@ LAYERS = {"start": TriangleAttentionStartingNode, "end": TriangleAttentionEnding
 
 
 def triangle(cp, node: str, algorithm: str, kernels: str, dtype: torch.dtype) -> list[Tensor]:
-    """Update of a rank's tile, and gradients of z and of the parameters."""
+    """Update of a rank's tile times factors of its rows, or columns, and added to it; gradients of z and of the
+    parameters."""
     before = cp.algorithm, cp.kernels
     cp.algorithm, cp.kernels = algorithm, kernels
     try:
@@ -211,8 +212,10 @@ def triangle(cp, node: str, algorithm: str, kernels: str, dtype: torch.dtype) ->
         z, weight = (cut(x, "pair", cp.grid).to(dtype).contiguous() for x in (z, weight))
         mask = torch.ones(1, N, dtype=dtype)
         mask[0, 5:] = 0
+        positions = cp.grid.row_tokens(N) if node == "start" else cp.grid.col_tokens(N)
+        factors = torch.arange(N).remainder(3)[None, slice(*positions)].to(dtype)
         with small_tiles():
-            out = layer.to(dtype)(z.requires_grad_(), mask, cp)
+            out = layer.to(dtype)(z.requires_grad_(), mask, cp, True, factors)
             return [out.detach(), *torch.autograd.grad((out * weight).sum(), [z, *layer.parameters()])]
     finally:
         cp.algorithm, cp.kernels = before

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cpfold_train.kernels import outer_product_mean as opm
 from cpfold_train.kernels import pair_weighted_averaging as pwa
-from cpfold_train.kernels.layer_norm import layer_norm
+from cpfold_train.kernels.layer_norm import layer_norm, layer_norm_beside
 from cpfold_train.kernels.normed_projection import normed_projection
 from cpfold_train.kernels.work import WORK
 from cpfold_train.model.msa import OuterProductMean, PairWeightedAveraging
@@ -70,6 +70,25 @@ def test_layer_norm(c, dtype):
         errors = [error(t, e) for t, e in zip(found, exact)]
         assert max(errors[:2]) < BOUNDS[dtype] and max(errors[2:]) < BOUNDS[torch.float32], errors
         assert min(errors[:3]) > 0
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_the_gradient_of_what_reads_x_besides_is_added_in_the_kernel(dtype):
+    x, weight, bias = (
+        2 * random(3, 11, 24, seed=1).to(dtype) + 1,
+        random(24, seed=2).float(),
+        random(24, seed=3).float(),
+    )
+
+    def residual(x, w, b, kernels=""):
+        normed, x = layer_norm_beside(x, w, b, kernels, x.dtype)
+        return 2 * normed + 3 * x
+
+    grad = random(3, 11, 24, seed=9).to(dtype)
+    found = gradients(partial(residual, kernels="triton"), [x, weight, bias], grad)
+    exact = gradients(partial(residual, kernels="torch"), [t.double() for t in (x, weight, bias)], grad)
+    errors = [error(t, e) for t, e in zip(found, exact)]
+    assert 0 < max(errors) < BOUNDS[dtype], errors
 
 
 def test_layer_norm_writes_what_is_asked_for_and_leaves_fp64_to_torch():

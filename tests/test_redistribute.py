@@ -7,7 +7,7 @@ import torch
 
 from cpfold_train.parallel.grid import split
 from cpfold_train.parallel.random import Draws
-from cpfold_train.parallel.redistribute import sum_to_owners
+from cpfold_train.parallel.redistribute import finish, finish_added, start, sum_to_owners
 
 N = 20
 
@@ -46,6 +46,36 @@ def test_sum_to_owners(ranks, shape):
     torch.testing.assert_close(torch.cat([out for out, _ in parts], 1), expected)
     for (lo, hi), (_, grad) in zip(intervals(size), parts):
         torch.testing.assert_close(grad, weights()[:, lo:hi])
+
+
+def added(cp, dim: int | None) -> list[tuple[torch.Tensor, ...]]:
+    """z with the next rank's rows added in two parts, times factors of ``dim``, and all gradients: of finish_added, and
+    of the parts joined first. z is transposed, the update narrower."""
+    size, n, generator = cp.all.size, 8, torch.Generator().manual_seed(cp.all.index)
+    x, z, weight = torch.randn(3, 2, n, n, 4, generator=generator, dtype=torch.float64).unbind()
+    factors = torch.arange(2 * n, dtype=torch.float32).view(2, n, 1)
+    factors = None if dim is None else factors[:, :, None] if dim == 1 else factors[:, None]
+    has = tuple(((n // 2 * p, n // 2 * (p + 1)),) for p in range(size))
+    wants = has[1:] + has[:1]
+    outcomes = []
+    for fused in (True, False):
+        x, z = (y.detach().float().requires_grad_() for y in (x, z))
+        going = [start(part, cp, cp.all, (1,), has, wants, "rows") for part in x.bfloat16().chunk(2, 1)]
+        if fused:
+            out = finish_added(going, z.transpose(1, 2), factors)
+        else:
+            update = torch.cat([finish(part) for part in going], 1)
+            out = z.transpose(1, 2) + (update if factors is None else factors * update)
+        outcomes.append((out.detach(), *torch.autograd.grad((out * weight.float()).sum(), [x, z])))
+    return outcomes
+
+
+@pytest.mark.parametrize("shape, dim", [((1, 1), 1), ((1, 2), 2), ((2, 3), 1), ((1, 2), None)])
+def test_parts_of_an_update_are_added_where_they_arrive(ranks, shape, dim):
+    for fused, joined in ranks.run(added, *shape, dim):
+        assert fused[0].transpose(1, 2).is_contiguous()
+        for found, expected in zip(fused, joined):
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_normal_draws_are_positioned_and_normal():

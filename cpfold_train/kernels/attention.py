@@ -41,24 +41,25 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, kernels: str
 
         return triangle_attention(q, k, v, bias[:, None], scale=1.0)
     if chosen == "triton":
-        return _Fused.apply(q.transpose(2, 3)[:, :, :, None], torch.stack([k, v], 3).transpose(2, 4), bias)
+        return _Fused.apply(bias, q.transpose(2, 3)[:, :, :, None], torch.stack([k, v], 3).transpose(2, 4))
     return _BiasedAttention.apply(q, k, v, bias)
 
 
-def gated_attention(qg: Tensor, kv: Tensor, bias: Tensor, kernels: str) -> Tensor:
+def gated_attention(qg: Tensor, kv: Tensor | None, bias: Tensor, kernels: str) -> Tensor:
     """:func:`biased_attention` times ``sigmoid(g_i)``, of what the projections give and for the one that follows.
 
     Args:
         qg: (B, r, M, 2, h, d) queries, already scaled, and gates.
-        kv: (B, r, N, 2, h, d) keys and values.
+        kv: (B, r, N, 2, h, d) keys and values; None where ``qg`` (B, r, N, 4, h, d) has them too.
         bias, kernels: as for :func:`biased_attention`.
 
     Returns:
         (B, r, M, h, d).
     """
+    given = (qg,) if kv is None else (qg, kv)
     if _chosen(kernels, _by_head(qg)[0]) == "triton":
-        return _Fused.apply(qg, kv, bias).transpose(2, 3)
-    (q, g), (k, v) = (x.permute(3, 0, 1, 4, 2, 5).contiguous() for x in (qg, kv))
+        return _Fused.apply(bias, *given).transpose(2, 3)
+    q, g, k, v = (part for x in given for part in x.permute(3, 0, 1, 4, 2, 5).contiguous())
     return (biased_attention(q, k, v, bias, kernels) * g.sigmoid()).transpose(2, 3)
 
 
@@ -143,31 +144,32 @@ class _BiasedAttention(torch.autograd.Function):
 
 
 class _Fused(torch.autograd.Function):
-    """Of queries, perhaps with gates (B, r, M, 1 or 2, h, d), keys and values (B, r, N, 2, h, d), and the bias.
+    """Of the bias; and of queries, perhaps with gates (B, r, M, 1 or 2, h, d), and keys and values (B, r, N, 2, h, d),
+    or of all of them in one tensor.
 
     Gradients are written where queries, gates, keys and values are read, in tensors of the form of the inputs: nothing
     is laid out otherwise, neither forward nor backward.
     """
 
     @staticmethod
-    def forward(ctx, qg: Tensor, kv: Tensor, bias: Tensor) -> Tensor:
-        (q, *gate), (k, v) = _by_head(qg), _by_head(kv)
+    def forward(ctx, bias: Tensor, *given: Tensor) -> Tensor:
+        q, *gate, k, v = _by_head(*given)
         out, lse = torch.ops.cpfold.attention(q, k, v, bias, *gate or [None])
-        ctx.save_for_backward(qg, kv, bias, out, lse)
+        ctx.save_for_backward(bias, out, lse, *given)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        qg, kv, bias, out, lse = ctx.saved_tensors
-        dqg, dkv = torch.empty_like(qg), torch.empty_like(kv)
+        bias, out, lse, *given = ctx.saved_tensors
+        grads = [torch.empty_like(x) for x in given]
         dbias = torch.zeros_like(bias, dtype=torch.float32, memory_format=torch.contiguous_format)
-        (q, *gate), (k, v), (dq, *dgate), (dk, dv) = (_by_head(x) for x in (qg, kv, dqg, dkv))
+        (q, *gate, k, v), (dq, *dgate, dk, dv) = _by_head(*given), _by_head(*grads)
         delta, before = torch.ops.cpfold.attention_delta(grad, out, *gate or [None], *dgate or [None])
         before = before if gate else grad
         torch.ops.cpfold.attention_backward(q, k, v, bias, before, lse, delta, dq, dk, dv, dbias, False)
-        return dqg, dkv, dbias.to(bias.dtype)
+        return dbias.to(bias.dtype), *grads
 
 
-def _by_head(x: Tensor) -> list[Tensor]:
-    """Views (B, r, h, n, d) of the parts of (B, r, n, parts, h, d)."""
-    return [part.transpose(2, 3) for part in x.unbind(3)]
+def _by_head(*tensors: Tensor) -> list[Tensor]:
+    """Views (B, r, h, n, d) of the parts of some (B, r, n, parts, h, d)."""
+    return [part.transpose(2, 3) for x in tensors for part in x.unbind(3)]

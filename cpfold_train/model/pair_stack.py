@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cpfold_train.model.layers import Transition, linear
 from cpfold_train.ops import triangle_attention as attention
 from cpfold_train.ops import triangle_multiplication as multiplication
-from cpfold_train.ops.dropout import drop_cols, drop_rows, row_factors
+from cpfold_train.ops.dropout import row_factors
 from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.ops.recompute import call, recompute
 from cpfold_train.parallel.context import ContextParallel
@@ -85,7 +85,7 @@ class RowAttention(nn.Module):
 class TriangleAttention(nn.Module):
     """Parameters of a triangle attention; subclasses say around which node."""
 
-    attend: Callable[[Tensor, Tensor, attention.Weights, ContextParallel], Tensor]
+    attend: Callable[..., Tensor]
 
     def __init__(self, dim: int, head_width: int, num_heads: int) -> None:
         super().__init__()
@@ -93,8 +93,16 @@ class TriangleAttention(nn.Module):
         self.linear = linear(dim, num_heads)
         self.mha = RowAttention(dim, head_width, num_heads)
 
-    def forward(self, z: Tensor, token_mask: Tensor, cp: ContextParallel) -> Tensor:
-        """Update for a tile (B, N/R, N/C, c); ``token_mask`` (B, N)."""
+    def forward(
+        self,
+        z: Tensor,
+        token_mask: Tensor,
+        cp: ContextParallel,
+        residual: bool = False,
+        factors: Tensor | None = None,
+    ) -> Tensor:
+        """Update for a tile (B, N/R, N/C, c), times ``factors`` of its rows (B, N/R), or around the ending node of its
+        columns (B, N/C), and added to it if ``residual``; ``token_mask`` (B, N)."""
         weights = attention.Weights(
             self.layer_norm.weight,
             self.layer_norm.bias,
@@ -105,7 +113,7 @@ class TriangleAttention(nn.Module):
             self.mha.linear_g.weight,
             self.mha.linear_o.weight,
         )
-        return self.attend(z, token_mask, weights, cp)
+        return self.attend(z, token_mask, weights, cp, residual, factors)
 
 
 class TriangleAttentionStartingNode(TriangleAttention):
@@ -160,16 +168,12 @@ class PairStack(nn.Module):
         rows, cols = cp.grid.row_tokens(n), cp.grid.col_tokens(n)
         mask = pair_mask(token_mask, cp.grid)
 
-        def multiplied(z: Tensor, site: str) -> Tensor:
-            factors = row_factors(self.dropout, rows, None if draws is None else draws.at(site))
-            return getattr(self, site)(z, mask, cp, residual=True, row_factors=factors)
+        def updated(z: Tensor, site: str, mask: Tensor, positions: Interval) -> Tensor:
+            factors = row_factors(self.dropout, positions, None if draws is None else draws.at(site))
+            return getattr(self, site)(z, mask, cp, True, factors)
 
-        def attended(z: Tensor, site: str, drop: Callable, positions: Interval) -> Tensor:
-            update = getattr(self, site)(z, token_mask, cp)
-            return z + drop(update, self.dropout, positions, None if draws is None else draws.at(site))
-
-        z = self.run(multiplied, z, "tri_mul_out")
-        z = self.run(multiplied, z, "tri_mul_in")
-        z = self.run(attended, z, "tri_att_start", drop_rows, rows)
-        z = self.run(attended, z, "tri_att_end", drop_cols, cols)
+        z = self.run(updated, z, "tri_mul_out", mask, rows)
+        z = self.run(updated, z, "tri_mul_in", mask, rows)
+        z = self.run(updated, z, "tri_att_start", token_mask, rows)
+        z = self.run(updated, z, "tri_att_end", token_mask, cols)
         return self.transition_z(z, cp.kernels, residual=True)

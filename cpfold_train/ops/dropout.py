@@ -24,12 +24,6 @@ def drop_rows(x: Tensor, p: float, rows: Interval, draws: Draws | None) -> Tenso
     return x if factors is None else x * factors[:, :, None, None].to(x.dtype)
 
 
-def drop_cols(x: Tensor, p: float, cols: Interval, draws: Draws | None) -> Tensor:
-    """As :func:`drop_rows`, for the columns (dim 2)."""
-    factors = row_factors(p, cols, draws)
-    return x if factors is None else x * factors[:, None, :, None].to(x.dtype)
-
-
 def row_factors(p: float, rows: Interval, draws: Draws | None) -> Tensor | None:
     """What :func:`drop_rows` multiplies each row with, for whoever does so itself: (B, rows) in fp32; None where it
     leaves them as they are."""

@@ -29,7 +29,8 @@ from torch.nn import functional as F
 
 from cpfold_train.kernels.attention import gated_attention
 from cpfold_train.kernels.by_rows import GPU_BLOCK_BYTES, by_rows, rows_per_block
-from cpfold_train.kernels.layer_norm import layer_norm
+from cpfold_train.kernels.fused import product_dtype
+from cpfold_train.kernels.layer_norm import layer_norm_beside
 from cpfold_train.kernels.linear import linear
 from cpfold_train.ops.pair_bias import pair_bias, project_bias
 from cpfold_train.ops.ring_attention import ring_attention
@@ -49,15 +50,16 @@ from cpfold_train.parallel.layouts import (
     whole_rows,
     with_dim,
 )
-from cpfold_train.parallel.redistribute import Layout, Route, finish, start
+from cpfold_train.parallel.redistribute import Layout, Route, finish, finish_added, start
 
 Parts = tuple[Interval, ...]
 Norm = tuple[Tensor, ...]
 """Weight and bias (c,) of a norm, or nothing where it is done."""
 
-FUSED_BLOCK_BYTES = 1 << 30
+FUSED_BLOCK_BYTES = 1 << 31
 """Queries, keys, values and gates of the rows that a fused kernel takes at a time on a GPU: each block turns the bias
-and adds up its gradient once more."""
+and adds up its gradient once more, and rows that are not all in one block are attended in again in the backward pass.
+All that a rank has at a time are within it up to 4,096 tokens on 2x2, in bf16."""
 
 
 class Weights(NamedTuple):
@@ -73,7 +75,21 @@ class Weights(NamedTuple):
     o: Tensor
 
 
-def triangle_attention_starting(z: Tensor, token_mask: Tensor, w: Weights, cp: ContextParallel) -> Tensor:
+class _Residual(NamedTuple):
+    """A tile z (B, r, q, c) and, for a dropout, what the update's rows (B, r, 1, 1) are multiplied with first."""
+
+    z: Tensor
+    factors: Tensor | None
+
+
+def triangle_attention_starting(
+    z: Tensor,
+    token_mask: Tensor,
+    w: Weights,
+    cp: ContextParallel,
+    residual: bool = False,
+    factors: Tensor | None = None,
+) -> Tensor:
     """Pair (i, j) attends to the pairs (i, k), with the bias of (j, k).
 
     Args:
@@ -81,45 +97,68 @@ def triangle_attention_starting(z: Tensor, token_mask: Tensor, w: Weights, cp: C
         token_mask: (B, N), 1 for real tokens.
         w: parameters.
         cp: the running grid.
+        residual: add z.
+        factors: (B, N/R), with which the rows of the update are multiplied: a dropout of theirs. With the residual.
 
     Returns:
-        Update of the tile (B, N/R, N/C, c).
+        Update of the tile (B, N/R, N/C, c), or, with the residual, the new tile.
     """
     n, op = z.shape[1] * cp.grid.rows, "triangle_attention_start"
     as_tiles = tiles(cp.grid, n, n)
-    z, norm, bias = _normed(z, token_mask[:, None, slice(*cp.grid.col_tokens(n))].expand(z.shape[:3]), w, cp)
+    key_mask = token_mask[:, None, slice(*cp.grid.col_tokens(n))].expand(z.shape[:3])
+    old, z, norm, bias = _normed(z, key_mask, w, cp)
+    add = _Residual(old, _of_pairs(factors)) if residual else None
     bias = bias.contiguous()
     if _algorithm(z, n, w, False, cp) == "ring":
         blocks = [col_parts(cp.grid, n, k) for k in range(cp.grid.cols)]
-        return _around_the_grid(
-            z, bias, norm, w, row_parts(cp.grid, n), col_parts(cp.grid, n), blocks, as_tiles, cp, op
-        )
+        rows, queries = row_parts(cp.grid, n), col_parts(cp.grid, n)
+        return _added(_around_the_grid(z, bias, norm, w, rows, queries, blocks, as_tiles, cp, op), add)
     groups = row_groups(cp.grid, n, z.shape[3], bias.shape[1])
     sharers = row_sharers(cp.grid, z.shape[3])
     some = n // groups
     as_rows, shares = whole_rows(cp.grid, some, n, sharers), col_shares(cp.grid, n, sharers)
-    return _in_whole_rows(
-        z.chunk(groups, 1), bias, norm, w, tiles(cp.grid, some, n), as_rows, shares, as_tiles, n, cp, op
-    )
+    has = tiles(cp.grid, some, n)
+    return _in_whole_rows(z.chunk(groups, 1), bias, norm, w, has, as_rows, shares, as_tiles, n, cp, op, add)
 
 
-def triangle_attention_ending(z: Tensor, token_mask: Tensor, w: Weights, cp: ContextParallel) -> Tensor:
+def triangle_attention_ending(
+    z: Tensor,
+    token_mask: Tensor,
+    w: Weights,
+    cp: ContextParallel,
+    residual: bool = False,
+    factors: Tensor | None = None,
+) -> Tensor:
     """Pair (i, j) attends to the pairs (k, j), with the bias of (k, i); otherwise as
-    :func:`triangle_attention_starting`, of which it is the transpose."""
+    :func:`triangle_attention_starting`, of which it is the transpose: ``factors`` (B, N/C) are those of columns."""
     n, op = z.shape[1] * cp.grid.rows, "triangle_attention_end"
     as_tiles = mirrored_tiles(cp.grid, n)
-    z, norm, bias = _normed(z, token_mask[:, slice(*cp.grid.row_tokens(n)), None].expand(z.shape[:3]), w, cp)
+    key_mask = token_mask[:, slice(*cp.grid.row_tokens(n)), None].expand(z.shape[:3])
+    old, z, norm, bias = _normed(z, key_mask, w, cp)
+    add = _Residual(old.transpose(1, 2), _of_pairs(factors)) if residual else None
     z, bias = z.transpose(1, 2), bias.mT.contiguous()
     if _algorithm(z, n, w, True, cp) == "ring":
         blocks = [row_parts(cp.grid, n, k) for k in range(cp.grid.rows)]
         rows, queries = col_parts(cp.grid, n), row_parts(cp.grid, n)
-        return _around_the_grid(z, bias, norm, w, rows, queries, blocks, as_tiles, cp, op).transpose(1, 2)
+        update = _around_the_grid(z, bias, norm, w, rows, queries, blocks, as_tiles, cp, op)
+        return _added(update, add).transpose(1, 2)
     groups = row_groups(cp.grid, n, z.shape[3], bias.shape[1], ending=True)
     sharers = row_sharers(cp.grid, z.shape[3], ending=True)
     some = n // groups
     has, as_rows = (swapped(layout) for layout in (tiles(cp.grid, n, some), whole_cols(cp.grid, n, some, sharers)))
     shares = row_shares(cp.grid, n, sharers)
-    return _in_whole_rows(z.chunk(groups, 1), bias, norm, w, has, as_rows, shares, as_tiles, n, cp, op).transpose(1, 2)
+    new = _in_whole_rows(z.chunk(groups, 1), bias, norm, w, has, as_rows, shares, as_tiles, n, cp, op, add)
+    return new.transpose(1, 2)
+
+
+def _of_pairs(factors: Tensor | None) -> Tensor | None:
+    return None if factors is None else factors[:, :, None, None]
+
+
+def _added(update: Tensor, add: _Residual | None) -> Tensor:
+    if add is None:
+        return update
+    return add.z + (update if add.factors is None else update * add.factors.to(update.dtype))
 
 
 def _algorithm(z: Tensor, n: int, w: Weights, ending: bool, cp: ContextParallel) -> str:
@@ -128,18 +167,17 @@ def _algorithm(z: Tensor, n: int, w: Weights, ending: bool, cp: ContextParallel)
     return choose(cp.algorithm, *costs, z.numel() * z.element_size())
 
 
-def _normed(z: Tensor, key_mask: Tensor, w: Weights, cp: ContextParallel) -> tuple[Tensor, Norm, Tensor]:
-    """What travels of a tile z, the norm that it still wants, and the triangle bias (B, h, N/R, N/C).
+def _normed(z: Tensor, key_mask: Tensor, w: Weights, cp: ContextParallel) -> tuple[Tensor, Tensor, Norm, Tensor]:
+    """A tile z for its residual, what travels of it, the norm that this still wants, and the triangle bias (B, h, N/R,
+    N/C).
 
     The bias is -1e9 where the key (B, N/R, N/C) is no real token.
     """
     norm = w.norm_weight, w.norm_bias
     if cp.kernels == "torch":
-        return z, norm, pair_bias(z, key_mask, *norm, w.bias, 1e9)
-    device = z.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    x = layer_norm(z, *norm, cp.kernels, dtype)
-    return x, (), project_bias(x, key_mask, w.bias, 1e9)
+        return z, z, norm, pair_bias(z, key_mask, *norm, w.bias, 1e9)
+    x, z = layer_norm_beside(z, *norm, cp.kernels, product_dtype(z))
+    return z, x, (), project_bias(x, key_mask, w.bias, 1e9)
 
 
 def _in_whole_rows(
@@ -154,8 +192,10 @@ def _in_whole_rows(
     n: int,
     cp: ContextParallel,
     op: str,
+    add: _Residual | None,
 ) -> Tensor:
-    """Gated attention within complete rows: groups of a tile's rows (B, r, q, c) and its bias to the tile's update.
+    """Gated attention within complete rows: groups of a tile's rows (B, r, q, c) and its bias to the tile's update, or
+    to the new tile.
 
     One group travels while another attends, there, back and in the backward pass. ``has`` and ``as_rows`` number the
     rows of a group. Ranks that have the same rows attend for their ``shares`` of the queries.
@@ -185,7 +225,9 @@ def _in_whole_rows(
         updates = (stream(step, routes, shared, (bias,), inputs=(finish(part),), rows=rows) for part in coming)
     done = tuple((rows, share) for (rows, _), share in zip(as_rows, shares))
     going = [start(update, cp, cp.all, (1, 2), done, has, op) for update in updates]
-    return finish(going[0]) if len(going) == 1 else torch.cat([finish(part) for part in going], 1)
+    if add is not None and cp.kernels != "torch":
+        return finish_added(going, *add)
+    return _added(finish(going[0]) if len(going) == 1 else torch.cat([finish(part) for part in going], 1), add)
 
 
 def _around_the_grid(
@@ -256,6 +298,10 @@ def _attend_rows(
 ) -> Tensor:
     """What :func:`_attend` returns, for a block of rows and the heads that the bias and the weights have."""
     x, heads = _norm(z, *norm), bias.shape[1]
+    if kernels != "torch" and bias.shape[2] == bias.shape[3]:
+        # One product, forward and backward, for queries and keys of the same pairs.
+        qgkv = linear(x, torch.cat([qg, kv])).unflatten(-1, (4, heads, -1))
+        return linear(gated_attention(qgkv, None, bias, kernels).flatten(3), o)
     qg = linear(x[:, :, slice(*queries)], qg).unflatten(-1, (2, heads, -1))
     kv = linear(x, kv).unflatten(-1, (2, heads, -1))
     return linear(gated_attention(qg, kv, bias, kernels).flatten(3), o)

@@ -27,7 +27,7 @@ from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.cost import channel_groups, choose, triangle_multiplication_cost
 from cpfold_train.parallel.grid import split
 from cpfold_train.parallel.layouts import col_parts, everything, row_parts, tiles, with_dim
-from cpfold_train.parallel.redistribute import Layout, Route, finish, start
+from cpfold_train.parallel.redistribute import Layout, Route
 
 OP = "triangle_multiplication"
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -132,20 +132,59 @@ def _by_channels(a_and_b: Tensor, product: Product, n: int, incoming: bool, cp: 
     Channels go in groups: one travels while another is multiplied, there, back and in the backward pass. Where they do
     not divide, the first ranks get more of the outgoing edges and the last ranks more of the incoming ones.
     """
+    if cp.all.size == 1:
+        return product(*a_and_b.chunk(2, 1))
     channels = a_and_b.shape[1] // 2
-    groups = channel_groups(cp.grid, channels)
-    # In one split: the gradient of each is a copy of all parts into one tensor.
-    both = a_and_b.split([last - first for first, last in split(channels, groups)] * 2, 1)
-    moves = []
-    for a_g, b_g in zip(both[:groups], both[groups:]):
-        c = a_g.shape[1]
+    groups = []
+    for first, last in split(channels, channel_groups(cp.grid, channels)):
+        c = last - first
         as_tiles = with_dim(((0, c),) * cp.all.size, tiles(cp.grid, n, n))
-        shares = split(c, cp.all.size)[:: -1 if incoming else 1]
-        as_channels = with_dim(shares, everything(cp.grid, n, n))
-        there = (start(x, cp, cp.all, (1, 2, 3), as_tiles, as_channels, OP) for x in (a_g, b_g))
-        moves.append((*there, as_channels, as_tiles))
-    going = [
-        start(product(finish(a_g), finish(b_g)), cp, cp.all, (1, 2, 3), as_channels, as_tiles, OP)
-        for a_g, b_g, as_channels, as_tiles in moves
-    ]
-    return finish(going[0]) if groups == 1 else torch.cat([finish(x) for x in going], 1)
+        as_channels = with_dim(split(c, cp.all.size)[:: -1 if incoming else 1], everything(cp.grid, n, n))
+        of_a, of_b = (Route(cp, cp.all, (1, 2, 3), as_tiles, as_channels, OP) for _ in range(2))
+        groups.append(_Group(slice(first, last), of_a, of_b, Route(cp, cp.all, (1, 2, 3), as_channels, as_tiles, OP)))
+    return _ByChannels.apply(a_and_b, groups, product, incoming)
+
+
+class _Group(NamedTuple):
+    """Some of the channels; how those of a and b come to the ranks that multiply them, and how the product leaves."""
+
+    channels: slice
+    of_a: Route
+    of_b: Route
+    back: Route
+
+
+class _ByChannels(torch.autograd.Function):
+    """One function of all groups: each comes to its channels of one result, and of one gradient."""
+
+    @staticmethod
+    def forward(ctx, a_and_b: Tensor, groups: list[_Group], product: Product, incoming: bool) -> Tensor:
+        ctx.groups, ctx.incoming = groups, incoming
+        a, b = a_and_b.chunk(2, 1)
+        coming = [(g.of_a.fetch(a[:, g.channels]), g.of_b.fetch(b[:, g.channels])) for g in groups]
+        out = None
+        for g, (a_g, b_g) in zip(groups, coming):
+            x = product(g.of_a.arrive(a_g), g.of_b.arrive(b_g))
+            out = x.new_empty(a.shape) if out is None else out
+            g.back.fetch(x, out[:, g.channels])
+        for g in groups:
+            g.back.arrive(out[:, g.channels])
+        ctx.save_for_backward(*(x for pair in coming for x in pair))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        for g in ctx.groups:
+            g.back.give_back(grad[:, g.channels])
+        found = grad.new_empty(grad.shape[0], 2 * grad.shape[1], *grad.shape[2:], dtype=saved[0].dtype)
+        going = []
+        for g, a, b in zip(ctx.groups, saved[::2], saved[1::2]):
+            dx = g.back.collect(grad[:, g.channels])
+            da, db = ((dx @ b.mT).mT, a @ dx) if ctx.incoming else (dx @ b, (a.mT @ dx).mT)
+            for route, dy, whole in zip((g.of_a, g.of_b), (da, db), found.chunk(2, 1)):
+                route.give_back(dy, whole[:, g.channels])
+                going.append((route, dy))
+        for route, dy in going:
+            route.collect(dy)
+        return found, None, None, None

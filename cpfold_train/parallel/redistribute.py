@@ -10,9 +10,10 @@ A box is a tuple of half-open intervals, one for each of the ``dims`` that the l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -74,6 +75,20 @@ def finish(pending: Pending) -> Tensor:
     return pending._out if pending._route is None else _Finish.apply(pending._out, pending._route)
 
 
+def finish_added(parts: Sequence[Pending], z: Tensor, row_factors: Tensor | None) -> Tensor:
+    """``z + row_factors * update`` where the update comes in parts of dim 1, without joining or scaling it first.
+
+    Args:
+        parts: of the update (B, r, ..., c), in the order of their rows; none of them is used otherwise.
+        z: (B, r, ..., c).
+        row_factors: (B, r, 1, 1) or (B, 1, n, 1), or None for 1.
+
+    Returns:
+        (B, r, ..., c) in the dtype and with the strides of ``z``.
+    """
+    return _FinishAdded.apply(z, row_factors, [part._route for part in parts], *(part._out for part in parts))
+
+
 def sum_to_owners(
     x: Tensor, cp: ContextParallel, axis: Axis, dims: tuple[int, ...], has: Layout, owns: Layout, op: str
 ) -> Tensor:
@@ -119,11 +134,13 @@ class Route:
         self._has, self._wants = has[self._me], wants[self._me]
         self._outgoing, self._incoming, self._disjoint = _plan(self._me, has, wants)
         self._exchange: Exchange | None = None
+        self._back: Tensor | None = None
 
-    def fetch(self, x: Tensor) -> Tensor:
-        """Post the messages; return the box that this rank wants with only its own part filled in."""
-        self._post(x, self._has, self._outgoing, self._incoming)
-        out = x.new_empty(self._shape(x, self._wants))
+    def fetch(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Post the messages; return the box that this rank wants with its own part filled in, and those of the others
+        at any time until :meth:`arrive`. It is made, unless ``out`` is to become it."""
+        out = x.new_empty(self._shape(x, self._wants)) if out is None else out
+        self._post(x, self._has, self._outgoing, self._incoming, out)
         if self._me in self._outgoing:
             box = self._outgoing[self._me]
             self._view(out, self._wants, box).copy_(self._view(x, self._has, box))
@@ -133,27 +150,33 @@ class Route:
         """Wait, and fill in the parts of the others."""
         received = self._exchange.wait()
         for p, box in _in_turn(self._incoming, self._me):
-            if p != self._me:
-                self._view(out, self._wants, box).copy_(received[p])
+            place = self._view(out, self._wants, box)
+            if p != self._me and not place.is_contiguous():
+                place.copy_(received[p])
         return out
 
-    def give_back(self, grad: Tensor) -> None:
-        """Post the gradient of the box that was wanted, on its way to the ranks that have it."""
-        self._post(grad, self._wants, self._incoming, self._outgoing)
+    def give_back(self, grad: Tensor, into: Tensor | None = None) -> None:
+        """Post the gradient of the box that was wanted, on its way to the ranks that have it; ``into`` is to become
+        what :meth:`collect` returns."""
+        if self._disjoint:
+            self._back = grad.new_empty(self._shape(grad, self._has)) if into is None else into
+        self._post(grad, self._wants, self._incoming, self._outgoing, self._back)
 
     def collect(self, grad: Tensor) -> Tensor:
         """Wait, and return the gradient of the box that this rank has; ``grad`` is what :meth:`give_back` was given."""
         received = self._exchange.wait()
         if self._me in self._outgoing:
             received[self._me] = self._view(grad, self._wants, self._outgoing[self._me])
-        shape = self._shape(grad, self._has)
         if self._disjoint:
-            out = grad.new_empty(shape)
+            out, self._back = self._back, None
             for p, box in _in_turn(self._outgoing, self._me):
-                self._view(out, self._has, box).copy_(received[p])
+                place = self._view(out, self._has, box)
+                if p == self._me or not place.is_contiguous():
+                    place.copy_(received[p])
         else:
             # As many addends as ranks: in bf16 each of them would be rounded once more.
-            total = grad.new_zeros(shape, dtype=torch.promote_types(grad.dtype, torch.float32))
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            total = grad.new_zeros(self._shape(grad, self._has), dtype=wide)
             for p, box in _in_turn(self._outgoing, self._me):
                 self._view(total, self._has, box).add_(received[p])
             out = total.to(grad.dtype)
@@ -172,13 +195,23 @@ class Route:
             sizes[dim] = hi - lo
         return sizes
 
-    def _post(self, x: Tensor, origin: Box, outgoing: dict[int, Box], incoming: dict[int, Box]) -> None:
+    def _post(
+        self, x: Tensor, origin: Box, outgoing: dict[int, Box], incoming: dict[int, Box], out: Tensor | None
+    ) -> None:
+        """Messages from ``outgoing`` boxes of x, which covers ``origin``. Those received come straight to where they
+        belong in ``out`` if that is contiguous there."""
         sends: dict[int, Tensor] = {}
         for p, box in _in_turn(outgoing, self._me):
             if p != self._me:
                 sends[p] = self._view(x, origin, box).contiguous()
                 self._cp.ledger.sent(self._op, sends[p].nbytes)
-        receives = {p: x.new_empty(self._shape(x, box)) for p, box in _in_turn(incoming, self._me) if p != self._me}
+        receives: dict[int, Tensor] = {}
+        target = self._wants if incoming is self._incoming else self._has
+        for p, box in _in_turn(incoming, self._me):
+            if p != self._me:
+                place = None if out is None else self._view(out, target, box)
+                fits = place is not None and place.is_contiguous()
+                receives[p] = place if fits else x.new_empty(self._shape(x, box))
         self._exchange = Exchange(self._axis, self._op, self._cp.ledger, sends, receives)
 
 
@@ -233,6 +266,45 @@ class _Finish(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         ctx.route.give_back(grad)
         return grad, None
+
+
+class _FinishAdded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z: Tensor, factors: Tensor | None, routes: list[Route | None], *outs: Tensor) -> Tensor:
+        ctx.factors, ctx.routes, ctx.dtypes = factors, routes, [out.dtype for out in outs]
+        ctx.sizes = [out.shape[1] for out in outs]
+        new = torch.empty_like(z)
+        for route, out, rows in zip(routes, outs, _slices(ctx.sizes)):
+            update = out if route is None else route.arrive(out)
+            if factors is None:
+                torch.add(z[:, rows], update, out=new[:, rows])
+            else:
+                torch.addcmul(z[:, rows], update, _of_rows(factors, rows), out=new[:, rows])
+        return new
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        back = []
+        for route, dtype, rows in zip(ctx.routes, ctx.dtypes, _slices(ctx.sizes)):
+            part = grad[:, rows]
+            # Contiguous whatever the strides of z: messages are made of it.
+            back.append(part.new_empty(part.shape, dtype=dtype))
+            if ctx.factors is None:
+                back[-1].copy_(part)
+            else:
+                torch.mul(part, _of_rows(ctx.factors, rows), out=back[-1])
+            if route is not None:
+                route.give_back(back[-1])
+        return grad, None, None, *back
+
+
+def _slices(sizes: list[int]) -> Iterator[slice]:
+    ends = list(accumulate(sizes, initial=0))
+    return map(slice, ends, ends[1:])
+
+
+def _of_rows(factors: Tensor, rows: slice) -> Tensor:
+    return factors if factors.shape[1] == 1 else factors[:, rows]
 
 
 class _SumToOwners(torch.autograd.Function):

@@ -58,6 +58,7 @@ def backward(
     grad_ptr,
     x_ptr,
     weight_ptr,
+    beside_ptr,
     dx_ptr,
     sums_ptr,
     rows,
@@ -66,7 +67,7 @@ def backward(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """With g = grad * weight: dx = (g - mean(g) - x mean(g x)) / deviation, x being normalised."""
+    """With g = grad * weight: dx = (g - mean(g) - x mean(g x)) / deviation, x being normalised, and what is beside."""
     channel = tl.arange(0, WIDTH)
     weight = tl.load(weight_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
     dweight = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -81,6 +82,8 @@ def backward(
         dbias += grad
         g = grad * weight[None, :]
         dx = (g - tl.sum(g, 1)[:, None] / C - x * (tl.sum(g * x, 1)[:, None] / C)) * scale[:, None]
+        if beside_ptr is not None:
+            dx += tl.load(beside_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     sums = sums_ptr + tl.program_id(0) * 2 * C + channel
     tl.store(sums, tl.sum(dweight, 0), mask=channel < C)
@@ -103,14 +106,16 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype
     return out
 
 
-def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of contiguous x, of weight and of bias, the latter two in fp32."""
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, beside: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of contiguous x, with ``beside`` added, of weight and of bias, the latter two in fp32."""
     c, dx = len(weight), torch.empty_like(x)
     tile = _tile(c)
     rows = x.numel() // c
     programs = min(PROGRAMS, triton.cdiv(rows, tile["ROWS"]))
     sums = torch.empty(programs, 2, c, dtype=torch.float32, device=x.device)
-    backward[(programs,)](grad, x, weight, dx, sums, rows, c, eps, **tile, num_warps=WARPS)
+    backward[(programs,)](grad, x, weight, beside, dx, sums, rows, c, eps, **tile, num_warps=WARPS)
     dweight, dbias = sums.sum(0)
     return dx, dweight, dbias.clone()
 
@@ -130,7 +135,7 @@ def _launches(c: int, x: str) -> list[Launch]:
         Launch(
             f"layer_norm backward, {c} channels, {x[1:]}",
             backward,
-            ins | {"grad_ptr": "*bf16", "dx_ptr": x, "sums_ptr": "*fp32"},
+            ins | {"grad_ptr": "*bf16", "beside_ptr": x, "dx_ptr": x, "sums_ptr": "*fp32"},
             constants,
             WARPS,
             1,
