@@ -25,18 +25,21 @@ from cpfold_train.plan.tally import (
 )
 from cpfold_train.training.config import TrainConfig
 
-MATMUL_SHARE, MEMORY_SHARE, EXP_SHARE, LINK_SHARE = 0.5, 0.8, 0.65, 0.8
-"""Of the peaks. That of exponentials is what the loops of triangle attention leave, by their instructions and what they
+MATMUL_SHARE, LARGE_MATMUL_SHARE, MEMORY_SHARE, EXP_SHARE, LINK_SHARE = 0.5, 0.7, 0.8, 0.65, 0.8
+"""Of the peaks. The second is that of large square products, as those of triangle multiplication, which libraries take
+at about 700 TFLOP/s on an H100; products with 128 channels or fewer reach less. That of exponentials is what the loops of triangle attention leave, by their instructions and what they
 read from L2 as compiled for sm_90 (docs/gpu.md): 8.6 of about 11.5 ms forward, 24.3 of about 39.5 ms backward."""
 FLOOR_BF16, FLOOR_TF32, FLOOR_MEMORY, FLOOR_LINK = 700 / 989, 300 / 494, 3.0 / 3.35, 400 / 450
 """The most that large products, streams of memory and NCCL reach on an H100, of its peaks."""
+LARGE_REUSE = 500
+"""Operations for each byte moved from which on a product counts as large."""
 KERNEL_S, LAUNCH_S, MESSAGE_S = 5e-6, 12e-6, 1e-5
 EXPOSED_SHARE = 0.5
 MEMORY_MARGIN = 0.1
 ASSUMPTIONS = (
-    f"a kernel takes as long as its matrix products at {MATMUL_SHARE:.0%} of the peak of their dtype, its reads and "
-    f"writes at {MEMORY_SHARE:.0%} of the memory's bandwidth, or its exponentials at {EXP_SHARE:.0%} of their peak, "
-    f"whichever is longest, and {KERNEL_S * 1e6:.0f} microseconds at least; where a file says what was measured, that "
+    f"a kernel takes as long as its matrix products at {MATMUL_SHARE:.0%} of the peak of their dtype (large ones at "
+    f"{LARGE_MATMUL_SHARE:.0%}), its reads and writes at {MEMORY_SHARE:.0%} of the memory's bandwidth, or its "
+    f"exponentials at {EXP_SHARE:.0%} of their peak, whichever is longest, and {KERNEL_S * 1e6:.0f} microseconds at least; where a file says what was measured, that "
     "counts in full",
     f"the host takes {LAUNCH_S * 1e6:.0f} microseconds to launch a kernel, and an operation as long as its kernels or "
     "their launches, whichever is longer",
@@ -113,7 +116,9 @@ def kernel_seconds(device: Device, tf32: bool = False) -> Seconds:
     bandwidth, exps = rates.memory_bytes_s or MEMORY_SHARE * device.bandwidth, rates.exp_s or EXP_SHARE * device.exps
 
     def seconds(kernel: Kernel) -> tuple[str, float]:
-        flops_s = reached.get(kernel.dtype) or MATMUL_SHARE * peaks.get(kernel.dtype, device.fp32)
+        large = not kernel.fused and kernel.flops > LARGE_REUSE * kernel.moved_bytes
+        share = LARGE_MATMUL_SHARE if large else MATMUL_SHARE
+        flops_s = reached.get(kernel.dtype) or share * peaks.get(kernel.dtype, device.fp32)
         times = {
             LAUNCHES: KERNEL_S * kernel.launches,
             MATRIX: kernel.flops / flops_s,

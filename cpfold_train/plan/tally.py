@@ -25,6 +25,7 @@ class Kernel(NamedTuple):
         moved_bytes: read from and written to the device's memory.
         exps: exponentials.
         launches: CUDA kernels that it starts.
+        fused: whether it does more than a library's product.
     """
 
     flops: float
@@ -32,6 +33,7 @@ class Kernel(NamedTuple):
     moved_bytes: float
     exps: float = 0.0
     launches: int = 1
+    fused: bool = False
 
 
 class Part(NamedTuple):

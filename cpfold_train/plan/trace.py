@@ -278,7 +278,7 @@ class Tracer(TorchDispatchMode):
         dtypes = {x.dtype for x in tensors if x.is_floating_point()} | {x for x in given if isinstance(x, torch.dtype)}
         # In mixed precision the products are made in the narrowest that the kernel is given.
         narrowest = min(dtypes, key=lambda dtype: dtype.itemsize)
-        self.kernel(Kernel(told.flops, narrowest, moved, told.exps, told.launches))
+        self.kernel(Kernel(told.flops, narrowest, moved, told.exps, told.launches, fused=True))
 
     def kernel(self, kernel: Kernel) -> None:
         """Count a kernel."""
