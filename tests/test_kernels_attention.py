@@ -315,3 +315,10 @@ def test_a_recomputed_block_attends_twice(node):
         attend = getattr(triangle_attention, f"triangle_attention_{node}")
         recompute(attend, z, torch.ones(1, n), w, cp).sum().backward()
     assert launched.calls["attention"] == 2 * launched.calls["attention_backward"] > 0
+
+
+def test_a_gpu_attends_in_all_rows_of_4096_tokens_on_2x2_at_once():
+    """Rows in several blocks would be attended in once more in the backward pass."""
+    z = torch.empty(1, 512, 4096, 128, dtype=torch.bfloat16, device="meta")
+    qg = kv = torch.empty(256, 128, device="meta")
+    assert triangle_attention._rows_at_once(z, 4096, (qg, kv), "triton") == len(z[0])

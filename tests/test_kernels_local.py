@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpfold_train.kernels.gated_output import gated_output
-from cpfold_train.kernels.gated_projection import gated_projection
+from cpfold_train.kernels.gated_projection import gated_projection, gated_projection_beside
 from cpfold_train.kernels.linear import linear_by
 from cpfold_train.kernels.transition import transition
 from cpfold_train.kernels.work import NAMESPACE, WORK, Work
@@ -59,8 +59,17 @@ FACTORS = (random(B, ROWS, seed=3) > -0.5).double() / 0.75
 PROJECTION = [Z, MASK, *norm(4), weights(2 * C, C, seed=6), weights(2 * C, C, seed=7)]
 OUTPUT = [3 * random(B, C, ROWS, COLS, seed=8), Z, *norm(9), *norm(11), *(weights(C, C, seed=i) for i in (13, 14))]
 TRANSITION = [Z, *norm(15), *(weights(HIDDEN, C, seed=i) for i in (17, 18)), weights(C, HIDDEN, seed=19)]
+
+
+def projected_beside(z: Tensor, *others: Tensor, kernels: str) -> Tensor:
+    """With a residual of z, which comes out of the projection too."""
+    y, z = gated_projection_beside(z, *others, kernels=kernels)
+    return y.chunk(2, 1)[0].permute(0, 2, 3, 1) + 3 * z
+
+
 CASES = {
     "gated projection": (gated_projection, PROJECTION),
+    "gated projection, beside": (projected_beside, PROJECTION),
     "gated output": (gated_output, OUTPUT),
     "gated output, residual": (partial(gated_output, residual=True), OUTPUT),
     "gated output, dropout": (partial(gated_output, residual=True, row_factors=FACTORS), OUTPUT),

@@ -233,7 +233,7 @@ def test_operators_have_the_shapes_and_dtypes_that_a_plan_is_told():
     logits, scale = torch.randn(2, 3, 4, 9), torch.ones(24)
     calls = {
         "layer_norm": (rows, scale, scale, torch.bfloat16),
-        "layer_norm_backward": (rows, rows.bfloat16(), scale),
+        "layer_norm_backward": (rows, rows.bfloat16(), scale, rows.bfloat16()),
         "normed_projection": (torch.randn(3, 4, 32), torch.randn(5, 32), torch.randn(5), torch.bfloat16),
         "normed_projection_backward": (torch.randn(3, 4, 5).bfloat16(), torch.randn(3, 4, 32), torch.randn(5, 32)),
         "masked_softmax": (logits, torch.ones(2, 9), torch.bfloat16),

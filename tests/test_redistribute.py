@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cpfold_train.parallel.grid import split
+from cpfold_train.parallel import redistribute
+from cpfold_train.parallel.context import fake_world
+from cpfold_train.parallel.exchange import Exchange
+from cpfold_train.parallel.grid import Grid, split
 from cpfold_train.parallel.random import Draws
-from cpfold_train.parallel.redistribute import finish, finish_added, start, sum_to_owners
+from cpfold_train.parallel.redistribute import Route, finish, finish_added, start, sum_to_owners
 
 N = 20
 
@@ -76,6 +79,30 @@ def test_parts_of_an_update_are_added_where_they_arrive(ranks, shape, dim):
         assert fused[0].transpose(1, 2).is_contiguous()
         for found, expected in zip(fused, joined):
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch, in_place", [(1, True), (2, False)])
+def test_what_is_contiguous_there_is_received_where_it_belongs(monkeypatch, batch, in_place):
+    """Rows of one sample are, those of several are not; forward and for the gradient."""
+    received = []
+
+    class Watched(Exchange):
+        def __init__(self, axis, op, ledger, sends, receives):
+            received.append(list(receives.values()))
+            super().__init__(axis, op, ledger, sends, receives)
+
+    monkeypatch.setattr(redistribute, "Exchange", Watched)
+    rows = (((0, 4),), ((4, 8),))
+    with fake_world(Grid(2, 1)) as cp:
+        route = Route(cp, cp.all, (1,), rows, (((0, 8),), ((8, 8),)), "rows")
+        out = route.arrive(route.fetch(torch.zeros(batch, 4, 3)))
+        there = Route(cp, cp.all, (1,), (((0, 8),), ((8, 8),)), rows, "rows")
+        there.fetch(torch.zeros(batch, 8, 3))
+        there.give_back(grad := torch.zeros(batch, 4, 3))
+        back = there.collect(grad)
+    (forward,), _, (gradient,) = received
+    assert (forward.data_ptr() == out[:, 4:].data_ptr()) is in_place
+    assert (gradient.data_ptr() == back[:, 4:].data_ptr()) is in_place
 
 
 def test_normal_draws_are_positioned_and_normal():

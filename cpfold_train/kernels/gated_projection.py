@@ -45,6 +45,17 @@ def gated_projection(
     return by_rows(_project, rows, (z, mask), (norm_weight, norm_bias, p_in, g_in), dim=2)
 
 
+def gated_projection_beside(
+    z: Tensor, mask: Tensor, norm_weight: Tensor, norm_bias: Tensor, p_in: Tensor, g_in: Tensor, kernels: str
+) -> tuple[Tensor, Tensor]:
+    """:func:`gated_projection`, and z for what reads it besides: the fused kernel adds the gradient of that to its own,
+    which else were three passes over a tile."""
+    if takes(z, z.shape[-1], kernels):
+        weight, bias = folded(torch.cat([p_in, g_in]), norm_weight, norm_bias)
+        return _Beside.apply(z, mask, weight, bias, product_dtype(z))
+    return gated_projection(z, mask, norm_weight, norm_bias, p_in, g_in, kernels), z
+
+
 def _project(z: Tensor, mask: Tensor, norm_weight: Tensor, norm_bias: Tensor, p_in: Tensor, g_in: Tensor) -> Tensor:
     x = layer_norm(z, norm_weight.shape, norm_weight, norm_bias)
     p, g = (torch.cat([p_in, g_in]) @ x.flatten(1, 2).mT).unflatten(2, z.shape[1:3]).chunk(2, 1)
@@ -66,15 +77,33 @@ def _(z: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype)
 
 
 @torch.library.custom_op("cpfold::gated_projection_backward", mutates_args=())
-def _backward(grad: Tensor, z: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+def _backward(
+    grad: Tensor,
+    z: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dtype: torch.dtype,
+    beside: Tensor | None,
+) -> Tensor:
+    """The gradient of z, with ``beside`` added to it."""
     from cpfold_train.kernels.triton import gated_projection as kernels
 
     pairs, masks = z.contiguous().flatten(1, 2), mask.contiguous().flatten(1)
-    return kernels.backward(grad.contiguous().flatten(2), pairs, masks, weight.to(dtype), bias).view(z.shape)
+    beside = None if beside is None else beside.contiguous()
+    return kernels.backward(grad.contiguous().flatten(2), pairs, masks, weight.to(dtype), bias, beside).view(z.shape)
 
 
 @_backward.register_fake
-def _(grad: Tensor, z: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+def _(
+    grad: Tensor,
+    z: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dtype: torch.dtype,
+    beside: Tensor | None,
+) -> Tensor:
     return z.new_empty(z.shape)
 
 
@@ -98,13 +127,26 @@ def _keep(ctx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _gradients(ctx, grad: Tensor) -> tuple:
+def _gradients(ctx, grad: Tensor, beside: Tensor | None = None) -> tuple:
     args = grad, *ctx.saved_tensors, ctx.dtype
-    dz = torch.ops.cpfold.gated_projection_backward(*args)
+    dz = torch.ops.cpfold.gated_projection_backward(*args, beside)
     return dz, None, *torch.ops.cpfold.gated_projection_weights(*args), None
 
 
 torch.library.register_autograd("cpfold::gated_projection", _gradients, setup_context=_keep)
+
+
+class _Beside(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, z: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        # Where nothing reads z besides, nothing is added.
+        ctx.set_materialize_grads(False)
+        _keep(ctx, (z, mask, weight, bias, dtype), z)
+        return _forward(z, mask, weight, bias, dtype), z
+
+    backward = staticmethod(_gradients)
 
 
 @work("gated_projection")
@@ -114,9 +156,19 @@ def _(z: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype,
 
 
 @work("gated_projection_backward")
-def _(grad: Tensor, z: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype, out: Tensor) -> Work:
+def _(
+    grad: Tensor,
+    z: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dtype: torch.dtype,
+    beside: Tensor | None,
+    out: Tensor,
+) -> Work:
     # Projections and gates once more, and the products with their gradients.
-    return Work(4 * mask.numel() * weight.numel(), grad.numel(), 2 * z.nbytes + mask.nbytes + grad.nbytes, 2)
+    tiles = 2 if beside is None else 3
+    return Work(4 * mask.numel() * weight.numel(), grad.numel(), tiles * z.nbytes + mask.nbytes + grad.nbytes, 2)
 
 
 @work("gated_projection_weights")

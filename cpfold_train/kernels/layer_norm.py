@@ -73,7 +73,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, out: T
 
 
 @torch.library.custom_op("cpfold::layer_norm_backward", mutates_args=())
-def _backward(grad: Tensor, x: Tensor, weight: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, with ``beside`` added to it, and in fp32 of weight and bias."""
     from cpfold_train.kernels.triton import layer_norm as kernel
 
@@ -82,7 +82,7 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, beside: Tensor | None = N
 
 
 @_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, weight: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.float32
     return x.new_empty(x.shape), torch.empty_like(weight, dtype=wide), torch.empty_like(weight, dtype=wide)
 

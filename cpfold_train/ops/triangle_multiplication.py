@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cpfold_train.kernels.gated_output import gated_output
-from cpfold_train.kernels.gated_projection import gated_projection
+from cpfold_train.kernels.gated_projection import gated_projection_beside
 from cpfold_train.ops.stream import stream
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.cost import channel_groups, choose, triangle_multiplication_cost
@@ -71,7 +71,7 @@ def triangle_multiplication_outgoing(
     rows, cols = row_parts(cp.grid, n), col_parts(cp.grid, n)
     blocks = [col_parts(cp.grid, n, k) for k in range(cp.grid.cols)]
     pieces = [(tuple(zip(rows, block)), tuple(zip(cols, block))) for block in blocks]
-    x = _product(z, pair_mask, w, lambda a, b: a @ b.mT, pieces, False, cp)
+    x, z = _product(z, pair_mask, w, lambda a, b: a @ b.mT, pieces, False, cp)
     return _output(x, z, w, cp, residual, row_factors)
 
 
@@ -88,7 +88,7 @@ def triangle_multiplication_incoming(
     rows, cols = row_parts(cp.grid, n), col_parts(cp.grid, n)
     blocks = [row_parts(cp.grid, n, k) for k in range(cp.grid.rows)]
     pieces = [(tuple(zip(block, rows)), tuple(zip(block, cols))) for block in blocks]
-    x = _product(z, pair_mask, w, lambda a, b: a.mT @ b, pieces, True, cp)
+    x, z = _product(z, pair_mask, w, lambda a, b: a.mT @ b, pieces, True, cp)
     return _output(x, z, w, cp, residual, row_factors)
 
 
@@ -100,17 +100,18 @@ def _product(
     pieces: list[tuple[Layout, Layout]],
     incoming: bool,
     cp: ContextParallel,
-) -> Tensor:
-    """That of a and b, (B, c, N/R, N/C); ``pieces`` are the tiles of them that each rank needs in each step of the
-    ring."""
+) -> tuple[Tensor, Tensor]:
+    """That of a and b, (B, c, N/R, N/C), and z for what follows; ``pieces`` are the tiles of a and b that each rank
+    needs in each step of the ring."""
     n = z.shape[1] * cp.grid.rows
-    a_and_b = gated_projection(z, pair_mask, w.norm_in_weight, w.norm_in_bias, w.p_in, w.g_in, cp.kernels)
+    norm = w.norm_in_weight, w.norm_in_bias
+    a_and_b, z = gated_projection_beside(z, pair_mask, *norm, w.p_in, w.g_in, cp.kernels)
     if _algorithm(z, incoming, cp) == "ring":
         has = tiles(cp.grid, n, n)
         routes = [[Route(cp, cp.all, (2, 3), has, wants, OP) for wants in step] for step in pieces]
         a, b = a_and_b.chunk(2, 1)
-        return stream(lambda _, a, b: product(a, b), routes, (), (a, b))
-    return _by_channels(a_and_b, product, n, incoming, cp)
+        return stream(lambda _, a, b: product(a, b), routes, (), (a, b)), z
+    return _by_channels(a_and_b, product, n, incoming, cp), z
 
 
 def _output(

@@ -49,13 +49,13 @@ def forward(z: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def backward(grad: Tensor, z: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Gradient of z, in its dtype."""
+def backward(grad: Tensor, z: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, beside: Tensor | None) -> Tensor:
+    """Gradient of z, in its dtype, with ``beside`` added."""
     batch, pairs, c = z.shape
     dz = torch.empty_like(z)
     tile = tiles_for(z.device, weight.dtype, TILES, WIDE).backward
     _backward[triton.cdiv(pairs, tile.pairs), batch](
-        grad, z, mask, weight, bias, dz, pairs, c, grad.shape[1], tile.pairs, min(tile.channels, grad.shape[1]),
+        grad, z, mask, weight, bias, beside, dz, pairs, c, grad.shape[1], tile.pairs, min(tile.channels, grad.shape[1]),
         **dot_constants(weight.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return dz
@@ -101,8 +101,8 @@ def _forward(z_ptr, mask_ptr, w_ptr, b_ptr, out_ptr, P, C: tl.constexpr, OUT: tl
 
 
 @triton.jit
-def _backward(dy_ptr, z_ptr, mask_ptr, w_ptr, b_ptr, dz_ptr, P, C: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr,
-              BO: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _backward(dy_ptr, z_ptr, mask_ptr, w_ptr, b_ptr, beside_ptr, dz_ptr, P, C: tl.constexpr, OUT: tl.constexpr,
+              BM: tl.constexpr, BO: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One program: gradient of z of BM pairs; the projections are computed again."""
     start, batch = tl.program_id(0) * BM, tl.program_id(1).to(tl.int64)
     m, c = tl.arange(0, BM), tl.arange(0, C)
@@ -128,6 +128,8 @@ def _backward(dy_ptr, z_ptr, mask_ptr, w_ptr, b_ptr, dz_ptr, P, C: tl.constexpr,
     # Read and normalised once more: kept in registers it would halve the tile.
     x, scale = normalise(tl.load(z_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32), C, 1)
     dz = normalise_backward(dx, x, scale, C, 1)
+    if beside_ptr is not None:
+        dz += tl.load(beside_ptr + (batch * P + start) * C + at, mask=inside[:, None], other=0.0).to(tl.float32)
     tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=inside[:, None])
 
 
@@ -178,7 +180,7 @@ def _launches() -> list[Launch]:
         grads = {**types, "dy_ptr": "*bf16"}
         for name, kernel, tile, of in (
             ("forward", _forward, tiles.forward, {**types, "out_ptr": "*bf16"}),
-            ("backward", _backward, tiles.backward, {**grads, "dz_ptr": f"*{z}"}),
+            ("backward", _backward, tiles.backward, {**grads, "beside_ptr": f"*{z}", "dz_ptr": f"*{z}"}),
             ("weights", _weights, tiles.weights, {**grads, "dw_ptr": "*fp32", "db_ptr": "*fp32", "B": "i32"}),
         ):
             constants = {"C": 128, "OUT": 256, "BM": tile.pairs, "BO": tile.channels, **dot_constants(torch.bfloat16)}
