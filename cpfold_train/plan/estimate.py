@@ -28,8 +28,8 @@ from cpfold_train.training.config import TrainConfig
 MATMUL_SHARE, LARGE_MATMUL_SHARE, MEMORY_SHARE, EXP_SHARE, LINK_SHARE = 0.5, 0.7, 0.8, 0.65, 0.8
 """Of the peaks. The second is that of large square products, as those of triangle multiplication, which libraries take
 at about 700 TFLOP/s on an H100; products with 128 channels or fewer reach less. That of exponentials is what the loops
-of triangle attention leave, by their instructions and what they read from L2 as compiled for sm_90 (docs/gpu.md): 8.6 of
-about 11.5 ms forward, 24.3 of about 39.5 ms backward."""
+of triangle attention leave, by their instructions and what they read from L2 as compiled for sm_90: 8.6 of about 11.5
+ms forward, 24.3 of about 39.5 ms backward."""
 FLOOR_BF16, FLOOR_TF32, FLOOR_MEMORY, FLOOR_LINK = 700 / 989, 300 / 494, 3.0 / 3.35, 400 / 450
 """The most that large products, streams of memory and NCCL reach on an H100, of its peaks."""
 LARGE_REUSE = 500
