@@ -200,7 +200,8 @@ def test_the_package_runs_where_we_run(monkeypatch, tmp_path):
     assert given["device"] == "cuda" and given["dtype"] == torch.bfloat16
 
 
-def test_refusals(capsys):
+def test_refusals(capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
     assert main(["bench", "transition", "--grid", "2x"]) == 2
     assert "2x2" in capsys.readouterr().err
     assert main(["bench", "transition", "--grid", "2x2", "--world", "6"]) == 2

@@ -102,7 +102,11 @@ def crops() -> list[Crop]:
 def features(chosen: list[Crop], grid: Grid, dtype: torch.dtype) -> dict[str, Tensor]:
     """A batch of crops as one rank gets it."""
     batch = collate(chosen, grid)
-    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.items() if name != "id"}
+    return {
+        name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in batch.items()
+        if name != "id"
+    }
 
 
 def package_features(crop: Crop, dtype: torch.dtype) -> dict[str, Tensor]:

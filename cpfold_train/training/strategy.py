@@ -73,7 +73,8 @@ class GridStrategy(Watched, DDPStrategy):
         self.grid = replace(self.grid, rank=self.global_rank)
         device, precision = self.root_device, str(self.precision_plugin.precision)
         self.kernels = choose_kernels(self._kernels, device.type, precision, capability_of(device))
-        if self._kernels == "auto" and self.is_global_zero:
+        # On CPU there is no choice.
+        if self._kernels == "auto" and device.type != "cpu" and self.is_global_zero:
             print(f"kernels=auto: {self.kernels.name}, because {self.kernels.why}", file=sys.stderr)
         self.cp = ContextParallel(self.grid, device.type, self._timeout, self._algorithm, self.kernels.name)
         self.start_watch()
