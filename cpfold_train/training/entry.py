@@ -87,9 +87,10 @@ def start(config: DictConfig, run_dir: Path) -> None:
     typed.ckpt_path = checkpoint_to_resume(typed.ckpt_path, run_dir)
     check(typed)
     world = plan_world(typed.cp.grid, typed.dp, typed.trainer.num_nodes, typed.trainer.accelerator)
+    gpu_bytes = _gpu_bytes(typed)
     if typed.memory.auto:
         typed.memory = _chosen_memory(typed, world)
-    typed.memory = with_default_offload(typed, world.grid, _gpu_bytes(typed.trainer.accelerator)).memory
+    typed.memory = with_default_offload(typed, world.grid, gpu_bytes).memory
     config.memory = OmegaConf.structured(typed.memory)
     if is_first_rank():
         if note := world.note():
@@ -113,12 +114,16 @@ def start(config: DictConfig, run_dir: Path) -> None:
         raise
 
 
-def _gpu_bytes(accelerator: str) -> int | None:
-    """Memory of this machine's GPU; None where the run is on CPU."""
-    if device_here(accelerator) == "cpu":
+def _gpu_bytes(config: TrainConfig) -> int | None:
+    """Memory of this machine's GPU, which is told first what it is to be told; None where the run is on CPU."""
+    if device_here(config.trainer.accelerator) == "cpu":
         return None
     import torch
 
+    from cpfold_train.training.gpus import set_up_gpus
+
+    # Before anything asks the device: its allocator reads the environment once.
+    set_up_gpus(config.tf32)
     return torch.cuda.get_device_properties(0).total_memory
 
 

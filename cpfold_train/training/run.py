@@ -26,8 +26,7 @@ from cpfold_train.training.fault import FAULTS, TellFaults, sentence_on
 from cpfold_train.training.figures import StepFigures
 from cpfold_train.training.freeze import choose_trained
 from cpfold_train.training.fsdp import ShardedGridStrategy
-from cpfold_train.training.gpus import set_up_gpus
-from cpfold_train.training.launch import World, device_here
+from cpfold_train.training.launch import World
 from cpfold_train.training.metrics_csv import MetricsCSV
 from cpfold_train.training.module import CoFoldingModule
 from cpfold_train.training.module_statistics import ModuleStatistics
@@ -63,8 +62,6 @@ def run(
     """
     quiet_lightning()
     return_large_tensors()
-    if device_here(config.trainer.accelerator) == "gpu":
-        set_up_gpus(config.tf32)
     chunk_mib = config.memory.chunk_mib
     set_block_bytes(None if chunk_mib is None else int(chunk_mib * 2**20))
     compile_regions("inductor" if config.compile else None)
