@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from cpfold_train.bench.command import boltz_python
@@ -63,7 +63,11 @@ def crops():
 def features(grid):
     """A batch of the two crops as one rank gets it, in fp64."""
     batch = collate(crops(), grid)
-    return {name: x.double() if x.is_floating_point() else x for name, x in batch.items() if name != "id"}
+    return {
+        name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in batch.items()
+        if name != "id"
+    }
 
 
 def value(name, grid):

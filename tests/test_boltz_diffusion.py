@@ -32,6 +32,8 @@ from tests.atoms import dense
 from tests.parity import TOTALS, cut, join, pad, randomise, real
 
 ORACLE = Path(__file__).parent / "oracle" / "boltz_diffusion.py"
+OF_ONE = Draws(torch.arange(1) + 5)
+"""Draws of the first complex."""
 LAYERS = ("token_transformer_depth", "token_transformer_heads", "conditioning_transition_layers", "dim_fourier")
 NAMES = ("s_inputs", "s_trunk", "z", "rel_pos")
 STEPS = 4
@@ -80,7 +82,7 @@ def our_sample(cp):
     ours, x = module(), {name: value[:1] for name, value in values(cp.grid).items()}
     feats = full(features(cp.grid, values(cp.grid)["coords"]))
     conditioning = ours.diffusion_conditioning(x["s_trunk"], x["z"], x["rel_pos"], feats, cp)
-    return ours.structure_module.sample(x["s_inputs"], x["s_trunk"], feats, conditioning, STEPS, M, draws(1), cp)
+    return ours.structure_module.sample(x["s_inputs"], x["s_trunk"], feats, conditioning, STEPS, M, OF_ONE, cp)
 
 
 def placements_and_noise(samples: Draws, atoms: int) -> list[Tensor]:
@@ -139,7 +141,7 @@ def test_training_step_equals_the_package(ranks, stock_step, shape):
 def test_sampling_equals_the_package(ranks, tmp_path):
     (ours,) = ranks.run(our_sample, 1, 1)
     feats = full(features(Grid(), values(Grid())["coords"]))
-    samples, atoms = draws(1).copies(M), feats["atom_pad_mask"].shape[1]
+    samples, atoms = OF_ONE.copies(M), feats["atom_pad_mask"].shape[1]
     normals = [samples.at("start").at("noise").normal(0, 3 * atoms).double()]
     for step in range(STEPS):
         normals += placements_and_noise(samples.at("step", step), atoms)

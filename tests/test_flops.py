@@ -22,8 +22,9 @@ MULTIPLICITY, RECYCLING, SAMPLING_STEPS, SAMPLES = 3, 2, 2, 2
 def counted(cp) -> tuple[flops.SampleSizes, float, tuple[float, float]]:
     """Operations of the structure's forward pass, and of sampled structures and their confidence, of one complex."""
     model = CoFolding(CONFIG, MemoryConfig()).double().eval()
-    feats = {name: x.double() if x.is_floating_point() else x for name, x in features(cp.grid).items()}
-    feats |= {"coords": feats["ref_pos"], "token_to_rep_atom": feats["token_atom_start"][:, :-1].clamp(max=100)}
+    feats = {name: x.double() if x.dtype == torch.float32 else x for name, x in features(cp.grid).items()}
+    representative = torch.from_numpy(feats["token_atom_start"][:, :-1].clip(max=100))
+    feats |= {"coords": feats["ref_pos"], "token_to_rep_atom": representative}
     b, s, n = feats["msa"].shape
     sizes = flops.SampleSizes(b, n, s, feats["ref_pos"].shape[1], feats["template_mask"].shape[1])
     with torch.no_grad():

@@ -169,7 +169,13 @@ def on_a_grid(cp: ContextParallel, block: str, kernels: str, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize(
-    "block, grid", [("outgoing", (1, 1)), ("incoming", (1, 2)), ("pair stack", (1, 1)), ("pair stack", (2, 3))]
+    "block, grid",
+    [
+        ("outgoing", (1, 1)),
+        ("incoming", (1, 2)),
+        pytest.param("pair stack", (1, 1), marks=pytest.mark.slow),
+        ("pair stack", (2, 3)),
+    ],
 )
 def test_blocks_on_grids(ranks, block, grid):
     """With Triton's kernels in fp32 as with torch on 1x1 in fp64."""

@@ -79,6 +79,7 @@ def test_all_regions_are_tested():
 def test_layers_share_a_compiled_function_under_recomputation():
     """Three layers, whose weights are arguments: the region is traced once for all of them."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     torch.manual_seed(1)
     module = transformer.DiffusionTransformer(3, HEADS, DIM, COND).double()
     for parameter in module.parameters():
