@@ -124,7 +124,8 @@ def package_features(crop: Crop, dtype: torch.dtype) -> dict[str, Tensor]:
     forms["frames_idx"] = forms["frames_idx"].long()
     dtypes = dict.fromkeys([*classes, *dense(feats), "r_set_to_rep_atom"], dtype) | {"ref_space_uid": torch.long}
     forms = {name: x.to(dtypes[name]) if name in dtypes else x for name, x in forms.items()}
-    return feats | forms
+    # The package has no use for what says on the host which atoms a token has.
+    return {name: x for name, x in (feats | forms).items() if isinstance(x, Tensor)}
 
 
 def weights() -> dict[str, Tensor]:
