@@ -119,6 +119,7 @@ def forward(
     WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
     GATED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """BLOCK_M queries of one head in ROWS rows a program, over all keys."""
     pairs = tl.cdiv(rows, ROWS)
     batch_head, pair, block = place(tl.program_id(0), tl.cdiv(M, BLOCK_M), group, pairs)
     b, h = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)

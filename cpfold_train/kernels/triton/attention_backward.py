@@ -53,6 +53,7 @@ def keys(
     WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Gradients of BLOCK_N keys and values of one row and head a program, over all queries."""
     batch_head, row, block = place(tl.program_id(0), tl.cdiv(N, BLOCK_N), group, rows)
     b, h, r = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64), row.to(tl.int64)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -124,6 +125,7 @@ def queries(
     WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Gradient of BLOCK_M queries of one head a program, over all keys."""
     batch_head, pair, block = place(tl.program_id(0), tl.cdiv(M, BLOCK_M), group, tl.cdiv(rows, ROWS))
     b, h = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
     r0 = (pair * ROWS).to(tl.int64)

@@ -32,6 +32,7 @@ def _scores(logits_ptr, mask_ptr, start, columns, N, MASKED: tl.constexpr):
 
 @triton.jit
 def forward(logits_ptr, mask_ptr, out_ptr, rows_of_sample, N, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """Softmax of one row (N,) of logits a program, in two passes over it."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * N
     mask_ptr += row // rows_of_sample * N
@@ -54,6 +55,7 @@ def forward(logits_ptr, mask_ptr, out_ptr, rows_of_sample, N, MASKED: tl.constex
 
 @triton.jit
 def backward(weights_ptr, grad_ptr, out_ptr, N, BLOCK: tl.constexpr):
+    """Gradient of the logits of one row (N,) a program, in two passes over it."""
     row = tl.program_id(0).to(tl.int64) * N
     columns = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)

@@ -75,4 +75,5 @@ def normalise_backward(grad, normed, scale, C: tl.constexpr, AXIS: tl.constexpr)
 
 @triton.jit
 def sigmoid(x):
+    """By one exponential in base 2."""
     return 1.0 / (1.0 + tl.exp2(x * -1.4426950408889634))
