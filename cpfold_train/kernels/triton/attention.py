@@ -96,7 +96,7 @@ def _attend(
 
 @triton.jit
 def _finish(
-    out, gate, lse, highest, total, acc, m, M, out_token, gate_token, exists,
+    out, gate, lse, highest, total, acc, m, M, stop, out_token, gate_token,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, PADDED)
@@ -104,7 +104,7 @@ def _finish(
     acc = acc / total[:, None]
     if GATED:
         acc *= tl.sigmoid(tile(gate, tl.minimum(m, M - 1), gate_token, WIDTH, PADDED).to(tl.float32))
-    inside = (m < M) & exists
+    inside = m < stop
     acc = acc.to(out.dtype.element_ty)
     tl.store(out + m[:, None] * out_token + d[None, :], acc, mask=inside[:, None] & (d < WIDTH)[None, :])
     tl.store(lse + m, highest + tl.log2(total) * LN2, mask=inside)
@@ -174,12 +174,12 @@ def forward(
     lse += (b * rows * heads + h) * M
     _finish(
         out + r0 * out_row, gate + r0 * gate_row, lse + r0 * heads * M, highest0, total0, acc0,
-        m, M, out_token, gate_token, True, WIDTH, PADDED, GATED,
+        m, M, M, out_token, gate_token, WIDTH, PADDED, GATED,
     )  # fmt: skip
     if ROWS == 2:
         _finish(
             out + r1 * out_row, gate + r1 * gate_row, lse + r1 * heads * M, highest1, total1, acc1,
-            m, M, out_token, gate_token, r0 + 1 < rows, WIDTH, PADDED, GATED,
+            m, M, tl.where(r0 + 1 < rows, M, 0), out_token, gate_token, WIDTH, PADDED, GATED,
         )  # fmt: skip
 
 

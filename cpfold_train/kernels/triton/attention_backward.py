@@ -176,17 +176,17 @@ def queries(
                 True, True, WIDTH, PADDED, DOT, PRECISION,
             )  # fmt: skip
     dq += b * dq_batch + h * dq_head
-    _store_queries(dq + r0 * dq_row, dq0, m, dq_token, M, True, ADD, WIDTH, PADDED)
+    _store_queries(dq + r0 * dq_row, dq0, m, dq_token, M, ADD, WIDTH, PADDED)
     if ROWS == 2:
-        _store_queries(dq + r1 * dq_row, dq1, m, dq_token, M, r0 + 1 < rows, ADD, WIDTH, PADDED)
+        _store_queries(dq + r1 * dq_row, dq1, m, dq_token, tl.where(r0 + 1 < rows, M, 0), ADD, WIDTH, PADDED)
 
 
 @triton.jit
 def _store_queries(
-    dq, dq_m, m, token_stride, M, exists, ADD: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr
+    dq, dq_m, m, token_stride, stop, ADD: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr
 ):  # fmt: skip
     d = tl.arange(0, PADDED)
-    inside = ((m < M) & exists)[:, None] & (d < WIDTH)[None, :]
+    inside = (m < stop)[:, None] & (d < WIDTH)[None, :]
     to = dq + m[:, None] * token_stride + d[None, :]
     if ADD:
         dq_m += tl.load(to, mask=inside, other=0.0)
