@@ -35,8 +35,11 @@ def averaging(module, x, cp):
 
 def outer_product(module, x, cp):
     # Of seven sequences two or three travel at a time.
-    opm.FETCHED_BYTES = 1 << 15
-    return trunk_cases.outer_product(module, x, cp)
+    original, opm.FETCHED_BYTES = opm.FETCHED_BYTES, 1 << 15
+    try:
+        return trunk_cases.outer_product(module, x, cp)
+    finally:
+        opm.FETCHED_BYTES = original
 
 
 IN_PARTS = {"pair weighted averaging": averaging, "outer product mean": outer_product}
