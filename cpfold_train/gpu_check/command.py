@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import fields
 from pathlib import Path
 
 from rich.console import Console
 
+from cpfold_train.devices import Rates
 from cpfold_train.errors import ConfigError, RunError
 from cpfold_train.gpu_check.apart import run_apart
 from cpfold_train.gpu_check.phases import PHASES, Results
@@ -17,7 +19,7 @@ from cpfold_train.gpu_check.report import as_markdown, show, told_shortly
 from cpfold_train.gpu_check.scope import ON_CPU, ON_GPU, Scope
 from cpfold_train.whole_file import whole_file
 
-RATES = ("bf16_flops", "fp32_flops", "tf32_flops", "memory_bytes_s", "exp_s", "link_bytes_s", "launch_s")
+RATES = tuple(field.name for field in fields(Rates))
 """Those that a plan takes."""
 RESULTS, TABLE = "gpu-check.json", "gpu-check.md"
 

@@ -15,6 +15,7 @@ from cpfold_train.parallel.grid import Grid, squarest
 from cpfold_train.plan.estimate import MEMORY_MARGIN
 from cpfold_train.plan.plan import Plan, plan
 from cpfold_train.training.config import TrainConfig
+from cpfold_train.training.offload_default import tile_elements, z_width
 
 LEAST_SIDE = 32
 """Tokens that a rank should have of a tile's side at least: below, a grid costs more than it helps."""
@@ -123,9 +124,8 @@ def may_fit(config: TrainConfig, grid: Grid, device: str) -> bool:
     finetune = config.finetune
     if finetune.train or finetune.freeze or finetune.lora.patterns:
         return True
-    n, blocks, memory = grid.pad_tokens(config.crop_size), config.model.pairformer.num_blocks, config.memory
-    item = {"bf16-true": 2, "64-true": 8}.get(config.trainer.precision, 4)
-    tile = item * config.batch_size * (n // grid.rows) * (n // grid.cols) * config.model.token_z
+    blocks, memory, item = config.model.pairformer.num_blocks, config.memory, z_width(config)
+    tile = item * tile_elements(config, grid, config.crop_size)
     held = HELD_BETWEEN_UPDATES if memory.recompute_updates else HELD_TILES
     if not memory.recompute:
         kept = held * blocks

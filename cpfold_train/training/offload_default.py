@@ -32,11 +32,22 @@ def with_default_offload(config: TrainConfig, grid: Grid, device_bytes: float | 
 
 def between_blocks_bytes(config: TrainConfig, grid: Grid) -> float:
     """Bytes of the tiles of z that a rank keeps between groups of blocks until the backward pass comes to them."""
-    model, n = config.model, grid.pad_tokens(config.largest_crop)
-    width = {"64-true": 8, "bf16-true": 2}.get(str(config.trainer.precision), 4)
-    width = 2 if config.memory.residual == "bf16" else width
-    tile = width * config.batch_size * (n // grid.rows) * (n // grid.cols) * model.token_z
+    model = config.model
+    tile = tile_elements(config, grid, config.largest_crop) * (
+        2 if config.memory.residual == "bf16" else z_width(config)
+    )
     blocks = model.pairformer.num_blocks + model.msa.msa_blocks
     if config.loss.of_confidence:
         blocks += config.diffusion.samples * model.confidence.pairformer.num_blocks
     return tile * blocks / config.memory.blocks_at_once
+
+
+def tile_elements(config: TrainConfig, grid: Grid, crop_size: int) -> int:
+    """Elements of a rank's tile of z, of a batch of samples with so many tokens."""
+    n = grid.pad_tokens(crop_size)
+    return config.batch_size * (n // grid.rows) * (n // grid.cols) * config.model.token_z
+
+
+def z_width(config: TrainConfig) -> int:
+    """Bytes of an element of z within blocks."""
+    return {"64-true": 8, "bf16-true": 2}.get(str(config.trainer.precision), 4)
