@@ -29,7 +29,7 @@ from cpfold_train.plan.estimate import MEMORY_MARGIN, Costs
 from cpfold_train.plan.forward import trace_prediction, trace_validation
 from cpfold_train.plan.plan import Plan, fullest_moment, weight_bytes
 from cpfold_train.plan.step import Trace, build, trace_step
-from cpfold_train.plan.tally import MEMORY, Kernel, Tally, totals
+from cpfold_train.plan.tally import MEMORY, Kernel, Speed, Tally, totals
 from cpfold_train.plan.trace import Tracer
 from cpfold_train.predict.predictor import Predictor, Settings
 from cpfold_train.training.config import TrainConfig
@@ -440,7 +440,7 @@ def test_a_run_takes_the_levers_that_the_planner_chooses(forked_runs, tmp_path):
 
 def test_bytes_that_a_kernel_moves():
     """A copy reads its source and writes its target; a row that is expanded is read once; a sum reads both."""
-    tracer = Tracer(lambda kernel: (MEMORY, 0.0), 0)
+    tracer = Tracer(Speed(lambda kernel: (MEMORY, 0.0), lambda *_: 0.0), 0)
     with FakeTensorMode(), tracer:
         x, y, row = torch.empty(8, 4), torch.empty(8, 4), torch.empty(1, 4)
         for function, moved in (

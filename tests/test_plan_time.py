@@ -15,8 +15,12 @@ from cpfold_train.devices import DEVICES, Measured, Rates, find_device, kernels_
 from cpfold_train.errors import ConfigError
 from cpfold_train.kernels import choice
 from cpfold_train.kernels.work import WORK, Work, work
+from cpfold_train.parallel.context import fake_world
 from cpfold_train.parallel.grid import Grid
+from cpfold_train.parallel.layouts import tiles, whole_rows
+from cpfold_train.parallel.redistribute import all_reduce, finish, start
 from cpfold_train.plan.estimate import LAUNCH_S, kernel_seconds, part_costs
+from cpfold_train.plan.shortcuts import messages_take_time
 from cpfold_train.plan.tally import (
     EXPONENTIALS,
     LAUNCHES,
@@ -25,11 +29,12 @@ from cpfold_train.plan.tally import (
     MEMORY,
     Kernel,
     Part,
+    Speed,
     Tally,
     combined,
     totals,
 )
-from cpfold_train.plan.trace import STEP, Tracer
+from cpfold_train.plan.trace import STEP, TracedLedger, Tracer
 
 H100 = DEVICES["h100-80gb"]
 
@@ -43,6 +48,10 @@ def product(x: Tensor, weight: Tensor, wide: bool = False) -> Tensor:
 @product.register_fake
 def _(x: Tensor, weight: Tensor, wide: bool = False) -> Tensor:
     return (x.new_empty(len(x), weight.shape[1]) + 1).exp()
+
+
+def free(n_bytes: float, messages: float) -> float:
+    return 0.0
 
 
 def seconds_by_name(kernel: Kernel) -> tuple[str, float]:
@@ -61,7 +70,7 @@ def formula():
 
 
 def test_an_operator_of_ours_counts_as_it_says_and_what_is_inside_does_not(formula):
-    tracer = Tracer(seconds_by_name, 0)
+    tracer = Tracer(Speed(seconds_by_name, free), 0)
     with FakeTensorMode(), tracer:
         x, weight = torch.empty(5, 7), torch.empty(7, 3, dtype=torch.bfloat16)
         with tracer.times(4):
@@ -97,7 +106,7 @@ def test_work_is_counted_by_operation_forward_and_backward():
     model = nn.Module()
     model.stack = nn.Module()
     model.stack.layers = nn.ModuleList([Block(), Block()])
-    tracer = Tracer(seconds_by_name, 0)
+    tracer = Tracer(Speed(seconds_by_name, free), 0)
     with FakeTensorMode(allow_non_fake_inputs=True), tracer:
         model.to_empty(device="cpu")
         tracer.watch(model)
@@ -139,15 +148,14 @@ def test_what_takes_longest_bounds_a_kernel(kernel, bound, seconds):
 
 def test_an_operation_takes_as_long_as_its_kernels_or_their_launches():
     tally = Tally(kernels=1000, seconds=Counter({MATRIX: 0.02, MEMORY: 0.01}))
-    assert part_costs(tally, Grid(), H100).compute_s == pytest.approx(0.03)
-    assert part_costs(tally, Grid(), H100).bound == MATRIX
+    assert part_costs(tally, H100).compute_s == pytest.approx(0.03)
+    assert part_costs(tally, H100).bound == MATRIX
     small = replace(tally, kernels=10_000)
-    assert part_costs(small, Grid(), H100).compute_s == pytest.approx(10_000 * LAUNCH_S)
-    assert part_costs(small, Grid(), H100).bound == LAUNCHES
-    assert part_costs(small, Grid(), replace(H100, measured=Rates(launch_s=1e-6))).bound == MATRIX
-    sending = replace(tally, sent_bytes=Counter({"there": 450e9}))
-    costs = part_costs(sending, Grid(2, 2), H100)
-    assert costs.bound == LINK and costs.seconds - costs.compute_s == pytest.approx(0.5 / 0.8)
+    assert part_costs(small, H100).compute_s == pytest.approx(10_000 * LAUNCH_S)
+    assert part_costs(small, H100).bound == LAUNCHES
+    assert part_costs(small, replace(H100, measured=Rates(launch_s=1e-6))).bound == MATRIX
+    costs = part_costs(replace(tally, waited_s=0.5, sent_bytes=Counter({"there": 450e9})), H100)
+    assert costs.bound == LINK and costs.seconds - costs.compute_s == 0.5
     assert costs.floor_s == pytest.approx(450 / 400)
 
 
@@ -211,3 +219,24 @@ def test_a_file_that_is_none_is_told(tmp_path):
     (tmp_path / "text.json").write_text("H100")
     with pytest.raises(ConfigError, match="is no JSON object with device and rates: type"):
         find_device(str(tmp_path / "text.json"), 1)
+
+
+def test_messages_travel_one_after_the_other_beside_the_computation():
+    """A kernel takes 1 s, a message 10 s: of two that are posted at once, one arrives after 10 s and one after 20."""
+    tracer = Tracer(Speed(seconds_by_name, lambda n_bytes, messages: 10.0 * messages), 0)
+    grid = Grid(rows=1, cols=2)
+    with fake_world(grid) as cp, FakeTensorMode(), tracer, messages_take_time(tracer):
+        cp.ledger = TracedLedger(tracer)
+        x, has, wants = torch.empty(1, 8, 4), tiles(grid, 8, 8), whole_rows(grid, 8, 8)
+        # What a rank has of its own it copies.
+        first, second = (start(x, cp, cp.all, (1, 2), has, wants, "there") for _ in range(2))
+        for _ in range(2):
+            x.exp()
+        finish(first)
+        tally = tracer.tally
+        assert (tally.kernels, tally.waited_s) == (5, 10 - 4)
+        finish(second)
+        assert (tally.kernels, tally.waited_s) == (6, 20 - 5)
+        all_reduce(x, cp, cp.all, "sum")
+        # A ring of two sends twice.
+        assert tally.waited_s == 20 - 5 + 20

@@ -34,7 +34,10 @@ ALGORITHMS = ("auto", "alltoall", "ring")
 MESSAGE_BYTES = 1 << 16
 """What a link moves in the 10 microseconds that a message takes to get under way, at 6 GB/s."""
 GROUPS = 2
-"""One group that travels and one that is worked on."""
+"""Of rows: one group that travels and one that is worked on."""
+CHANNEL_GROUPS = (4, 2)
+"""Of channels, whichever gives each rank one of every group: what nothing overlaps, the first group's way there and the
+last one's back, is the smaller the more there are."""
 HELD_TILES = 10
 """The most that an op may hold at a time beside its input and its result."""
 
@@ -93,7 +96,7 @@ def row_sharers(grid: Grid, c: int, ending: bool = False) -> int:
 
 def channel_groups(grid: Grid, c: int) -> int:
     """Groups of channels that a triangle multiplication exchanges one after the other."""
-    return GROUPS if 1 < grid.cp_size <= c // GROUPS else 1
+    return 1 if grid.cp_size == 1 else next((groups for groups in CHANNEL_GROUPS if groups * grid.cp_size <= c), 1)
 
 
 def row_groups(grid: Grid, n: int, c: int, heads: int, ending: bool = False) -> int:

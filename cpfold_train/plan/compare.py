@@ -15,7 +15,7 @@ from cpfold_train.parallel.grid import Grid, parse_grid
 from cpfold_train.plan.batch import batches_of_data
 from cpfold_train.plan.compose import compose
 from cpfold_train.plan.depth import by_category
-from cpfold_train.plan.estimate import kernel_seconds
+from cpfold_train.plan.estimate import speed_of
 from cpfold_train.plan.measure import GIVEN_BACK_BYTES, run_once
 from cpfold_train.plan.plan import MIB, fullest_moment
 from cpfold_train.plan.step import trace_step
@@ -101,8 +101,7 @@ def _planned(config: TrainConfig) -> dict[str, float]:
     device = find_device("cpu", grid.world_size)
     config = replace(config, kernels=kernels_on(device, "cpu", config.kernels, config.trainer.precision).name)
     (batch,) = batches_of_data(config, grid, 1)
-    seconds = kernel_seconds(device)
-    trace = trace_step(config, grid, batch, seconds, on_host=True, large_bytes=GIVEN_BACK_BYTES)
+    trace = trace_step(config, grid, batch, speed_of(device, grid), on_host=True, large_bytes=GIVEN_BACK_BYTES)
     recycling = int(np.random.default_rng([config.seed, 0]).integers(0, config.model.recycling_steps + 1))
     work = totals(trace.tallies).plus(totals(trace.cycle), recycling - trace.recycling)
     work = work.plus(totals(trace.sampling_step), config.diffusion.sampling_steps - trace.sampling)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from cpfold_train.plan.tally import (
     Kernel,
     Part,
     Seconds,
+    Speed,
     Tallies,
     Tally,
     combined,
@@ -35,7 +37,6 @@ FLOOR_BF16, FLOOR_TF32, FLOOR_MEMORY, FLOOR_LINK = 700 / 989, 300 / 494, 3.0 / 3
 LARGE_REUSE = 500
 """Operations for each byte moved from which on a product counts as large."""
 KERNEL_S, LAUNCH_S, MESSAGE_S = 5e-6, 12e-6, 1e-5
-EXPOSED_SHARE = 0.5
 MEMORY_MARGIN = 0.1
 ASSUMPTIONS = (
     f"a kernel takes as long as its matrix products at {MATMUL_SHARE:.0%} of the peak of their dtype (large ones at "
@@ -46,8 +47,8 @@ ASSUMPTIONS = (
     "their launches, whichever is longer",
     f"messages travel at {LINK_SHARE:.0%} of a link's bandwidth and take {MESSAGE_S * 1e6:.0f} microseconds each; "
     "those to other machines, evenly spread over all ranks of the grid, go over the network",
-    f"{EXPOSED_SHARE:.0%} of that time is not hidden behind arithmetic; the all-reduce of gradients, or what FSDP "
-    "sends, is hidden behind half of the step",
+    "they travel one after the other beside the computation, which waits where it wants what has not arrived; other "
+    "ranks are as fast as this one; the all-reduce of gradients, or what FSDP sends, is hidden behind half of the step",
     f"what goes to the host and back travels beside the arithmetic at {LINK_SHARE:.0%} of the bandwidth of that link",
     "as many recycling passes as are drawn on average, and no waiting for data",
     f"{MEMORY_MARGIN:.0%} of the memory is left for the driver, NCCL and fragmentation",
@@ -68,7 +69,7 @@ class PartCosts:
     Attributes:
         tally: its work.
         compute_s: seconds of its kernels, or of their launches.
-        exchange_s: seconds of its messages that are not hidden.
+        exchange_s: seconds that it waits for messages.
         bound: what takes longest of it.
         floor_s: the least that this work can take.
     """
@@ -132,30 +133,35 @@ def kernel_seconds(device: Device, tf32: bool = False) -> Seconds:
     return seconds
 
 
+def message_seconds(device: Device, grid: Grid) -> Callable[[float, float], float]:
+    """Time of so many bytes in so many messages between ranks of ``grid``."""
+    # Ranks of one machine are neighbours: of P - 1 others, so many are elsewhere.
+    away = max(0, grid.cp_size - device.per_node) / max(1, grid.cp_size - 1)
+    link = device.measured.link_bytes_s or LINK_SHARE * device.link
+    byte_s = away / (LINK_SHARE * device.network) + (1 - away) / link
+    return lambda n_bytes, messages: n_bytes * byte_s + MESSAGE_S * messages
+
+
+def speed_of(device: Device, grid: Grid, tf32: bool = False) -> Speed:
+    """Time of kernels on a device, as :func:`kernel_seconds`, and of messages."""
+    return Speed(kernel_seconds(device, tf32), message_seconds(device, grid))
+
+
 def passes(trace: Trace, recycling: float, sampling: int) -> Tallies:
     """The work with so many recycling passes and steps of sampling."""
     work = combined(trace.tallies, trace.cycle, recycling - trace.recycling)
     return combined(work, trace.sampling_step, sampling - trace.sampling)
 
 
-def part_costs(tally: Tally, grid: Grid, device: Device) -> PartCosts:
-    """What a part costs on one rank of ``grid``."""
+def part_costs(tally: Tally, device: Device) -> PartCosts:
+    """What a part costs on one rank."""
     times = dict(tally.seconds)
     launch_s = LAUNCH_S if device.measured.launch_s is None else device.measured.launch_s
     if launch_s * tally.kernels > sum(times.values()):
         times = {LAUNCHES: launch_s * tally.kernels}
-    times[LINK] = EXPOSED_SHARE * exchange_seconds(tally, grid, device)
+    times[LINK] = tally.waited_s
     bound = max(times, key=times.get)
     return PartCosts(tally, sum(times.values()) - times[LINK], times[LINK], bound, _floor(tally, device))
-
-
-def exchange_seconds(tally: Tally, grid: Grid, device: Device) -> float:
-    """Time of messages of context parallelism alone."""
-    # Ranks of one machine are neighbours: of P - 1 others, so many are elsewhere.
-    away = max(0, grid.cp_size - device.per_node) / max(1, grid.cp_size - 1)
-    link = device.measured.link_bytes_s or LINK_SHARE * device.link
-    sent = sum(tally.sent_bytes.values())
-    return sent * (away / (LINK_SHARE * device.network) + (1 - away) / link) + MESSAGE_S * sum(tally.messages.values())
 
 
 def _floor(tally: Tally, device: Device) -> float:
@@ -193,11 +199,11 @@ def estimate_forward(trace: Trace, config: TrainConfig, grid: Grid, device: Devi
 
 
 def _costs(tallies: Tallies, grid: Grid, device: Device, gradient_bytes: float, optimizer_bytes: float) -> Costs:
-    parts, work = {part: part_costs(tally, grid, device) for part, tally in tallies.items()}, totals(tallies)
+    parts, work = {part: part_costs(tally, device) for part, tally in tallies.items()}, totals(tallies)
     # One link of each machine carries the ring to the next.
     line = device.link if grid.world_size <= device.per_node else device.network * device.per_node
     gradients = gradient_bytes / (LINK_SHARE * line)
     compute = sum(part.compute_s for part in parts.values()) + optimizer_bytes / (MEMORY_SHARE * device.bandwidth)
-    exchange, host = exchange_seconds(work, grid, device), work.host_bytes / (LINK_SHARE * device.host_link)
-    exposed = EXPOSED_SHARE * exchange + max(0.0, gradients - compute / 2)
+    exchange = message_seconds(device, grid)(sum(work.sent_bytes.values()), sum(work.messages.values()))
+    host, exposed = work.host_bytes / (LINK_SHARE * device.host_link), work.waited_s + max(0.0, gradients - compute / 2)
     return Costs(work, parts, gradient_bytes, compute, exchange, gradients, host, max(compute, host) + exposed)

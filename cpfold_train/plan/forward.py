@@ -20,7 +20,7 @@ from cpfold_train.plan.step import (
     keep_between_steps,
     without_contents,
 )
-from cpfold_train.plan.tally import Seconds
+from cpfold_train.plan.tally import Speed
 from cpfold_train.predict.predictor import Predictor, Settings
 from cpfold_train.training.config import TrainConfig
 
@@ -29,7 +29,7 @@ def trace_validation(
     config: TrainConfig,
     grid: Grid,
     batch: dict[str, Tensor],
-    seconds: Seconds,
+    speed: Speed,
     on_host: bool,
     device: str = "cpu",
 ) -> Trace:
@@ -39,7 +39,7 @@ def trace_validation(
     sampling = min(SAMPLING_STEPS, config.diffusion.validation_steps)
     model = replace(config.model, recycling_steps=recycling)
     module = build(replace(config, model=model, diffusion=replace(config.diffusion, validation_steps=sampling)))
-    with without_contents(module, config, grid, seconds, on_host, device=device) as (cp, tracer):
+    with without_contents(module, config, grid, speed, on_host, device=device) as (cp, tracer):
         keep_between_steps(module, config, tracer)
         module.trainer = SimpleNamespace(strategy=SimpleNamespace(cp=cp), global_step=0)
         module.eval()
@@ -56,7 +56,7 @@ def trace_prediction(
     config: TrainConfig,
     grid: Grid,
     batch: dict[str, Tensor],
-    seconds: Seconds,
+    speed: Speed,
     on_host: bool,
     device: str = "cpu",
 ) -> Trace:
@@ -66,7 +66,7 @@ def trace_prediction(
     sampling = min(SAMPLING_STEPS, config.diffusion.sampling_steps)
     settings = Settings(config.diffusion.samples, sampling, recycling, config.data.max_msa_rows, None, config.seed)
     module = build(config)
-    with without_contents(module, config, grid, seconds, on_host, device=device) as (cp, tracer):
+    with without_contents(module, config, grid, speed, on_host, device=device) as (cp, tracer):
         predictor = Predictor(module.model, settings, writer=None)
         predictor.eval()
         passes = Passes(tracer, module.model)

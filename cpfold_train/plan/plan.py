@@ -16,7 +16,7 @@ from cpfold_train.model.config import MemoryConfig
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.plan.batch import assumed_batch, feature_bytes
 from cpfold_train.plan.depth import FEWEST, by_category, by_module, extrapolated, groups_of, shallow
-from cpfold_train.plan.estimate import MEMORY_MARGIN, Costs, estimate, estimate_forward, kernel_seconds
+from cpfold_train.plan.estimate import MEMORY_MARGIN, Costs, estimate, estimate_forward, speed_of
 from cpfold_train.plan.forward import trace_prediction, trace_validation
 from cpfold_train.plan.step import Trace, build, trace_step
 from cpfold_train.plan.trace import CATEGORIES, STEP, Moment
@@ -96,6 +96,7 @@ class Plan:
             "launches": round(work.kernels),
             "compute_s": self.costs.compute_s,
             "exchange_s": self.costs.exchange_s,
+            "waited_s": self.costs.work.waited_s,
             "host_s": self.costs.host_s,
             "step_s_estimate": self.costs.step_s,
             "by_operation": [
@@ -178,11 +179,11 @@ def _with_kernels(config: TrainConfig, found: Device, device: str) -> tuple[Trai
 
 def _traced(trace: Callable[..., Trace], config: TrainConfig, grid: Grid, found: Device, device: str) -> Trace:
     """The trace of a deep model from those of two shallow ones, where that can be."""
-    seconds, on_host = kernel_seconds(found, config.tf32), device == "cpu"
+    speed, on_host = speed_of(found, grid, config.tf32), device == "cpu"
     side = 1 if on_host else GPU_MULTIPLE
 
     def traced(config: TrainConfig) -> Trace:
-        return trace(config, grid, assumed_batch(config, grid, side), seconds, on_host)
+        return trace(config, grid, assumed_batch(config, grid, side), speed, on_host)
 
     # What malloc keeps does not grow block by block: on CPU, where models are small, all blocks run.
     groups = None if on_host else groups_of(config)

@@ -40,7 +40,7 @@ def show_plan(found: Plan, validation: Moment | None = None) -> None:
     table.add_row("floating-point operations", f"{sum(costs.work.flops.values()):.3g}")
     table.add_row("time, estimated", f"{costs.step_s:.3g} s")
     table.add_row("- arithmetic alone", f"{costs.compute_s:.3g} s in {costs.work.kernels:,.0f} launches")
-    table.add_row("- exchange alone", f"{costs.exchange_s:.3g} s")
+    table.add_row("- exchange alone", f"{costs.exchange_s:.3g} s, of which {costs.work.waited_s:.3g} s are waited for")
     if found.host_memory:
         table.add_row("kept in memory of the host", f"{found.host_memory / GIB:.2f} GiB")
     if costs.host_s:

@@ -2,7 +2,7 @@
 
 A tile is computed some rows at a time, which on 3,072 tokens is thousands of blocks. Without contents they are all the
 same, so two of them show what memory is held, and stand for the work of all. One message stands for all that a rank
-exchanges of one shape at a time. And what goes to the host does so in name only.
+exchanges of one shape at a time, and takes its time. And what goes to the host does so in name only.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from cpfold_train.model import confidence_scores
 from cpfold_train.ops import offload, ring_attention, window_attention
 from cpfold_train.parallel import redistribute
 from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.parallel.exchange import Exchange
 from cpfold_train.parallel.redistribute import Box
 from cpfold_train.parallel.sharding import SharedParameter
 from cpfold_train.plan.batch import CHAINS
@@ -110,6 +111,30 @@ def host_is_elsewhere(tracer: Tracer) -> Iterator[None]:
                 super().fetch()
 
     with mock.patch.object(offload, "_Kept", Kept):
+        yield
+
+
+@contextmanager
+def messages_take_time(tracer: Tracer) -> Iterator[None]:
+    """Inside, the tracer sees which messages are waited for, and when: torch's fake group has them at once."""
+
+    class Timed(Exchange):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            # What it sends has just been counted, and nothing of others since.
+            self._arrival = tracer.arrival()
+
+        def wait(self) -> dict[int, Tensor]:
+            tracer.wait(self._arrival)
+            return super().wait()
+
+    def reduced(*args: Any) -> Tensor:
+        out = reduce(*args)
+        tracer.wait(tracer.arrival())
+        return out
+
+    reduce = redistribute._reduced
+    with mock.patch.object(redistribute, "Exchange", Timed), mock.patch.object(redistribute, "_reduced", reduced):
         yield
 
 

@@ -25,11 +25,12 @@ from cpfold_train.parallel.grid import Grid
 from cpfold_train.plan.shortcuts import (
     fused_attention,
     host_is_elsewhere,
+    messages_take_time,
     one_message_for_all_alike,
     two_blocks_for_all,
     weights_come_and_go,
 )
-from cpfold_train.plan.tally import Seconds, Tallies, combined
+from cpfold_train.plan.tally import Speed, Tallies, combined
 from cpfold_train.plan.trace import Moment, Phase, TracedLedger, Tracer
 from cpfold_train.training.check_precision import IN_BF16
 from cpfold_train.training.config import TrainConfig
@@ -64,7 +65,7 @@ def trace_step(
     config: TrainConfig,
     grid: Grid,
     batch: dict[str, Tensor],
-    seconds: Seconds,
+    speed: Speed,
     on_host: bool,
     large_bytes: int = LARGE_BYTES,
     device: str = "cpu",
@@ -75,7 +76,7 @@ def trace_step(
         config: of the run; with kernels that are chosen, not ``auto``.
         grid: with the rank whose step it is.
         batch: its features; see :mod:`cpfold_train.plan.batch`.
-        seconds: what a kernel takes.
+        speed: what kernels and messages take.
         on_host: whether it runs on CPU, where memory of small tensors is kept when they are freed.
         large_bytes: size from which on they are not small; see :mod:`cpfold_train.memory`.
         device: type of the device that the tensors say they are on.
@@ -83,7 +84,7 @@ def trace_step(
     recycling = min(1, config.model.recycling_steps)
     sampling = min(SAMPLING_STEPS, config.diffusion.sampling_steps)
     module = build(replace(config, diffusion=replace(config.diffusion, sampling_steps=sampling)))
-    with without_contents(module, config, grid, seconds, on_host, large_bytes, device) as (cp, tracer):
+    with without_contents(module, config, grid, speed, on_host, large_bytes, device) as (cp, tracer):
         optimizer = keep_between_steps(module, config, tracer)
         module.trainer = SimpleNamespace(strategy=SimpleNamespace(cp=cp), global_step=0)
         passes = Passes(tracer, module.model)
@@ -110,7 +111,7 @@ def without_contents(
     module: CoFoldingModule,
     config: TrainConfig,
     grid: Grid,
-    seconds: Seconds,
+    speed: Speed,
     on_host: bool,
     large_bytes: int = LARGE_BYTES,
     device: str = "cpu",
@@ -123,7 +124,7 @@ def without_contents(
         module.model.trunk.pair_dtype = torch.bfloat16
     elif config.trainer.precision == "64-true":
         module.double()
-    tracer = Tracer(seconds, large_bytes if on_host else 0)
+    tracer = Tracer(speed, large_bytes if on_host else 0)
     with (
         fake_world(grid, config.cp.algorithm, config.kernels, device) as cp,
         _shared_out(module, cp) if config.parallel.fsdp else nullcontext(),
@@ -133,6 +134,7 @@ def without_contents(
         two_blocks_for_all(tracer),
         # What malloc keeps depends on the size of each message.
         nullcontext() if on_host else one_message_for_all_alike(tracer),
+        messages_take_time(tracer),
         weights_come_and_go(tracer),
         fused_attention(tracer),
         nullcontext() if on_host else host_is_elsewhere(tracer),

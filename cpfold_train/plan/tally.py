@@ -16,6 +16,18 @@ Seconds = Callable[["Kernel"], tuple[str, float]]
 """What bounds a kernel, and its time."""
 
 
+class Speed(NamedTuple):
+    """Of a device and its links.
+
+    Attributes:
+        kernel: what bounds a kernel, and its seconds.
+        messages: seconds of so many bytes in so many messages, one after the other.
+    """
+
+    kernel: Seconds
+    messages: Callable[[float, float], float]
+
+
 class Kernel(NamedTuple):
     """One kernel, or the few that an operator starts.
 
@@ -58,6 +70,7 @@ class Tally:
         host_bytes: copied to the host or from there.
         shared_bytes: sent by FSDP to gather weights and to share out gradients.
         sent_bytes, messages: of context parallelism, by its operation.
+        waited_s: seconds that the computation waits for messages.
     """
 
     kernels: float = 0
@@ -70,6 +83,7 @@ class Tally:
     shared_bytes: float = 0
     sent_bytes: Counter[str] = field(default_factory=Counter)
     messages: Counter[str] = field(default_factory=Counter)
+    waited_s: float = 0
 
     def add(self, kernel: Kernel, bound: str, seconds: float, times: float) -> None:
         """Count a kernel so many times, and the seconds that each of them takes."""

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from cpfold_train.kernels.work import NAMESPACE, WORK
 from cpfold_train.parallel.ledger import Ledger
-from cpfold_train.plan.tally import Kernel, Part, Seconds, Tallies, Tally
+from cpfold_train.plan.tally import Kernel, Part, Speed, Tallies, Tally
 
 CATEGORIES = (
     "parameters",
@@ -87,8 +87,12 @@ class _Fullest:
 class Tracer(TorchDispatchMode):
     """Counts live storages, arithmetic and traffic of everything done under it.
 
+    Two clocks run: that of the computation, which does one kernel after the other, and that of the link, which sends
+    one message after the other, none before the computation has come to where it is posted. Where the computation wants
+    what has not arrived, it waits. Other ranks are taken to be as fast as this one.
+
     Args:
-        seconds: time of a kernel.
+        speed: time of a kernel and of messages.
         large: tensors of fewer bytes come from a heap that grows and never shrinks, as on the host; 0 for none.
 
     Attributes:
@@ -96,11 +100,12 @@ class Tracer(TorchDispatchMode):
         tallies: work so far, by part of the model.
     """
 
-    def __init__(self, seconds: Seconds, large: int) -> None:
+    def __init__(self, speed: Speed, large: int) -> None:
         super().__init__()
         self.now = 0
         self.tallies: defaultdict[Part, Tally] = defaultdict(Tally)
-        self._seconds, self._large = seconds, large
+        self._speed, self._large = speed, large
+        self._clock = self._link = 0.0
         self._category, self._modules, self._epoch = "activations", [STEP], 0
         self._parts = [Part(STEP)]
         self._times, self._copies = 1.0, 1
@@ -282,7 +287,25 @@ class Tracer(TorchDispatchMode):
 
     def kernel(self, kernel: Kernel) -> None:
         """Count a kernel."""
-        self.tally.add(kernel, *self._seconds(kernel), self._times)
+        bound, seconds = self._speed.kernel(kernel)
+        self.tally.add(kernel, bound, seconds, self._times)
+        self._clock += self._times * seconds
+
+    def send(self, op: str, n_bytes: int, messages: int) -> None:
+        """Count messages that are sent from now on."""
+        n_bytes, messages = self._copies * n_bytes, self._copies * messages
+        self.tally.sent_bytes[op] += n_bytes
+        self.tally.messages[op] += messages
+        self._link = self.arrival() + self._speed.messages(n_bytes, messages)
+
+    def arrival(self) -> float:
+        """When all has arrived that has been sent so far."""
+        return max(self._link, self._clock)
+
+    def wait(self, until: float) -> None:
+        """The computation goes on when the clock of the link has come there."""
+        self.tally.waited_s += max(0.0, until - self._clock)
+        self._clock = max(self._clock, until)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -368,6 +391,4 @@ class TracedLedger(Ledger):
 
     def sent(self, op: str, n_bytes: int, messages: int = 1) -> None:
         super().sent(op, n_bytes, messages)
-        tally, copies = self._tracer.tally, self._tracer._copies
-        tally.sent_bytes[op] += copies * n_bytes
-        tally.messages[op] += copies * messages
+        self._tracer.send(op, n_bytes, messages)
