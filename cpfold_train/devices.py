@@ -72,6 +72,7 @@ class Device:
         link: to the other GPUs of its machine.
         network: of each GPU to other machines.
         host_link: to the memory of the host.
+        host_memory: of a machine, for all its GPUs.
         per_node: GPUs of a machine.
         capability: compute capability; None of a CPU.
         source: where the figures are from.
@@ -87,6 +88,7 @@ class Device:
     link: float
     network: float
     host_link: float
+    host_memory: float
     per_node: int
     capability: tuple[int, int] | None
     source: str
@@ -99,38 +101,40 @@ def _exps(multiprocessors: int, clock: float) -> float:
 
 DEVICES = {
     "h100-80gb": Device(
-        80 * GB, 3350 * GB, 989 * TERA, 494 * TERA, 67 * TERA, _exps(132, 1.7e9), 450 * GB, 50 * GB, 64 * GB, 8, (9, 0),
+        80 * GB, 3350 * GB, 989 * TERA, 494 * TERA, 67 * TERA, _exps(132, 1.7e9), 450 * GB, 50 * GB, 64 * GB,
+        2000 * GB, 8, (9, 0),
         "NVIDIA H100 Tensor Core GPU data sheet (SXM); DGX H100 data sheet: 8 x 400 Gb/s; 132 multiprocessors (H100 "
         "architecture whitepaper), 1.7 GHz under load are assumed",
     ),
     "h200-141gb": Device(
-        141 * GB, 4800 * GB, 989 * TERA, 494 * TERA, 67 * TERA, _exps(132, 1.7e9), 450 * GB, 50 * GB, 64 * GB, 8,
-        (9, 0),
+        141 * GB, 4800 * GB, 989 * TERA, 494 * TERA, 67 * TERA, _exps(132, 1.7e9), 450 * GB, 50 * GB, 64 * GB,
+        2000 * GB, 8, (9, 0),
         "NVIDIA H200 Tensor Core GPU data sheet (SXM); DGX H200 data sheet: 8 x 400 Gb/s; multiprocessors and clock of "
         "the H100",
     ),
     "b200-180gb": Device(
-        180 * GB, 8000 * GB, 2250 * TERA, 1125 * TERA, 75 * TERA, _exps(148, 1.85e9), 900 * GB, 50 * GB, 64 * GB, 8,
-        (10, 0),
+        180 * GB, 8000 * GB, 2250 * TERA, 1125 * TERA, 75 * TERA, _exps(148, 1.85e9), 900 * GB, 50 * GB, 64 * GB,
+        2000 * GB, 8, (10, 0),
         "NVIDIA Blackwell architecture brief (HGX B200); DGX B200 data sheet: 1,440 GB of 8 GPUs, 8 x 400 Gb/s; 148 "
         "multiprocessors at 1.85 GHz (FlashAttention-4)",
     ),
     "a100-80gb": Device(
-        80 * GB, 2039 * GB, 312 * TERA, 156 * TERA, 19.5 * TERA, _exps(108, 1.41e9), 300 * GB, 25 * GB, 32 * GB, 8,
-        (8, 0),
+        80 * GB, 2039 * GB, 312 * TERA, 156 * TERA, 19.5 * TERA, _exps(108, 1.41e9), 300 * GB, 25 * GB, 32 * GB,
+        2000 * GB, 8, (8, 0),
         "NVIDIA A100 Tensor Core GPU data sheet (SXM, 80 GB); DGX A100 data sheet: 8 x 200 Gb/s; 108 multiprocessors "
         "at 1.41 GHz (A100 architecture whitepaper)",
     ),
     "a100-40gb": Device(
-        40 * GB, 1555 * GB, 312 * TERA, 156 * TERA, 19.5 * TERA, _exps(108, 1.41e9), 300 * GB, 25 * GB, 32 * GB, 8,
-        (8, 0),
+        40 * GB, 1555 * GB, 312 * TERA, 156 * TERA, 19.5 * TERA, _exps(108, 1.41e9), 300 * GB, 25 * GB, 32 * GB,
+        1000 * GB, 8, (8, 0),
         "NVIDIA A100 Tensor Core GPU data sheet (SXM, 40 GB); DGX A100 data sheet: 8 x 200 Gb/s; 108 multiprocessors "
         "at 1.41 GHz (A100 architecture whitepaper)",
     ),
     "l40s": Device(
-        48 * GB, 864 * GB, 362 * TERA, 183 * TERA, 91.6 * TERA, _exps(142, 2.52e9), 32 * GB, 25 * GB, 32 * GB, 8,
-        (8, 9),
-        "NVIDIA L40S data sheet: PCIe 4.0, no NVLink; 200 Gb/s a GPU are assumed; 142 multiprocessors at 2.52 GHz",
+        48 * GB, 864 * GB, 362 * TERA, 183 * TERA, 91.6 * TERA, _exps(142, 2.52e9), 32 * GB, 25 * GB, 32 * GB,
+        1000 * GB, 8, (8, 9),
+        "NVIDIA L40S data sheet: PCIe 4.0, no NVLink; 200 Gb/s a GPU and 1 TB of the host are assumed; 142 "
+        "multiprocessors at 2.52 GHz",
     ),
 }  # fmt: skip
 """By the name that ``device`` takes, beside ``cpu``, ``gpu`` and a file."""
@@ -151,7 +155,9 @@ def find_device(name: str, local_ranks: int) -> Device:
         # A core's order of magnitude: times on CPU are no more than that.
         memory = psutil.virtual_memory().total / local_ranks
         rates = 10 * GB, 5e10, 5e10, 5e10, 5e8, 2 * GB, 1 * GB, 10 * GB
-        return Device(memory, *rates, local_ranks, None, "this machine's memory", Rates(launch_s=0.0))
+        return Device(
+            memory, *rates, local_ranks * memory, local_ranks, None, "this machine's memory", Rates(launch_s=0.0)
+        )
     if name.endswith(".json"):
         return _measured(Path(name))
     if name not in DEVICES:

@@ -17,6 +17,7 @@ LARGE_BYTES = 5 << 20
 """Tensors from this size on are whole tiles, not blocks of rows (``kernels/by_rows.py``): they come and go once."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_GROUPS, _GROUP_ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def return_large_tensors() -> None:
@@ -30,6 +31,19 @@ def return_large_tensors() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, int(os.environ.get("MALLOC_MMAP_THRESHOLD_", LARGE_BYTES)))
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 29)
+
+
+def host_bytes_in_all() -> float:
+    """Memory of this machine, or what the control group of this process may have of it (cgroups(7), version 2)."""
+    least = psutil.virtual_memory().total
+    with contextlib.suppress(OSError, StopIteration):
+        groups = (line.partition("::")[2] for line in _GROUPS.read_text().splitlines() if line.startswith("0::"))
+        own = _GROUP_ROOT / next(groups).strip("/")
+        for group in (own, *own.parents):
+            if group.is_relative_to(_GROUP_ROOT) and (limit := group / "memory.max").exists():
+                allowed = limit.read_text().strip()
+                least = min(least, float("inf") if allowed == "max" else int(allowed))
+    return least
 
 
 def now_mib(device: torch.device) -> float:

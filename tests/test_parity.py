@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 
+from cpfold_train.kernels import attention as attention_kernels
 from cpfold_train.losses.distogram import distogram_loss
 from cpfold_train.model.config import MemoryConfig, PairformerConfig
 from cpfold_train.model.pair_stack import PairStack, TriangleAttentionEndingNode, TriangleAttentionStartingNode
@@ -158,6 +160,49 @@ def test_what_is_kept_between_blocks_changes_no_gradient(ranks, memory, tiles):
     for (found, kept), (expected, _) in zip(ranks.run(blocks_with, 1, 2, memory), kept_all):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
         assert kept == tiles
+
+
+def blocks_and_attentions(cp: ContextParallel, memory: MemoryConfig) -> tuple[list[torch.Tensor], int]:
+    """What :func:`blocks_with` gives, and how often attention was computed forward."""
+    with mock.patch.object(attention_kernels, "_attended", side_effect=attention_kernels._attended) as attended:
+        return blocks_with(cp, memory)[0], attended.call_count
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        MemoryConfig(keep_attention=True),
+        MemoryConfig(keep_attention=True, offload=True),
+        MemoryConfig(keep_attention=True, blocks_at_once=2),
+        MemoryConfig(keep_attention=True, blocks_at_once=2, offload=True),
+        MemoryConfig(keep_attention=True, recompute_updates=True),
+        MemoryConfig(keep_attention=True, recompute_updates=True, blocks_at_once=2, offload=True),
+    ],
+    ids=["blocks", "on the host", "two at once", "two at once on the host", "updates", "all of it"],
+)
+def test_attention_whose_results_are_kept_is_not_recomputed(ranks, memory):
+    once = ranks.run(blocks_and_attentions, 1, 2, MemoryConfig(recompute=False))
+    twice = ranks.run(blocks_and_attentions, 1, 2, MemoryConfig())
+    for (found, computed), (expected, least), (_, most) in zip(
+        ranks.run(blocks_and_attentions, 1, 2, memory), once, twice
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        assert computed == least < most
+
+
+def test_templates_keep_their_attention_as_well(ranks):
+    memory = MemoryConfig(keep_attention=True, offload=True)
+    for found, expected in zip(ranks.run(train_step, 1, 2, memory), ranks.run(train_step, 1, 2, MemoryConfig())):
+        torch.testing.assert_close(found[:2], expected[:2], rtol=1e-9, atol=1e-12)
+    assert ranks.run(attentions_of_a_step, 1, 2, memory) == ranks.run(
+        attentions_of_a_step, 1, 2, MemoryConfig(recompute=False)
+    )
+
+
+def attentions_of_a_step(cp: ContextParallel, memory: MemoryConfig) -> int:
+    with mock.patch.object(attention_kernels, "_attended", side_effect=attention_kernels._attended) as attended:
+        train_step(cp, memory)
+    return attended.call_count
 
 
 def test_what_is_kept_on_the_host_comes_back_once_and_one_boundary_ahead(monkeypatch):

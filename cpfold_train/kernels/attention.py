@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cpfold_train.kernels import attention_operators
 from cpfold_train.kernels.by_rows import rows_per_block
+from cpfold_train.kernels.kept import kept
 
 SCORE_BYTES = 1 << 19
 """Scores that a CPU thread takes at a time: it goes over them ten times, so they should fit in its core's cache."""
@@ -111,15 +112,19 @@ def _weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
     return torch.softmax(scores, -1, out=scores)
 
 
+def _attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor]:
+    out = torch.empty_like(q)
+    for r, i in score_blocks(q, bias):
+        weights = _weights(q[:, r, :, i], k[:, r], bias[:, :, i])
+        out[:, r, :, i] = weights.to(v.dtype) @ v[:, r]
+    return (out,)
+
+
 class _BiasedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, v, bias)
-        out = torch.empty_like(q)
-        for r, i in score_blocks(q, bias):
-            weights = _weights(q[:, r, :, i], k[:, r], bias[:, :, i])
-            out[:, r, :, i] = weights.to(v.dtype) @ v[:, r]
-        return out
+        return kept(_attended, q, k, v, bias)[0]
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -154,7 +159,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, bias: Tensor, *given: Tensor) -> Tensor:
         q, *gate, k, v = _by_head(*given)
-        out, lse = torch.ops.cpfold.attention(q, k, v, bias, *gate or [None])
+        out, lse = kept(torch.ops.cpfold.attention, q, k, v, bias, *gate or [None])
         ctx.save_for_backward(bias, out, lse, *given)
         return out
 

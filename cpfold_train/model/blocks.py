@@ -8,9 +8,17 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from cpfold_train.kernels.kept import Results
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.ops.offload import Boundary, kept_on_host
 from cpfold_train.ops.recompute import call, recompute
+
+
+def kept_results(memory: MemoryConfig, boundary: Boundary | None) -> Results | None:
+    """What keeps attention's results of a part that is recomputed: here, or of a boundary on the host."""
+    if not memory.keep_attention:
+        return None
+    return Results() if boundary is None else Results(boundary.hold)
 
 
 def run_blocks(
@@ -49,7 +57,7 @@ def run_blocks(
     def kept(function: Callable, *args) -> tuple[Tensor, Tensor]:
         nonlocal boundary
         with kept_on_host(boundary) if memory.offload else nullcontext() as boundary:
-            return recompute(function, *args)
+            return recompute(function, *args, results=kept_results(memory, boundary))
 
     z, every = z.to(between), range(count)
     if not memory.recompute:

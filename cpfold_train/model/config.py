@@ -21,6 +21,8 @@ class MemoryConfig:
         residual: ``fp32``, or ``bf16`` for z between blocks.
         offload: keep z and m between blocks in the memory of the host; None, which a run decides by their size, does
             not.
+        keep_attention: of a block that is recomputed keep the results of triangle attention, on the host with
+            ``offload``, and do not compute them again; None, which a run decides by their size, does not.
         chunk_mib: size of the widest intermediate of what is computed a few rows at a time; None is 4 on CPU and 256
             on GPUs.
         samples_at_once: diffusion samples that go through the diffusion module together; None is all.
@@ -32,6 +34,7 @@ class MemoryConfig:
     recompute_updates: bool = False
     residual: str = "fp32"
     offload: bool | None = None
+    keep_attention: bool | None = None
     chunk_mib: float | None = None
     samples_at_once: int | None = None
 

@@ -14,10 +14,12 @@ from torch.nn import functional as F
 from cpfold_train.kernels.by_rows import by_rows, rows_per_block
 from cpfold_train.kernels.fused import product_dtype
 from cpfold_train.kernels.layer_norm import layer_norm
+from cpfold_train.model.blocks import kept_results
 from cpfold_train.model.config import MemoryConfig, TemplateConfig
 from cpfold_train.model.constants import NUM_TOKENS
 from cpfold_train.model.layers import linear, without_autocast
 from cpfold_train.model.pair_stack import PairStack
+from cpfold_train.ops.offload import Boundary
 from cpfold_train.ops.recompute import call, recompute
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.random import Draws
@@ -72,12 +74,16 @@ class TemplateV2Module(nn.Module):
         names = [name for name in feats if name.startswith("template_")] + ["visibility_ids"]
         given = feats["template_mask"].any(2).to(self.v_norm.weight.dtype)
         given = given / given.sum(1, keepdim=True).clamp(min=1)
-        total = 0
+        total, boundary = 0, None
         for t in range(given.shape[1]):
             template = {name: feats[name][:, t] for name in names}
             at = None if draws is None else draws.at("template_module", t)
             args = z, template, feats["token_pad_mask"], cp, at
-            v = recompute(self._look_at, *args) if self.memory.recompute else self._look_at(*args)
+            if self.memory.recompute:
+                boundary = Boundary(boundary) if self.memory.offload else None
+                v = recompute(self._look_at, *args, results=kept_results(self.memory, boundary))
+            else:
+                v = self._look_at(*args)
             total = total + v * given[:, t, None, None, None]
         # The sum is in the precision of the weights; of what is kept for the projection z's is enough.
         return self.u_proj(F.relu(total.to(z.dtype)))

@@ -27,6 +27,11 @@ class Boundary:
         self.before = before
         self.kept: list[_Kept] = []
 
+    def hold(self, x: Tensor) -> _Kept:
+        """Send a tensor to the host, to come back with what else is kept of this boundary."""
+        self.kept.append(_Kept(x, self.before))
+        return self.kept[-1]
+
     def fetch(self) -> None:
         """Start the way back of all of it."""
         for kept in self.kept:
@@ -50,10 +55,7 @@ def kept_on_host(before: Boundary | None) -> Iterator[Boundary]:
     boundary = Boundary(before)
 
     def keep(x: Tensor) -> Tensor | _Kept:
-        if x.dim() != 4:
-            return x
-        boundary.kept.append(_Kept(x, before))
-        return boundary.kept[-1]
+        return boundary.hold(x) if x.dim() == 4 else x
 
     def bring_back(kept: Tensor | _Kept) -> Tensor:
         return kept.take() if isinstance(kept, _Kept) else kept
@@ -66,7 +68,11 @@ class _Kept:
     """One tensor on the host, which knows the boundary before its own."""
 
     def __init__(self, x: Tensor, before: Boundary | None) -> None:
-        self._device, self._before, self._shape = x.device, before, x.shape
+        self._device, self._before = x.device, before
+        # In the order of its memory, so that nothing is copied to bring it into another, neither here nor by who gets it.
+        order = sorted(range(x.dim()), key=x.stride, reverse=True)
+        x = x.permute(order)
+        self._shape, self._back = x.shape, [order.index(dim) for dim in range(x.dim())]
         self._coming: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
         x = x.reshape(-1)
@@ -86,7 +92,7 @@ class _Kept:
                 flat = self._host[0].new_empty(self._shape.numel(), device=self._device)
                 for piece, there in zip(flat.split([len(there) for there in self._host]), self._host):
                     piece.copy_(there, non_blocking=True)
-                self._coming = flat.view(self._shape)
+                self._coming = flat.view(self._shape).permute(self._back)
             if self._coming.is_cuda:
                 # What is fetched after it need not be waited for.
                 self._arrived = _stream(self._device).record_event()

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint, noop_context_fn, set_checkpoint_early_stop
+
+from cpfold_train.kernels.kept import Results, are_kept
 
 T = TypeVar("T")
 
 
-def recompute(function: Callable[..., T], *args) -> T:
-    """``function(*args)``, keeping only the arguments for the backward pass.
+def recompute(function: Callable[..., T], *args, results: Results | None = None) -> T:
+    """``function(*args)``, keeping only the arguments for the backward pass, and ``results`` of its kernels if given.
 
     Random draws are pure functions of their keys (:mod:`cpfold_train.parallel.random`), so no generator state is saved.
     The recomputation always runs to its end: stopping early could leave an exchange without its wait.
@@ -20,7 +22,10 @@ def recompute(function: Callable[..., T], *args) -> T:
     if not torch.is_grad_enabled():
         return function(*args)
     with set_checkpoint_early_stop(False):
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+        if results is None and are_kept():
+            results = Results()
+        contexts = noop_context_fn if results is None else lambda: (results.made(), results.used())
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 def call(function: Callable[..., T], *args) -> T:

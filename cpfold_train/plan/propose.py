@@ -15,7 +15,7 @@ from cpfold_train.parallel.grid import Grid, squarest
 from cpfold_train.plan.estimate import MEMORY_MARGIN
 from cpfold_train.plan.plan import Plan, plan
 from cpfold_train.training.config import TrainConfig
-from cpfold_train.training.offload_default import tile_elements, z_width
+from cpfold_train.training.memory_default import tile_elements, z_width
 
 LEAST_SIDE = 32
 """Tokens that a rank should have of a tile's side at least: below, a grid costs more than it helps."""

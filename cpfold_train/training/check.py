@@ -59,6 +59,13 @@ def check(config: TrainConfig) -> None:
     _one_of("cp.algorithm", config.cp.algorithm, ALGORITHMS)
     _one_of("model.init_weights", config.model.init_weights, WEIGHTS)
     _one_of("memory.residual", config.memory.residual, RESIDUALS)
+    if config.memory.keep_attention and not config.memory.recompute:
+        raise ConfigError("memory.keep_attention=true is for blocks that are recomputed: type memory.recompute=true")
+    if config.memory.keep_attention and config.kernels == "cuequivariance":
+        raise ConfigError(
+            "memory.keep_attention=true is for attention of this project, and kernels=cuequivariance is another: type "
+            "kernels=triton or memory.keep_attention=false"
+        )
     if config.memory.offload and not config.memory.recompute:
         raise ConfigError("memory.offload=true is for what lies between recomputed blocks: type memory.recompute=true")
     if config.kernels in ("triton", "cuequivariance"):

@@ -26,13 +26,15 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from cpfold_train.errors import ConfigError, DataError, RunError
+from cpfold_train.kernels.choice import choose_kernels
 from cpfold_train.model.config import MemoryConfig
+from cpfold_train.parallel.grid import Grid
 from cpfold_train.training import sweep
 from cpfold_train.training.check import check
 from cpfold_train.training.check_checkpoint import checkpoint_to_resume
 from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.launch import World, device_here, is_first_rank, plan_world, started_by_slurm, starts_ranks
-from cpfold_train.training.offload_default import with_default_offload
+from cpfold_train.training.memory_default import Room, with_default_memory
 from cpfold_train.training.restart import StartAgain
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,10 +89,10 @@ def start(config: DictConfig, run_dir: Path) -> None:
     typed.ckpt_path = checkpoint_to_resume(typed.ckpt_path, run_dir)
     check(typed)
     world = plan_world(typed.cp.grid, typed.dp, typed.trainer.num_nodes, typed.trainer.accelerator)
-    gpu_bytes = _gpu_bytes(typed)
+    room = _room(typed, world.grid)
     if typed.memory.auto:
         typed.memory = _chosen_memory(typed, world)
-    typed.memory = with_default_offload(typed, world.grid, gpu_bytes).memory
+    typed.memory = with_default_memory(typed, world.grid, room).memory
     config.memory = OmegaConf.structured(typed.memory)
     if is_first_rank():
         if note := world.note():
@@ -114,17 +116,22 @@ def start(config: DictConfig, run_dir: Path) -> None:
         raise
 
 
-def _gpu_bytes(config: TrainConfig) -> int | None:
-    """Memory of this machine's GPU, which is told first what it is to be told; None where the run is on CPU."""
+def _room(config: TrainConfig, grid: Grid) -> Room | None:
+    """Memory for a rank on this machine's GPU, which is told first what it is to be told; None where the run is on
+    CPU."""
     if device_here(config.trainer.accelerator) == "cpu":
         return None
     import torch
 
+    from cpfold_train.memory import host_bytes_in_all
     from cpfold_train.training.gpus import set_up_gpus
 
     # Before anything asks the device: its allocator reads the environment once.
     set_up_gpus(config.tf32)
-    return torch.cuda.get_device_properties(0).total_memory
+    capability, precision = torch.cuda.get_device_capability(0), config.trainer.precision
+    kernels = choose_kernels(config.kernels, "cuda", precision, capability).name
+    host_bytes = host_bytes_in_all() * config.trainer.num_nodes / grid.world_size
+    return Room(torch.cuda.get_device_properties(0).total_memory, host_bytes, kernels)
 
 
 def _chosen_memory(config: TrainConfig, world: World) -> MemoryConfig:
