@@ -23,7 +23,9 @@ from cpfold_train.kernels.attention_operators import Blocks, Tiling
 from cpfold_train.kernels.partial_attention import partial_attention, partial_gradients
 from cpfold_train.kernels.work import NAMESPACE, WORK
 from cpfold_train.model.pair_stack import TriangleAttentionEndingNode, TriangleAttentionStartingNode
+from cpfold_train.model.pairformer import AttentionPairBias
 from cpfold_train.ops import triangle_attention
+from cpfold_train.ops.attention_pair_bias import all_tokens
 from cpfold_train.ops.recompute import recompute
 from cpfold_train.ops.token_attention import token_attention
 from cpfold_train.parallel.context import fake_world
@@ -238,6 +240,28 @@ def tokens(cp, kernels: str, dtype: torch.dtype) -> list[Tensor]:
         cp.kernels = before
 
 
+def singles(cp, kernels: str, dtype: torch.dtype) -> list[Tensor]:
+    """A rank's part of the update of s, and of the gradients of s, z and the parameters; its tile's of z."""
+    before, cp.kernels = cp.kernels, kernels
+    try:
+        layer = AttentionPairBias(48, C_Z, 2).double()
+        randomise(layer)
+        generator = torch.Generator().manual_seed(0)
+        s, weight = torch.randn(2, 1, N, 48, generator=generator, dtype=torch.float64).to(dtype)
+        z = cut(torch.randn(1, N, N, C_Z, generator=generator, dtype=torch.float64), "pair", cp.grid).to(dtype)
+        mask = torch.ones(1, N, dtype=dtype)
+        mask[:, 5:] = 0
+        given = s.requires_grad_(), z.contiguous().requires_grad_()
+        with small_tiles():
+            # All ranks have all of it.
+            out = all_tokens(layer.to(dtype)(*given, mask, cp), cp) / cp.grid.cp_size
+            # A softmax does not see what is added to all scores of a query.
+            trained = [p for name, p in layer.named_parameters() if name != "proj_z.0.bias"]
+            return [out.detach(), *torch.autograd.grad((out * weight).sum(), [*given, *trained])]
+    finally:
+        cp.kernels = before
+
+
 def compare(ranks, grid: tuple[int, int], function, args: tuple, placements: list[str]) -> None:
     """A grid with Triton's kernels in fp32 with one rank and torch's in fp64."""
     (expected,) = ranks.run(function, 1, 1, *args, "torch", torch.float64)
@@ -266,6 +290,11 @@ def test_triangle_attention(ranks, node, grid, algorithm):
 @pytest.mark.parametrize("grid", [(1, 1), (2, 3)])
 def test_token_attention(ranks, grid):
     compare(ranks, grid, tokens, (), ["share", "share", "share", "share", "pair"])
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 3), (3, 3)])
+def test_attention_pair_bias(ranks, grid):
+    compare(ranks, grid, singles, (), ["whole", "whole", "pair"])
 
 
 def sent_under_autocast(cp, kernels: str) -> tuple[int, Tensor]:

@@ -4,6 +4,9 @@ AlphaFold 3, Algorithm 24. The bias never moves. Rank (I, J) attends its tile's 
 (keys), and the partial results merge over the ranks of a grid row by log-sum-exp: each sends about 2 (N/R) c_s elements
 there. What follows for a token goes on with the tile's rows, and at the end each rank sends (N/R) c_s elements to the
 others of its column, so that every rank has all tokens again.
+
+With torch's kernels the scores of a tile are held; with fused ones they are not, and computed again in the backward
+pass.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cpfold_train.kernels.attention import is_fused
+from cpfold_train.kernels.partial_attention import partial_attention, partial_gradients
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import split
 from cpfold_train.parallel.redistribute import all_reduce, all_reduce_max, redistribute
@@ -32,13 +37,48 @@ def attention_pair_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, key_mask:
         (B, N/R, h, d) of the tile's rows, over the keys of all columns.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    scores = q @ k.mT + bias.permute(0, 3, 1, 2)
-    scores = scores + (key_mask[:, None, None].to(scores.dtype) - 1) * 1e6
+    bias, masked = bias.permute(0, 3, 1, 2), (key_mask[:, None, None].to(bias.dtype) - 1) * 1e6
+    if is_fused(cp.kernels, q):
+        return _Merged.apply(q, k, v, bias, masked, cp).transpose(1, 2)
+    scores = q @ k.mT + bias + masked
 
     highest = all_reduce_max(scores.amax(-1, keepdim=True), cp, cp.col, OP)
     weights = (scores - highest).exp()
     merged = all_reduce(torch.cat([weights @ v, weights.sum(-1, keepdim=True)], -1), cp, cp.col, OP)
     return (merged[..., :-1] / merged[..., -1:]).transpose(1, 2)
+
+
+class _Merged(torch.autograd.Function):
+    """Of q, k, v (B, h, n, d), bias (B, h, M, N) and what is added to it (B, 1, 1, N), by partial attention."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, masked: Tensor, cp: ContextParallel) -> Tensor:
+        # Keys last in memory, as the kernels want it.
+        bias = torch.add(bias, masked, out=bias.new_empty(bias.shape))
+        q, k, v = (x[:, None] for x in (q, k, v))
+        part, log_part = (x[:, 0] for x in partial_attention(q, k, v, bias, cp.kernels))
+        highest = all_reduce_max(log_part[..., None], cp, cp.col, OP)
+        weight = (log_part[..., None] - highest).exp()
+        merged = all_reduce(torch.cat([part * weight, weight], -1), cp, cp.col, OP)
+        total = merged[..., -1:]
+        out = (merged[..., :-1] / total).to(q.dtype)
+        ctx.cp = cp
+        ctx.save_for_backward(q, k, v, bias, out, (highest + total.log()).squeeze(-1))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        q, k, v, bias, out, log_total = ctx.saved_tensors
+        cp = ctx.cp
+        # The ranks of a grid row have the same result, and each a part of its gradient.
+        grad = all_reduce(grad, cp, cp.col, OP)
+        shift = (grad * out).sum(-1, dtype=log_total.dtype)
+        dq = torch.zeros_like(q, dtype=log_total.dtype)
+        dbias = torch.zeros_like(bias, dtype=log_total.dtype)
+        grad, log_total, shift = (x[:, None] for x in (grad, log_total, shift))
+        dk, dv = partial_gradients(q, k, v, bias, grad, log_total, shift, dq, dbias, cp.kernels)
+        grads = [x[:, 0].to(q.dtype) for x in (dq, dk, dv)]
+        return *grads, dbias.to(bias.dtype), None, None
 
 
 def all_tokens(x: Tensor, cp: ContextParallel) -> Tensor:

@@ -69,7 +69,7 @@ class _Kept:
 
     def __init__(self, x: Tensor, before: Boundary | None) -> None:
         self._device, self._before = x.device, before
-        # In the order of its memory, so that nothing is copied to bring it into another, neither here nor by who gets it.
+        # In the order of its memory, so that nobody copies it to bring it into another.
         order = sorted(range(x.dim()), key=x.stride, reverse=True)
         x = x.permute(order)
         self._shape, self._back = x.shape, [order.index(dim) for dim in range(x.dim())]
