@@ -19,7 +19,7 @@ is normalised once, for the bias too, and LN(z) travels: under autocast in its d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -50,7 +50,7 @@ from cpfold_train.parallel.layouts import (
     whole_rows,
     with_dim,
 )
-from cpfold_train.parallel.redistribute import Layout, Route, finish, finish_added, start
+from cpfold_train.parallel.redistribute import Layout, Pending, Route, finish, finish_added, start
 
 Parts = tuple[Interval, ...]
 Norm = tuple[Tensor, ...]
@@ -200,16 +200,24 @@ def _in_whole_rows(
     One group travels while another attends, there, back and in the backward pass. ``has`` and ``as_rows`` number the
     rows of a group. Ranks that have the same rows attend for their ``shares`` of the queries.
     """
-    coming = [start(part, cp, cp.all, (1, 2), has, as_rows, op) for part in z]
+
+    def fetched(some: Iterable[Tensor]) -> list[Pending]:
+        return [start(part, cp, cp.all, (1, 2), has, as_rows, op) for part in some]
+
     heads = bias.shape[1]
     shared = (*_shared_weights(w, heads), *norm)
     mine = shares[cp.all.index]
     panels = bias_panels(cp.grid, z[0].shape[3], heads, n // (mine[1] - mine[0]))
     if panels == 1:
         wants = tuple((share, (0, n)) for share in shares)
-        bias = finish(start(bias, cp, cp.all, (2, 3), bias_has, wants, op))
+        # What the first group waits for goes first.
+        coming = fetched(z[:1])
+        bias = start(bias, cp, cp.all, (2, 3), bias_has, wants, op)
+        coming += fetched(z[1:])
+        bias = finish(bias)
         updates = (_attend(finish(part), bias, shared, mine, cp.kernels) for part in coming)
     else:
+        coming = fetched(z)
         every, groups = ((0, heads),) * cp.all.size, split(heads, panels)
         wants = tuple((share, (0, n)) for share in shares)
         routes = [

@@ -34,8 +34,9 @@ of triangle attention leave, by their instructions and what they read from L2 as
 ms forward, 24.3 of about 39.5 ms backward."""
 FLOOR_BF16, FLOOR_TF32, FLOOR_MEMORY, FLOOR_LINK = 700 / 989, 300 / 494, 3.0 / 3.35, 400 / 450
 """The most that large products, streams of memory and NCCL reach on an H100, of its peaks."""
-LARGE_REUSE = 500
-"""Operations for each byte moved from which on a product counts as large."""
+LARGE = 1.7
+"""A product is large where its operations take so many times as long as what it moves, both at the device's peaks: from
+500 operations a byte in bf16 on an H100, and from 34 in fp32."""
 KERNEL_S, LAUNCH_S, MESSAGE_S = 5e-6, 12e-6, 1e-5
 MEMORY_MARGIN = 0.1
 ASSUMPTIONS = (
@@ -118,9 +119,9 @@ def kernel_seconds(device: Device, tf32: bool = False) -> Seconds:
     bandwidth, exps = rates.memory_bytes_s or MEMORY_SHARE * device.bandwidth, rates.exp_s or EXP_SHARE * device.exps
 
     def seconds(kernel: Kernel) -> tuple[str, float]:
-        large = not kernel.fused and kernel.flops > LARGE_REUSE * kernel.moved_bytes
-        share = LARGE_MATMUL_SHARE if large else MATMUL_SHARE
-        flops_s = reached.get(kernel.dtype) or share * peaks.get(kernel.dtype, device.fp32)
+        peak = peaks.get(kernel.dtype, device.fp32)
+        large = not kernel.fused and kernel.flops / peak > LARGE * kernel.moved_bytes / device.bandwidth
+        flops_s = reached.get(kernel.dtype) or (LARGE_MATMUL_SHARE if large else MATMUL_SHARE) * peak
         times = {
             LAUNCHES: KERNEL_S * kernel.launches,
             MATRIX: kernel.flops / flops_s,
