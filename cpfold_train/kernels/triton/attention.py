@@ -241,7 +241,8 @@ def typical(name: str, kernel: Any, which: str, own: dict[str, object]) -> list[
     for width, major in product((32, 48), (AMPERE, HOPPER, BLACKWELL)):
         blocks = getattr(tiling_of(torch.bfloat16, width, major), which)
         fixed = {**constants(torch.bfloat16, width, blocks), **own}
-        fixed |= {arg: x for arg, x in {"ROWS": blocks.rows, "STAGES": blocks.stages}.items() if arg in kernel.arg_names}
+        tiled = {"ROWS": blocks.rows, "STAGES": blocks.stages}
+        fixed |= {arg: value for arg, value in tiled.items() if arg in kernel.arg_names}
         types = {arg: TYPES.get(arg, "i32") for arg in kernel.arg_names if arg not in fixed}
         case = f"{name}, width {width}, {major}.0"
         launches.append(Launch(case, kernel, types, fixed, blocks.warps, blocks.stages, major))
@@ -249,5 +250,5 @@ def typical(name: str, kernel: Any, which: str, own: dict[str, object]) -> list[
 
 
 TYPES = dict.fromkeys(("q", "k", "v", "bias", "gate", "out", "grad", "dq", "dk", "dv", "dgate", "before"), "*bf16")
-TYPES |= dict.fromkeys(("lse", "delta", "highest", "dbias"), "*fp32")
+TYPES |= {"highest": "*bf16"} | dict.fromkeys(("lse", "delta", "dbias"), "*fp32")
 LAUNCHES = typical("attention", forward, "forward", {"GATED": True})
