@@ -22,6 +22,10 @@ GB, TERA = 10**9, 10**12
 EXPS_A_CLOCK = 16
 """Exponentials of a multiprocessor from compute capability 8.0 to 10.0 (CUDA C++ Programming Guide, throughput of
 native arithmetic instructions; for Hopper and Blackwell also Zadouri et al., "FlashAttention-4", 2026)."""
+L2_BYTES_A_CLOCK = 35
+"""Bytes that a multiprocessor reads from L2 at the most, by what others measured (gpu-l2-cache of Ernst,
+github.com/te42kyfo/gpu-benches: data of 20 to 30 MB at 5.4 TB/s on an A100 SXM, 6.9 on an H100 PCIe and 9.7 on an
+H200, over multiprocessors and the highest clock)."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Device:
         bandwidth: of its memory.
         bf16, tf32, fp32: peaks of matrix products.
         exps: peak of exponentials: 16 a clock of each multiprocessor.
+        l2: what reading from its L2 cache reaches.
         link: to the other GPUs of its machine.
         network: of each GPU to other machines.
         host_link: to the memory of the host.
@@ -85,6 +90,7 @@ class Device:
     tf32: float
     fp32: float
     exps: float
+    l2: float
     link: float
     network: float
     host_link: float
@@ -99,42 +105,46 @@ def _exps(multiprocessors: int, clock: float) -> float:
     return EXPS_A_CLOCK * multiprocessors * clock
 
 
+def _l2(multiprocessors: int, clock: float) -> float:
+    return L2_BYTES_A_CLOCK * multiprocessors * clock
+
+
 DEVICES = {
     "h100-80gb": Device(
-        80 * GB, 3350 * GB, 989 * TERA, 494 * TERA, 67 * TERA, _exps(132, 1.7e9), 450 * GB, 50 * GB, 64 * GB,
-        2000 * GB, 8, (9, 0),
+        80 * GB, 3350 * GB, 989 * TERA, 494 * TERA, 67 * TERA, _exps(132, 1.7e9), _l2(132, 1.7e9),
+        450 * GB, 50 * GB, 64 * GB, 2000 * GB, 8, (9, 0),
         "NVIDIA H100 Tensor Core GPU data sheet (SXM); DGX H100 data sheet: 8 x 400 Gb/s; 132 multiprocessors (H100 "
         "architecture whitepaper), 1.7 GHz under load are assumed",
     ),
     "h200-141gb": Device(
-        141 * GB, 4800 * GB, 989 * TERA, 494 * TERA, 67 * TERA, _exps(132, 1.7e9), 450 * GB, 50 * GB, 64 * GB,
-        2000 * GB, 8, (9, 0),
+        141 * GB, 4800 * GB, 989 * TERA, 494 * TERA, 67 * TERA, _exps(132, 1.7e9), _l2(132, 1.7e9),
+        450 * GB, 50 * GB, 64 * GB, 2000 * GB, 8, (9, 0),
         "NVIDIA H200 Tensor Core GPU data sheet (SXM); DGX H200 data sheet: 8 x 400 Gb/s; multiprocessors and clock of "
         "the H100",
     ),
     "b200-180gb": Device(
-        180 * GB, 8000 * GB, 2250 * TERA, 1125 * TERA, 75 * TERA, _exps(148, 1.85e9), 900 * GB, 50 * GB, 64 * GB,
-        2000 * GB, 8, (10, 0),
+        180 * GB, 8000 * GB, 2250 * TERA, 1125 * TERA, 75 * TERA, _exps(148, 1.85e9), _l2(148, 1.85e9),
+        900 * GB, 50 * GB, 64 * GB, 2000 * GB, 8, (10, 0),
         "NVIDIA Blackwell architecture brief (HGX B200); DGX B200 data sheet: 1,440 GB of 8 GPUs, 8 x 400 Gb/s; 148 "
-        "multiprocessors at 1.85 GHz (FlashAttention-4)",
+        "multiprocessors at 1.85 GHz (FlashAttention-4); L2 of each as fast as an H100's is assumed",
     ),
     "a100-80gb": Device(
-        80 * GB, 2039 * GB, 312 * TERA, 156 * TERA, 19.5 * TERA, _exps(108, 1.41e9), 300 * GB, 25 * GB, 32 * GB,
-        2000 * GB, 8, (8, 0),
+        80 * GB, 2039 * GB, 312 * TERA, 156 * TERA, 19.5 * TERA, _exps(108, 1.41e9), _l2(108, 1.41e9),
+        300 * GB, 25 * GB, 32 * GB, 2000 * GB, 8, (8, 0),
         "NVIDIA A100 Tensor Core GPU data sheet (SXM, 80 GB); DGX A100 data sheet: 8 x 200 Gb/s; 108 multiprocessors "
         "at 1.41 GHz (A100 architecture whitepaper)",
     ),
     "a100-40gb": Device(
-        40 * GB, 1555 * GB, 312 * TERA, 156 * TERA, 19.5 * TERA, _exps(108, 1.41e9), 300 * GB, 25 * GB, 32 * GB,
-        1000 * GB, 8, (8, 0),
+        40 * GB, 1555 * GB, 312 * TERA, 156 * TERA, 19.5 * TERA, _exps(108, 1.41e9), _l2(108, 1.41e9),
+        300 * GB, 25 * GB, 32 * GB, 1000 * GB, 8, (8, 0),
         "NVIDIA A100 Tensor Core GPU data sheet (SXM, 40 GB); DGX A100 data sheet: 8 x 200 Gb/s; 108 multiprocessors "
         "at 1.41 GHz (A100 architecture whitepaper)",
     ),
     "l40s": Device(
-        48 * GB, 864 * GB, 362 * TERA, 183 * TERA, 91.6 * TERA, _exps(142, 2.52e9), 32 * GB, 25 * GB, 32 * GB,
-        1000 * GB, 8, (8, 9),
+        48 * GB, 864 * GB, 362 * TERA, 183 * TERA, 91.6 * TERA, _exps(142, 2.52e9), 5200 * GB,
+        32 * GB, 25 * GB, 32 * GB, 1000 * GB, 8, (8, 9),
         "NVIDIA L40S data sheet: PCIe 4.0, no NVLink; 200 Gb/s a GPU and 1 TB of the host are assumed; 142 "
-        "multiprocessors at 2.52 GHz",
+        "multiprocessors at 2.52 GHz; L2 as gpu-l2-cache (github.com/te42kyfo/gpu-benches) measured on an L40",
     ),
 }  # fmt: skip
 """By the name that ``device`` takes, beside ``cpu``, ``gpu`` and a file."""
@@ -154,7 +164,7 @@ def find_device(name: str, local_ranks: int) -> Device:
     if name == "cpu":
         # A core's order of magnitude: times on CPU are no more than that.
         memory = psutil.virtual_memory().total / local_ranks
-        rates = 10 * GB, 5e10, 5e10, 5e10, 5e8, 2 * GB, 1 * GB, 10 * GB
+        rates = 10 * GB, 5e10, 5e10, 5e10, 5e8, 50 * GB, 2 * GB, 1 * GB, 10 * GB
         return Device(
             memory, *rates, local_ranks * memory, local_ranks, None, "this machine's memory", Rates(launch_s=0.0)
         )

@@ -100,6 +100,12 @@ def test_the_loop_that_does_the_work():
     assert inner_loop(names, [None] * 8) == 0
 
 
+def test_the_loop_of_the_most_exponentials_does_the_work():
+    """Not the one that takes the last block, nor the one around it."""
+    once, twice = ["HGMMA.64x64x16", "MUFU.EX2", "BRA"], ["HGMMA.64x64x16", "MUFU.EX2", "FADD", "MUFU.EX2", "BRA"]
+    assert inner_loop(["MOV", *twice, *once, "BRA"], [None, *[None] * 4, 1, *[None] * 2, 6, 0]) == 5
+
+
 def test_refusals(capsys, monkeypatch):
     assert main(["kernels", "--arch", "sm_75"]) == 2
     assert "type --arch sm_80 or" in capsys.readouterr().err

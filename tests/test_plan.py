@@ -403,7 +403,8 @@ def test_json_has_the_figures(capsys):
     assert sum(x["seconds"] for x in operations) == pytest.approx(figures["step_s_estimate"], rel=0.01)
     assert sum(x["launches"] for x in operations) == pytest.approx(figures["launches"], abs=len(operations))
     assert sum(figures["launches_by_module"].values()) == pytest.approx(figures["launches"], abs=len(operations))
-    assert {x["bound_by"] for x in operations} <= {"matrix units", "memory", "exponentials", "link", "launches"}
+    bounds = {"matrix units", "memory", "L2 cache", "exponentials", "link", "launches"}
+    assert {x["bound_by"] for x in operations} <= bounds
     assert figures["peak_memory_gib"] == pytest.approx(sum(figures["by_category"].values()))
     assert figures["sent_mib_per_step"] == 0 and figures["fits"]
 

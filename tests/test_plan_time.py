@@ -23,6 +23,7 @@ from cpfold_train.plan.estimate import LAUNCH_S, kernel_seconds, part_costs
 from cpfold_train.plan.shortcuts import messages_take_time
 from cpfold_train.plan.tally import (
     EXPONENTIALS,
+    L2,
     LAUNCHES,
     LINK,
     MATRIX,
@@ -84,6 +85,16 @@ def test_an_operator_of_ours_counts_as_it_says_and_what_is_inside_does_not(formu
     assert tally.moved_bytes == 4 * (4 * 5 * 7 + 2 * 7 * 3 + 4 * 5 * 3) + 4 * 5 * 7 * 4
 
 
+def test_kernels_of_one_operator_are_planned_one_by_one(formula):
+    WORK["test_product"] = lambda *_: [Work(8e14, 1e9, 1e9), Work(1e9, 1e9, 1e9, 2, l2_bytes=1e13)]
+    tracer = Tracer(kernel_seconds(H100), 0)
+    with FakeTensorMode(), tracer:
+        product(torch.empty(5, 7), torch.empty(7, 3, dtype=torch.bfloat16))
+    tally = totals(tracer.tallies)
+    assert set(tally.seconds) == {MATRIX, L2} and tally.seconds[MATRIX] == pytest.approx(8e14 / (0.5 * 989e12))
+    assert (tally.kernels, tally.exps, tally.moved_bytes) == (3, 2e9, 2e9)
+
+
 class Wide(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +146,8 @@ def test_work_is_counted_by_operation_forward_and_backward():
         (Kernel(1e12, torch.float32, 4e9), MATRIX, 1e12 / (0.7 * 67e12)),
         (Kernel(1e12, torch.float32, 4e10), MATRIX, 1e12 / (0.5 * 67e12)),
         (Kernel(1e12, torch.bfloat16, 1e10), MEMORY, 1e10 / (0.8 * 3350e9)),
-        (Kernel(1e12, torch.bfloat16, 4e9, 1e11), EXPONENTIALS, 1e11 / (0.65 * 16 * 132 * 1.7e9)),
+        (Kernel(1e12, torch.bfloat16, 4e9, 1e11), EXPONENTIALS, 1e11 / (0.75 * 16 * 132 * 1.7e9)),
+        (Kernel(1e12, torch.bfloat16, 4e9, l2_bytes=1e11), L2, 1e11 / (0.8 * 35 * 132 * 1.7e9)),
         (Kernel(0, torch.float32, 100, launches=3), LAUNCHES, 15e-6),
     ],
 )

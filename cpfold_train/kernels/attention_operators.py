@@ -51,21 +51,23 @@ AMPERE, HOPPER, BLACKWELL = 8, 9, 10
 """Major compute capabilities whose matrix units want tiles of their own; others take Ampere's."""
 NARROW = {
     AMPERE: Tiling(
-        Blocks(128, 64, 1, 4, 2), Blocks(32, 128, 1, 4, 2), Blocks(128, 32, 2, 4, 2), Blocks(128, 64, 1, 8, 2)
+        Blocks(128, 64, 1, 4, 2), Blocks(32, 128, 2, 8, 2), Blocks(128, 32, 2, 8, 2), Blocks(128, 128, 1, 8, 2)
     ),
     HOPPER: Tiling(
-        Blocks(128, 64, 2, 4, 2), Blocks(32, 128, 1, 4, 2), Blocks(128, 32, 2, 4, 2), Blocks(128, 64, 1, 8, 2)
+        Blocks(128, 64, 2, 4, 2), Blocks(64, 128, 2, 8, 2), Blocks(256, 32, 2, 8, 2), Blocks(128, 128, 1, 8, 2)
     ),
     BLACKWELL: Tiling(
-        Blocks(128, 64, 1, 4, 2), Blocks(32, 128, 1, 4, 2), Blocks(128, 32, 2, 4, 2), Blocks(128, 64, 1, 8, 2)
+        Blocks(128, 64, 1, 4, 2), Blocks(64, 128, 2, 8, 2), Blocks(256, 32, 2, 8, 2), Blocks(128, 128, 1, 8, 2)
     ),
 }
 """Of heads up to a width of 32, in half precision."""
 WIDE = {
-    AMPERE: Tiling(Blocks(64, 64, 1, 4, 2), Blocks(32, 64, 1, 4, 2), Blocks(64, 32, 1, 4, 2), Blocks(64, 32, 1, 4, 2)),
-    HOPPER: Tiling(Blocks(128, 64, 1, 4, 2), Blocks(64, 64, 1, 4, 2), Blocks(64, 64, 2, 4, 2), Blocks(64, 64, 1, 4, 2)),
+    AMPERE: Tiling(Blocks(64, 64, 1, 4, 2), Blocks(32, 64, 1, 4, 2), Blocks(64, 32, 1, 4, 2), Blocks(128, 64, 1, 8, 2)),
+    HOPPER: Tiling(
+        Blocks(128, 64, 1, 4, 2), Blocks(64, 128, 1, 8, 2), Blocks(128, 64, 2, 8, 2), Blocks(128, 128, 1, 8, 2)
+    ),
     BLACKWELL: Tiling(
-        Blocks(128, 64, 1, 4, 2), Blocks(64, 64, 1, 4, 2), Blocks(64, 64, 1, 4, 2), Blocks(64, 64, 1, 4, 2)
+        Blocks(128, 64, 1, 4, 2), Blocks(64, 64, 1, 4, 2), Blocks(64, 64, 1, 4, 2), Blocks(128, 64, 1, 8, 2)
     ),
 }
 """Of wider heads."""
@@ -138,9 +140,10 @@ def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, gate: Tensor | None) -> tup
 @work("attention")
 def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, gate: Tensor | None, results: tuple[Tensor, Tensor]) -> Work:
     """Two products and one exponential a score. The bias is read once, keys and values once a group of blocks."""
-    scores, block = _scores(q, k), tiling(q).forward.m
-    moved = _bytes(q, bias, gate, *results) + bias_groups(bias, 2, block) * _bytes(k, v)
-    return Work(4 * scores * q.shape[4], scores, moved)
+    scores, blocks = _scores(q, k), tiling(q).forward
+    moved = _bytes(q, bias, gate, *results) + bias_groups(bias, 2, blocks.m) * _bytes(k, v)
+    l2 = scores * (bias.element_size() / blocks.rows + _pair(k) / blocks.m)
+    return Work(4 * scores * q.shape[4], scores, moved, l2_bytes=l2)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention_delta", mutates_args=("dgate",))
@@ -210,19 +213,33 @@ def _(q, k, v, bias, grad, lse, delta, dq, dk, dv, dbias, add) -> None:
 
 
 @work("attention_backward")
-def _(q, k, v, bias, grad, lse, delta, dq, dk, dv, dbias, add, result) -> Work:
+def _(q, k, v, bias, grad, lse, delta, dq, dk, dv, dbias, add, result) -> list[Work]:
     """Nine products and three exponentials a score, since each of three kernels computes the weights again.
 
     The kernels for keys and queries read the bias once, the former as a transposed copy. The one for the bias reads
-    the rest as often as there are groups of tiles beside each other.
+    the rest as often as there are groups of tiles beside each other. To the first the copy of ``lse`` in base 2 is
+    counted, to the last the highest bias of each query.
     """
-    scores, sizes = _scores(q, k), tiling(q)
-    of_queries, of_keys = _bytes(q, grad, lse, delta), _bytes(k, v)
-    moved = 3 * _bytes(bias) + _bytes(dk, dv) + of_keys + bias_groups(bias, 3, sizes.keys.n) * of_queries
-    moved += _bytes(bias) + (1 + add) * _bytes(dq) + of_queries + bias_groups(bias, 2, sizes.queries.m) * of_keys
-    across, down = ceil(k.shape[3] / (BIAS_TILES * sizes.bias.n)), ceil(q.shape[3] / (BIAS_TILES * sizes.bias.m))
-    moved += _bytes(bias) + 2 * _bytes(dbias) + across * of_queries + down * of_keys
-    return Work(18 * scores * q.shape[4], 3 * scores, moved, launches=4)
+    scores, sizes, d = _scores(q, k), tiling(q), q.shape[4]
+    of_queries, of_keys, logs = _bytes(q, grad, lse, delta), _bytes(k, v), lse.element_size() + delta.element_size()
+    shared = bias.element_size()
+
+    blocks = sizes.keys
+    moved = 3 * _bytes(bias) + 2 * _bytes(lse) + _bytes(dk, dv) + of_keys
+    moved += bias_groups(bias, 3, blocks.n) * of_queries
+    l2 = scores * (shared / blocks.rows + (_pair(q) + logs) / blocks.n)
+    keys = Work(8 * scores * d, scores, moved, 3, l2)
+
+    blocks = sizes.queries
+    moved = _bytes(bias) + (1 + add) * _bytes(dq) + of_queries + bias_groups(bias, 2, blocks.m) * of_keys
+    l2 = scores * (shared / blocks.rows + _pair(k) / blocks.m)
+    queries = Work(6 * scores * d, scores, moved, 1, l2)
+
+    blocks = sizes.bias
+    across, down = ceil(k.shape[3] / (BIAS_TILES * blocks.n)), ceil(q.shape[3] / (BIAS_TILES * blocks.m))
+    moved = 2 * _bytes(bias) + 2 * _bytes(dbias) + across * of_queries + down * of_keys
+    l2 = scores * ((_pair(q) + logs) / blocks.n + _pair(k) / blocks.m)
+    return [keys, queries, Work(4 * scores * d, scores, moved, 2, l2)]
 
 
 def _results(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,6 +260,11 @@ def _dense(*tensors: Tensor) -> list[Tensor]:
 
 def _scores(q: Tensor, k: Tensor) -> int:
     return q[..., 0].numel() * k.shape[3]
+
+
+def _pair(x: Tensor) -> int:
+    """Bytes of a key and a value, or of a query and its gradient."""
+    return 2 * x.shape[4] * x.element_size()
 
 
 def _strip(bias: Tensor, along: int, size: int) -> int:

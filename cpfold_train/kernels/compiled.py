@@ -78,7 +78,7 @@ class Compiled:
         bound: which of them is the limit.
         matrix: instructions of matrix units, by name.
         exponentials, atomics: instructions.
-        loop: instructions of the innermost loop that does the work; 0 where there is none.
+        loop: instructions of the innermost loop that does the work (:func:`inner_loop`); 0 where there is none.
     """
 
     kernel: str
@@ -195,20 +195,27 @@ def occupancy(arch: Architecture, registers: int, shared: int, warps: int, colum
 
 
 def inner_loop(instructions: list[str], targets: list[int | None]) -> int:
-    """Instructions of the shortest loop with products of matrix units and exponentials, or with one of the two, or of
-    the shortest of all; 0 where there is none.
+    """Instructions of the loop that does the work: of the innermost ones that with products of matrix units and most
+    exponentials, and the shortest of several such; 0 where there is none.
+
+    A kernel that takes the last, incomplete block in a loop of its own, with fewer rows, has more than one.
 
     Args:
         instructions: names, in order.
         targets: for each, where it jumps to, or None.
     """
+    # Each kernel ends with a jump to itself, which is never reached.
+    ends = [(first, last) for last, first in enumerate(targets) if first is not None and first < last]
+    innermost = [one for one in ends if not any(one != other and _within(other, one) for other in ends)]
     loops = []
-    for last, first in enumerate(targets):
-        # Each kernel ends with a jump to itself, which is never reached.
-        if first is not None and first < last:
-            body = instructions[first : last + 1]
-            loops.append((any(map(MATRIX.match, body)), "MUFU.EX2" in body, -len(body)))
+    for first, last in innermost:
+        body = instructions[first : last + 1]
+        loops.append((any(map(MATRIX.match, body)), body.count("MUFU.EX2"), -len(body)))
     return -max(loops)[2] if loops else 0
+
+
+def _within(loop: tuple[int, int], other: tuple[int, int]) -> bool:
+    return other[0] <= loop[0] and loop[1] <= other[1]
 
 
 def _number(arch: str) -> int:

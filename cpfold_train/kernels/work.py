@@ -17,29 +17,33 @@ NAMESPACE = "cpfold"
 
 
 class Work(NamedTuple):
-    """Of one launch.
+    """Of one kernel, or of an operator that is planned as one.
 
     Attributes:
         flops: operations of its matrix products.
         exps: exponentials; on Hopper they bound attention of narrow heads.
         moved_bytes: read from and written to the device's memory; None: each argument and each result once.
         launches: CUDA kernels that it starts.
+        l2_bytes: read from L2, where its tiles read much more often from there than from memory.
     """
 
     flops: float
     exps: float = 0.0
     moved_bytes: float | None = None
     launches: int = 1
+    l2_bytes: float = 0.0
 
 
-WORK: dict[str, Callable[..., Work]] = {}
-"""By name of the operator, without namespace. Functions get the operator's arguments and, last, its result."""
+Formula = Callable[..., Work | list[Work]]
+"""Of an operator's arguments and, last, its result. A list is of kernels that one after another each have a bound."""
+WORK: dict[str, Formula] = {}
+"""By name of the operator, without namespace."""
 
 
-def work(name: str) -> Callable[[Callable[..., Work]], Callable[..., Work]]:
+def work(name: str) -> Callable[[Formula], Formula]:
     """Say what the operator ``cpfold::name`` does."""
 
-    def register(function: Callable[..., Work]) -> Callable[..., Work]:
+    def register(function: Formula) -> Formula:
         WORK[name] = function
         return function
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 MATRIX, MEMORY, EXPONENTIALS, LINK, LAUNCHES = "matrix units", "memory", "exponentials", "link", "launches"
+L2 = "L2 cache"
 """What can bound a kernel, or an operation of several."""
 
 Seconds = Callable[["Kernel"], tuple[str, float]]
@@ -38,6 +39,7 @@ class Kernel(NamedTuple):
         exps: exponentials.
         launches: CUDA kernels that it starts.
         fused: whether it does more than a library's product.
+        l2_bytes: read from L2, where that may be what bounds it.
     """
 
     flops: float
@@ -46,6 +48,7 @@ class Kernel(NamedTuple):
     exps: float = 0.0
     launches: int = 1
     fused: bool = False
+    l2_bytes: float = 0.0
 
 
 class Part(NamedTuple):

@@ -275,15 +275,16 @@ class Tracer(TorchDispatchMode):
         self.kernel(Kernel(flops, tensors[0].dtype, moved, exps))
 
     def _fused(self, func, args: tuple, kwargs: dict, out: Any) -> None:
-        """A kernel of this project's: what it does is written beside it."""
+        """Kernels of this project's: what they do is written beside them."""
         _, _, name = func._schema.name.rpartition("::")
         given = [*args, *(kwargs.get(x.name, x.default_value) for x in func._schema.arguments[len(args) :])]
         told, tensors = WORK[name](*given, out), [*_tensors(given), *_tensors((out,))]
-        moved = sum(x.nbytes for x in tensors) if told.moved_bytes is None else told.moved_bytes
         dtypes = {x.dtype for x in tensors if x.is_floating_point()} | {x for x in given if isinstance(x, torch.dtype)}
         # In mixed precision the products are made in the narrowest that the kernel is given.
         narrowest = min(dtypes, key=lambda dtype: dtype.itemsize)
-        self.kernel(Kernel(told.flops, narrowest, moved, told.exps, told.launches, fused=True))
+        for one in told if isinstance(told, list) else [told]:
+            moved = sum(x.nbytes for x in tensors) if one.moved_bytes is None else one.moved_bytes
+            self.kernel(Kernel(one.flops, narrowest, moved, one.exps, one.launches, True, one.l2_bytes))
 
     def kernel(self, kernel: Kernel) -> None:
         """Count a kernel."""

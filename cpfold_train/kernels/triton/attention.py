@@ -64,12 +64,21 @@ def tile(pointer, tokens, token_stride, WIDTH: tl.constexpr, PADDED: tl.constexp
 
 
 @triton.jit
+def widened(x):
+    """To fp32. The compiler takes three instructions for two bf16 numbers of a register, and two for shifts of their
+    bits."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
 def bias_tile(bias_rows, n, AGAIN: tl.constexpr):
     """Bias of some queries to the keys ``n`` in fp32; AGAIN where the row before has just read it."""
     if AGAIN:
         # Another modifier than before keeps the compiler from holding the tile in registers: it is in L1.
-        return tl.load(bias_rows + n[None, :], cache_modifier=".ca").to(tl.float32)
-    return tl.load(bias_rows + n[None, :]).to(tl.float32)
+        return widened(tl.load(bias_rows + n[None, :], cache_modifier=".ca"))
+    return widened(tl.load(bias_rows + n[None, :]))
 
 
 @triton.jit
@@ -226,14 +235,14 @@ def typical(name: str, kernel: Any, which: str, own: dict[str, object]) -> list[
     Args:
         name, kernel: of the kernel.
         which: its tile in a :class:`~cpfold_train.kernels.attention_operators.Tiling`.
-        own: compile-time arguments beside those of :func:`constants`; ``ROWS`` is the tile's.
+        own: compile-time arguments beside those of :func:`constants`; ``ROWS`` and ``STAGES`` are the tile's.
     """
     launches = []
     for width, major in product((32, 48), (AMPERE, HOPPER, BLACKWELL)):
         blocks = getattr(tiling_of(torch.bfloat16, width, major), which)
         fixed = {**constants(torch.bfloat16, width, blocks), **own}
-        if "ROWS" in kernel.arg_names:
-            fixed["ROWS"] = blocks.rows
+        tiled = {"ROWS": blocks.rows, "STAGES": blocks.stages}
+        fixed |= {arg: value for arg, value in tiled.items() if arg in kernel.arg_names}
         types = {arg: TYPES.get(arg, "i32") for arg in kernel.arg_names if arg not in fixed}
         case = f"{name}, width {width}, {major}.0"
         launches.append(Launch(case, kernel, types, fixed, blocks.warps, blocks.stages, major))
@@ -241,5 +250,5 @@ def typical(name: str, kernel: Any, which: str, own: dict[str, object]) -> list[
 
 
 TYPES = dict.fromkeys(("q", "k", "v", "bias", "gate", "out", "grad", "dq", "dk", "dv", "dgate", "before"), "*bf16")
-TYPES |= dict.fromkeys(("lse", "delta", "dbias"), "*fp32")
+TYPES |= {"highest": "*bf16"} | dict.fromkeys(("lse", "delta", "dbias"), "*fp32")
 LAUNCHES = typical("attention", forward, "forward", {"GATED": True})
