@@ -141,7 +141,8 @@ def multiplied(module: nn.Module, x: dict[str, Tensor], cp: ContextParallel) -> 
 
 
 def updated(module: nn.Module, x: dict[str, Tensor], cp: ContextParallel) -> Tensor:
-    return module.update_pairs(x["z"], x["token_mask"], cp, Draws(torch.tensor([3, 4])))
+    dropout = module.drop(x["token_mask"].shape[1], Draws(torch.tensor([3, 4])))
+    return module.update_pairs(x["z"], x["token_mask"], cp, dropout)
 
 
 BLOCKS = {

@@ -113,7 +113,7 @@ def test_tf32_is_not_small_beside_bf16_mixed(ranks, noise, steps):
     print(f"\n{steps} steps{', low noise' if noise else ''}: {', '.join(RUNS)}")
     for name, found in (*errors.items(), ("loss of the diffusion", losses)):
         print(f"| {name} | {' | '.join(f'{found[run]:.1e}' for run in RUNS)} |")
-    assert all(found["fp32"] < 2e-5 for found in errors.values())
+    assert all(found["fp32"] < 2e-4 for found in errors.values())
     # What it costs is no more than bf16 costs somewhere.
     most = max(found["bf16-mixed"] for found in errors.values())
     assert all(1e-5 < found["fp32, TF32"] < most for found in errors.values())

@@ -14,7 +14,7 @@ from cpfold_train.model.constants import NUM_TOKENS
 from cpfold_train.model.layers import Transition, linear, normed_linear
 from cpfold_train.model.pair_stack import PairStack
 from cpfold_train.ops import outer_product_mean as opm
-from cpfold_train.ops.dropout import drop_rows
+from cpfold_train.ops.dropout import drop_rows, row_factors
 from cpfold_train.ops.pair_weighted_averaging import pair_weighted_averaging
 from cpfold_train.ops.recompute import call, recompute
 from cpfold_train.parallel.context import ContextParallel
@@ -78,6 +78,12 @@ class MSALayer(nn.Module):
         )
         self.outer_product_mean = OuterProductMean(config.msa_s, token_z)
 
+    def drop_sequences(self, count: int, draws: Draws | None, cp: ContextParallel) -> Tensor | None:
+        """Dropout of the S/R = ``count`` sequences of this rank in this layer, or at once in all layers that are alike:
+        (..., B, S/R) of streams (..., B); None where there is none."""
+        sequences = cp.grid.msa_rows(count * cp.grid.rows)
+        return row_factors(self.msa_dropout, sequences, None if draws is None else draws.at("msa"))
+
     def forward(
         self,
         z: Tensor,
@@ -86,7 +92,8 @@ class MSALayer(nn.Module):
         msa_mask: Tensor,
         count: Tensor,
         cp: ContextParallel,
-        draws: Draws | None,
+        dropout: Tensor | None,
+        msa_dropout: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """New z and m.
 
@@ -97,13 +104,13 @@ class MSALayer(nn.Module):
             msa_mask: MSA block (B, S/R, N/C).
             count: pair tile (B, N/R, N/C), sequences that cover both tokens.
             cp: the running grid.
-            draws: dropout of this block; None in evaluation.
+            dropout: (4, B, N), see :meth:`~cpfold_train.model.pair_stack.PairStack.drop`; None in evaluation.
+            msa_dropout: (B, S/R), see :meth:`drop_sequences`; None in evaluation.
         """
-        sequences = cp.grid.msa_rows(m.shape[1] * cp.grid.rows)
 
         def averaged(m: Tensor, z: Tensor) -> Tensor:
             update = self.pair_weighted_averaging(m, z, token_mask, cp)
-            return m + drop_rows(update, self.msa_dropout, sequences, None if draws is None else draws.at("msa"))
+            return m + drop_rows(update, msa_dropout)
 
         def multiplied(z: Tensor, m: Tensor) -> Tensor:
             return z + self.outer_product_mean(m, msa_mask, count, cp).to(z.dtype)
@@ -111,7 +118,7 @@ class MSALayer(nn.Module):
         m = self.run(averaged, m, z)
         m = self.msa_transition(m, cp.kernels, residual=True)
         z = self.run(multiplied, z, m)
-        return self.pairformer_layer.update_pairs(z, token_mask, cp, draws), m
+        return self.pairformer_layer.update_pairs(z, token_mask, cp, dropout), m
 
 
 class MSAModule(nn.Module):
@@ -148,8 +155,12 @@ class MSAModule(nn.Module):
 
         count = opm.pair_counts(feats["msa_mask"], cp)
 
+        of_blocks = None if draws is None else draws.each("msa_module", last=range(len(self.layers)))
+        dropout = self.layers[0].pairformer_layer.drop(s_inputs.shape[1], of_blocks)
+        msa_dropout = self.layers[0].drop_sequences(m.shape[1], of_blocks, cp)
+
         def block(i: int, z: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-            at = None if draws is None else draws.at("msa_module", i)
-            return self.layers[i](z, m, feats["token_pad_mask"], feats["msa_mask"], count, cp, at)
+            drop = (None if factors is None else factors[i] for factors in (dropout, msa_dropout))
+            return self.layers[i](z, m, feats["token_pad_mask"], feats["msa_mask"], count, cp, *drop)
 
         return run_blocks(block, len(self.layers), z, m, self.memory)[0]

@@ -17,8 +17,10 @@ from cpfold_train.ops.dropout import row_factors
 from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.ops.recompute import call, recompute
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.parallel.grid import Interval
 from cpfold_train.parallel.random import Draws
+
+SITES = ("tri_mul_out", "tri_mul_in", "tri_att_start", "tri_att_end")
+"""Names of the triangle updates in their order, and of the streams of their dropout."""
 
 
 class TriangleMultiplication(nn.Module):
@@ -155,25 +157,37 @@ class PairStack(nn.Module):
         self.tri_att_end = TriangleAttentionEndingNode(token_z, pairwise_head_width, pairwise_num_heads)
         self.transition_z = Transition(token_z, 4 * token_z)
 
-    def update_pairs(self, z: Tensor, token_mask: Tensor, cp: ContextParallel, draws: Draws | None) -> Tensor:
+    def drop(self, n: int, draws: Draws | None) -> Tensor | None:
+        """Dropout of this layer, or at once of all layers that are alike, for :meth:`update_pairs`.
+
+        Args:
+            n: N.
+            draws: streams (..., B), such as (layers, B); None in evaluation.
+
+        Returns:
+            (..., 4, B, N), factors of whole rows, and of whole columns of the last update; None where there is no
+            dropout.
+        """
+        return row_factors(self.dropout, (0, n), None if draws is None else draws.each(last=SITES))
+
+    def update_pairs(self, z: Tensor, token_mask: Tensor, cp: ContextParallel, dropout: Tensor | None) -> Tensor:
         """New z.
 
         Args:
             z: tile (B, N/R, N/C, token_z).
             token_mask: (B, N).
             cp: the running grid.
-            draws: dropout of this layer; None in evaluation.
+            dropout: (4, B, N), what :meth:`drop` says; None in evaluation.
         """
         n = token_mask.shape[1]
-        rows, cols = cp.grid.row_tokens(n), cp.grid.col_tokens(n)
+        rows, cols = slice(*cp.grid.row_tokens(n)), slice(*cp.grid.col_tokens(n))
         mask = pair_mask(token_mask, cp.grid)
+        multiplied, attended = (mask, rows), (token_mask, rows)
 
-        def updated(z: Tensor, site: str, mask: Tensor, positions: Interval) -> Tensor:
-            factors = row_factors(self.dropout, positions, None if draws is None else draws.at(site))
-            return getattr(self, site)(z, mask, cp, True, factors)
+        def updated(z: Tensor, site: int, mask: Tensor, positions: slice) -> Tensor:
+            factors = None if dropout is None else dropout[site, :, positions]
+            return getattr(self, SITES[site])(z, mask, cp, True, factors)
 
-        z = self.run(updated, z, "tri_mul_out", mask, rows)
-        z = self.run(updated, z, "tri_mul_in", mask, rows)
-        z = self.run(updated, z, "tri_att_start", token_mask, rows)
-        z = self.run(updated, z, "tri_att_end", token_mask, cols)
+        for site, args in enumerate((multiplied, multiplied, attended, (token_mask, cols))):
+            z = self.run(updated, z, site, *args)
         return self.transition_z(z, cp.kernels, residual=True)

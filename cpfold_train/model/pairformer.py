@@ -69,7 +69,7 @@ class PairformerLayer(PairStack):
         self.transition_s = Transition(token_s, 4 * token_s)
 
     def forward(
-        self, s: Tensor, z: Tensor, token_mask: Tensor, cp: ContextParallel, draws: Draws | None
+        self, s: Tensor, z: Tensor, token_mask: Tensor, cp: ContextParallel, dropout: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """New s and z.
 
@@ -78,9 +78,9 @@ class PairformerLayer(PairStack):
             z: tile (B, N/R, N/C, token_z).
             token_mask: (B, N).
             cp: the running grid.
-            draws: dropout of this block; None in evaluation.
+            dropout: (4, B, N), see :meth:`PairStack.drop`; None in evaluation.
         """
-        z = self.update_pairs(z, token_mask, cp, draws)
+        z = self.update_pairs(z, token_mask, cp, dropout)
         # The single track is an fp32 island whatever the precision of z: its values grow over the blocks.
         with without_autocast(s):
             dtype = self.pre_norm_s.weight.dtype
@@ -113,11 +113,13 @@ class PairformerModule(nn.Module):
     def forward(
         self, s: Tensor, z: Tensor, token_mask: Tensor, cp: ContextParallel, draws: Draws | None
     ) -> tuple[Tensor, Tensor]:
-        """New s and z; shapes as :meth:`PairformerLayer.forward`."""
+        """New s and z; shapes as :meth:`PairformerLayer.forward`. ``draws`` are those of all blocks; None in
+        evaluation."""
+        of_blocks = None if draws is None else draws.each("pairformer", last=range(len(self.layers)))
+        dropout = self.layers[0].drop(token_mask.shape[1], of_blocks)
 
         def block(i: int, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-            at = None if draws is None else draws.at("pairformer", i)
-            return self.layers[i](s, z, token_mask, cp, at)[::-1]
+            return self.layers[i](s, z, token_mask, cp, None if dropout is None else dropout[i])[::-1]
 
         z, s = run_blocks(block, len(self.layers), z, s, self.memory)
         return s, z

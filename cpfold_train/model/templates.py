@@ -72,28 +72,31 @@ class TemplateV2Module(nn.Module):
         names = [name for name in feats if name.startswith("template_")] + ["visibility_ids"]
         given = feats["template_mask"].any(2).to(self.v_norm.weight.dtype)
         given = given / given.sum(1, keepdim=True).clamp(min=1)
+        count, blocks = given.shape[1], self.pairformer.layers
+        if draws is not None:
+            draws = draws.each("template_module", last=range(count)).each("block", last=range(len(blocks)))
+        dropout = blocks[0].drop(feats["token_pad_mask"].shape[1], draws)
         total = 0
-        for t in range(given.shape[1]):
+        for t in range(count):
             template = {name: feats[name][:, t] for name in names}
-            at = None if draws is None else draws.at("template_module", t)
-            args = z, template, feats["token_pad_mask"], cp, at
+            args = z, template, feats["token_pad_mask"], cp, None if dropout is None else dropout[t]
             v = recompute(self._look_at, *args) if self.memory.recompute else self._look_at(*args)
             total = total + v * given[:, t, None, None, None]
         # The sum is in the precision of the weights; of what is kept for the projection z's is enough.
         return self.u_proj(F.relu(total.to(z.dtype)))
 
     def _look_at(
-        self, z: Tensor, template: dict[str, Tensor], token_mask: Tensor, cp: ContextParallel, draws: Draws | None
+        self, z: Tensor, template: dict[str, Tensor], token_mask: Tensor, cp: ContextParallel, dropout: Tensor | None
     ) -> Tensor:
-        """Tile (B, N/R, N/C, template_dim) of one template of each sample, whose features are (B, N, ...)."""
+        """Tile (B, N/R, N/C, template_dim) of one template of each sample, whose features are (B, N, ...); ``dropout``
+        is that of all blocks, (blocks, 4, B, N)."""
         v = self._embed(z, template, cp)
         update, blocks = v, self.pairformer.layers
         # Blocks that together are no wider than z hold no more than one of the Pairformer: the template's own
         # recomputation is enough. Of more blocks each is computed once more.
         run = recompute if self.memory.recompute and len(blocks) * v.shape[-1] > z.shape[-1] else call
         for i, block in enumerate(blocks):
-            at = None if draws is None else draws.at("block", i)
-            update = run(block.update_pairs, update, token_mask, cp, at)
+            update = run(block.update_pairs, update, token_mask, cp, None if dropout is None else dropout[i])
         return layer_norm(v + update, self.v_norm.weight, self.v_norm.bias, cp.kernels, z.dtype)
 
     def _embed(self, z: Tensor, template: dict[str, Tensor], cp: ContextParallel) -> Tensor:

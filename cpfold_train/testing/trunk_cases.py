@@ -80,13 +80,16 @@ def distogram(module: nn.Module, x: Inputs, cp: ContextParallel) -> Tensor:
 
 def msa_layer(module: nn.Module, x: Inputs, cp: ContextParallel, which: int) -> Tensor:
     """z or m of a block of the MSA module, with dropout."""
-    count = pair_counts(x["msa_mask"], cp)
-    return module(x["z"], x["m"], x["token_mask"], x["msa_mask"], count, cp, draws(x["z"].device))[which]
+    count, own = pair_counts(x["msa_mask"], cp), draws(x["z"].device)
+    dropout = module.pairformer_layer.drop(x["token_mask"].shape[1], own)
+    of_msa = module.drop_sequences(x["m"].shape[1], own, cp)
+    return module(x["z"], x["m"], x["token_mask"], x["msa_mask"], count, cp, dropout, of_msa)[which]
 
 
 def pairformer_s(module: nn.Module, x: Inputs, cp: ContextParallel) -> Tensor:
     """s of a block of the Pairformer, with dropout."""
-    return module(x["s"], x["z"], x["token_mask"], cp, draws(x["z"].device))[0]
+    dropout = module.drop(x["token_mask"].shape[1], draws(x["z"].device))
+    return module(x["s"], x["z"], x["token_mask"], cp, dropout)[0]
 
 
 def distogram_of_trunk(module: nn.Module, x: Inputs, cp: ContextParallel) -> Tensor:
