@@ -36,6 +36,15 @@ def test_several_sites_at_once_draw_what_each_draws():
             assert torch.equal(found.normal(5, 9)[i, k], one.normal(5, 9))
 
 
+def test_of_no_site_there_is_nothing_to_draw():
+    assert Draws(torch.tensor([3, -4])).each("block", last=range(0)).each(last=SITES).uniform(5, 9).shape == (
+        0,
+        4,
+        2,
+        4,
+    )
+
+
 def test_copies_are_in_the_order_of_repeat_interleave():
     draws = Draws(torch.tensor([3, -4]))
     found = draws.copies(3).keys.view(2, 3)

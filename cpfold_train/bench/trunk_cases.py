@@ -67,7 +67,6 @@ TRUNK = {
             c.token_s,
             c.token_z,
             c.pairformer.num_heads,
-            0.0,
             c.pairformer.pairwise_head_width,
             c.pairformer.pairwise_num_heads,
         ),

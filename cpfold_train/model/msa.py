@@ -12,7 +12,7 @@ from cpfold_train.model.blocks import run_blocks
 from cpfold_train.model.config import MemoryConfig, MSAConfig
 from cpfold_train.model.constants import NUM_TOKENS
 from cpfold_train.model.layers import Transition, linear, normed_linear
-from cpfold_train.model.pair_stack import PairStack
+from cpfold_train.model.pair_stack import PairStack, pair_dropout
 from cpfold_train.ops import outer_product_mean as opm
 from cpfold_train.ops.dropout import drop_rows, row_factors
 from cpfold_train.ops.pair_weighted_averaging import pair_weighted_averaging
@@ -70,19 +70,12 @@ class MSALayer(nn.Module):
     def __init__(self, config: MSAConfig, token_z: int, recompute_updates: bool = False) -> None:
         super().__init__()
         self.run = recompute if recompute_updates else call
-        self.msa_dropout = config.msa_dropout
         self.msa_transition = Transition(config.msa_s, 4 * config.msa_s)
         self.pair_weighted_averaging = PairWeightedAveraging(config.msa_s, token_z)
         self.pairformer_layer = PairStack(
-            token_z, config.z_dropout, config.pairwise_head_width, config.pairwise_num_heads, recompute_updates
+            token_z, config.pairwise_head_width, config.pairwise_num_heads, recompute_updates
         )
         self.outer_product_mean = OuterProductMean(config.msa_s, token_z)
-
-    def drop_sequences(self, count: int, draws: Draws | None, cp: ContextParallel) -> Tensor | None:
-        """Dropout of the S/R = ``count`` sequences of this rank in this layer, or at once in all layers that are alike:
-        (..., B, S/R) of streams (..., B); None where there is none."""
-        sequences = cp.grid.msa_rows(count * cp.grid.rows)
-        return row_factors(self.msa_dropout, sequences, None if draws is None else draws.at("msa"))
 
     def forward(
         self,
@@ -104,8 +97,8 @@ class MSALayer(nn.Module):
             msa_mask: MSA block (B, S/R, N/C).
             count: pair tile (B, N/R, N/C), sequences that cover both tokens.
             cp: the running grid.
-            dropout: (4, B, N), see :meth:`~cpfold_train.model.pair_stack.PairStack.drop`; None in evaluation.
-            msa_dropout: (B, S/R), see :meth:`drop_sequences`; None in evaluation.
+            dropout: (4, B, N), see :func:`~cpfold_train.model.pair_stack.pair_dropout`; None in evaluation.
+            msa_dropout: (B, S/R), factors of whole sequences; None in evaluation.
         """
 
         def averaged(m: Tensor, z: Tensor) -> Tensor:
@@ -126,7 +119,7 @@ class MSAModule(nn.Module):
 
     def __init__(self, token_s: int, token_z: int, config: MSAConfig, memory: MemoryConfig) -> None:
         super().__init__()
-        self.memory = memory
+        self.z_dropout, self.msa_dropout, self.memory = config.z_dropout, config.msa_dropout, memory
         self.s_proj = linear(token_s, config.msa_s, "default")
         self.msa_proj = linear(NUM_TOKENS + 3, config.msa_s, "default")
         self.layers = nn.ModuleList(
@@ -156,8 +149,9 @@ class MSAModule(nn.Module):
         count = opm.pair_counts(feats["msa_mask"], cp)
 
         of_blocks = None if draws is None else draws.each("msa_module", last=range(len(self.layers)))
-        dropout = self.layers[0].pairformer_layer.drop(s_inputs.shape[1], of_blocks)
-        msa_dropout = self.layers[0].drop_sequences(m.shape[1], of_blocks, cp)
+        dropout = pair_dropout(self.z_dropout, s_inputs.shape[1], of_blocks)
+        sequences = cp.grid.msa_rows(m.shape[1] * cp.grid.rows)
+        msa_dropout = row_factors(self.msa_dropout, sequences, None if of_blocks is None else of_blocks.at("msa"))
 
         def block(i: int, z: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
             drop = (None if factors is None else factors[i] for factors in (dropout, msa_dropout))

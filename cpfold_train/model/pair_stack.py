@@ -23,6 +23,21 @@ SITES = ("tri_mul_out", "tri_mul_in", "tri_att_start", "tri_att_end")
 """Names of the triangle updates in their order, and of the streams of their dropout."""
 
 
+def pair_dropout(p: float, n: int, draws: Draws | None) -> Tensor | None:
+    """Dropout of the triangle updates of a layer, or at once of all layers of a stack.
+
+    Args:
+        p: probability.
+        n: N.
+        draws: streams of the layer, (B,), or of all layers, such as (layers, B); None in evaluation.
+
+    Returns:
+        (..., 4, B, N), for :meth:`PairStack.update_pairs`: factors of whole rows, and of whole columns of the last
+        update. None where there is no dropout.
+    """
+    return row_factors(p, (0, n), None if draws is None else draws.each(last=SITES))
+
+
 class TriangleMultiplication(nn.Module):
     """Parameters of a triangle multiplication; subclasses say which edges are multiplied."""
 
@@ -135,7 +150,6 @@ class PairStack(nn.Module):
 
     Args:
         token_z: channels of z.
-        dropout: of rows or columns of each triangle update.
         pairwise_head_width, pairwise_num_heads: of the triangle attention.
         recompute_updates: compute each triangle update again in the backward pass, by itself.
     """
@@ -143,32 +157,17 @@ class PairStack(nn.Module):
     def __init__(
         self,
         token_z: int,
-        dropout: float,
         pairwise_head_width: int,
         pairwise_num_heads: int,
         recompute_updates: bool = False,
     ) -> None:
         super().__init__()
-        self.dropout = dropout
         self.run = recompute if recompute_updates else call
         self.tri_mul_out = TriangleMultiplicationOutgoing(token_z)
         self.tri_mul_in = TriangleMultiplicationIncoming(token_z)
         self.tri_att_start = TriangleAttentionStartingNode(token_z, pairwise_head_width, pairwise_num_heads)
         self.tri_att_end = TriangleAttentionEndingNode(token_z, pairwise_head_width, pairwise_num_heads)
         self.transition_z = Transition(token_z, 4 * token_z)
-
-    def drop(self, n: int, draws: Draws | None) -> Tensor | None:
-        """Dropout of this layer, or at once of all layers that are alike, for :meth:`update_pairs`.
-
-        Args:
-            n: N.
-            draws: streams (..., B), such as (layers, B); None in evaluation.
-
-        Returns:
-            (..., 4, B, N), factors of whole rows, and of whole columns of the last update; None where there is no
-            dropout.
-        """
-        return row_factors(self.dropout, (0, n), None if draws is None else draws.each(last=SITES))
 
     def update_pairs(self, z: Tensor, token_mask: Tensor, cp: ContextParallel, dropout: Tensor | None) -> Tensor:
         """New z.
@@ -177,7 +176,7 @@ class PairStack(nn.Module):
             z: tile (B, N/R, N/C, token_z).
             token_mask: (B, N).
             cp: the running grid.
-            dropout: (4, B, N), what :meth:`drop` says; None in evaluation.
+            dropout: (4, B, N), see :func:`pair_dropout`; None in evaluation.
         """
         n = token_mask.shape[1]
         rows, cols = slice(*cp.grid.row_tokens(n)), slice(*cp.grid.col_tokens(n))

@@ -17,7 +17,7 @@ from cpfold_train.kernels.layer_norm import layer_norm
 from cpfold_train.model.config import MemoryConfig, TemplateConfig
 from cpfold_train.model.constants import NUM_TOKENS
 from cpfold_train.model.layers import linear, without_autocast
-from cpfold_train.model.pair_stack import PairStack
+from cpfold_train.model.pair_stack import PairStack, pair_dropout
 from cpfold_train.ops.recompute import call, recompute
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.random import Draws
@@ -30,8 +30,7 @@ class TemplateStack(nn.Module):
         super().__init__()
         widths = config.pairwise_head_width, config.pairwise_num_heads
         self.layers = nn.ModuleList(
-            PairStack(config.template_dim, config.dropout, *widths, recompute_updates)
-            for _ in range(config.template_blocks)
+            PairStack(config.template_dim, *widths, recompute_updates) for _ in range(config.template_blocks)
         )
 
 
@@ -48,7 +47,7 @@ class TemplateV2Module(nn.Module):
     def __init__(self, token_z: int, config: TemplateConfig, memory: MemoryConfig) -> None:
         super().__init__()
         dim = config.template_dim
-        self.memory = memory
+        self.dropout, self.memory = config.dropout, memory
         self.z_norm = nn.LayerNorm(token_z)
         self.v_norm = nn.LayerNorm(dim)
         self.z_proj = linear(token_z, dim, "default")
@@ -72,10 +71,10 @@ class TemplateV2Module(nn.Module):
         names = [name for name in feats if name.startswith("template_")] + ["visibility_ids"]
         given = feats["template_mask"].any(2).to(self.v_norm.weight.dtype)
         given = given / given.sum(1, keepdim=True).clamp(min=1)
-        count, blocks = given.shape[1], self.pairformer.layers
+        count, blocks = given.shape[1], len(self.pairformer.layers)
         if draws is not None:
-            draws = draws.each("template_module", last=range(count)).each("block", last=range(len(blocks)))
-        dropout = blocks[0].drop(feats["token_pad_mask"].shape[1], draws)
+            draws = draws.each("template_module", last=range(count)).each("block", last=range(blocks))
+        dropout = pair_dropout(self.dropout, feats["token_pad_mask"].shape[1], draws)
         total = 0
         for t in range(count):
             template = {name: feats[name][:, t] for name in names}

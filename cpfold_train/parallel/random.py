@@ -68,6 +68,8 @@ class Draws:
 
     def each(self, *site: int | str, last: Sequence[int | str]) -> Draws:
         """The families ``at(*site, x)`` of all x of ``last``, keys (..., len(last), B)."""
+        if not last:
+            return Draws(self.keys[..., None, :][..., :0, :])
         # Not from a tensor of the sites' keys: the copy of that to a GPU would wait for it.
         return Draws(_mix(torch.stack([self.keys ^ key_of(*site, x) for x in last], -2)))
 
