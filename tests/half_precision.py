@@ -1,4 +1,5 @@
-"""Follows coordinates, noise levels and masks of atoms through a step, and lists what of them is in half precision."""
+"""Follows coordinates, noise levels and masks of atoms through a step, and lists what of them is in half precision, and
+what of them goes into matrix products."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.tf32 import FACTORS
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -52,6 +55,8 @@ class HalfPrecision(TorchDispatchMode):
         found: line and operation of each number or choice in half precision, and of whatever is calculated of numbers
             under autocast, whether or not this operation is one that it would round.
         numbers: operations that made numbers, so that a test can see that something was followed.
+        products: line and function of each matrix product in fp32 that takes in a number; of forward passes alone,
+            since a gradient is a number too.
     """
 
     def __init__(self) -> None:
@@ -60,6 +65,7 @@ class HalfPrecision(TorchDispatchMode):
         self._call = Call()
         self.found: list[str] = []
         self.numbers = 0
+        self.products: list[str] = []
 
     def mark(self, x: Tensor, kind: Kind) -> Tensor:
         """From here on x is of a kind."""
@@ -80,6 +86,10 @@ class HalfPrecision(TorchDispatchMode):
             memory: self._kinds.get(memory) for memory in map(_memory, _tensors((*args, *(kwargs or {}).values())))
         }
         name = func.overloadpacket.__name__
+        factors = [args[i] for i in FACTORS.get(func._schema.name, ())]
+        if any(x.dtype == torch.float32 and given[_memory(x)] is Kind.NUMBER for x in factors):
+            line = _line(sys._getframe())
+            self.products += [] if line.startswith(ELSEWHERE) else [line]
         kinds = set() if name in SHAPE_ONLY else set(given.values())
         for x in _tensors((out,)):
             memory = _memory(x)
@@ -133,6 +143,6 @@ def _line(frame: FrameType | None) -> str:
     while frame is not None:
         _, found, file = frame.f_code.co_filename.rpartition("/cpfold_train/")
         if found:
-            return f"{file}:{frame.f_lineno}"
+            return f"{file}:{frame.f_lineno}, {frame.f_code.co_name}"
         frame = frame.f_back
     return "a backward pass"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from tests.complexes import crops
 from tests.half_precision import HalfPrecision, Kind
 from tests.parity import randomise
 from tests.test_precision import BF16, SMALL
+from tests.tf32 import points_as_on_gpus
 
 ONE_BLOCK = replace(SMALL.pairformer, num_blocks=1)
 MARKED = {
@@ -39,6 +41,9 @@ MARKED = {
     "frame_resolved_mask",
 }
 """Features that are followed, by name."""
+NO_POINTS = ("_embed_rows", "_refined", "training/metrics.py", "block_gradients")
+"""Where matrix products are none of points: of signs, which TF32 knows; of activations that travelled in one
+tensor with positions; of probabilities and centres of bins, for a score; of gradients."""
 
 
 @cache
@@ -49,8 +54,9 @@ def batch() -> dict:
     return collate([replace(crop, templates=[template])], Grid()) | {"filler": torch.zeros(1, dtype=torch.bool)}
 
 
-def steps(cp, precision: str) -> dict[str, tuple[list[str], int]]:
-    """What is found in a training step, a validation step and a prediction, and how many numbers were followed."""
+def steps(cp, precision: str) -> dict[str, tuple[list[str], list[str], int]]:
+    """What is found in a training step, a validation step and a prediction: numbers in half precision, matrix products
+    of numbers, and how many were followed."""
     module = CoFoldingModule(
         replace(SMALL, recycling_steps=1, pairformer=ONE_BLOCK, confidence=ConfidenceConfig(ONE_BLOCK)),
         MemoryConfig(samples_at_once=1),
@@ -72,10 +78,11 @@ def steps(cp, precision: str) -> dict[str, tuple[list[str], int]]:
         "validation": lambda: module.validation_step(batch(), 0),
         "prediction": lambda: module.model.predict(batch(), cp, **sampling),
     }
-    return {name: followed(run, module, name == "training") for name, run in runs.items()}
+    with points_as_on_gpus() if precision == "32-true" else nullcontext():
+        return {name: followed(run, module, name == "training", precision) for name, run in runs.items()}
 
 
-def followed(run, module, backward: bool) -> tuple[list[str], int]:
+def followed(run, module, backward: bool, precision: str) -> tuple[list[str], list[str], int]:
     mode, normal = HalfPrecision(), Draws.normal
     for parameter in module.parameters():
         mode.mark(parameter, Kind.WEIGHT)
@@ -86,20 +93,29 @@ def followed(run, module, backward: bool) -> tuple[list[str], int]:
     Draws.normal = lambda *args: mode.mark(normal(*args), Kind.NUMBER)
     try:
         with mode:
-            with torch.set_grad_enabled(backward), torch.autocast("cpu", BF16):
+            with torch.set_grad_enabled(backward), torch.autocast("cpu", BF16, precision != "32-true"):
                 out = run()
             if backward:
                 out.backward()
     finally:
         Draws.normal = normal
-    return mode.found, mode.numbers
+    return mode.found, mode.products, mode.numbers
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_no_step_makes_a_half_precision_number(ranks, precision):
     (found,) = ranks.run(steps, 1, 1, precision)
-    assert all(numbers > 500 for _, numbers in found.values())
-    lines = {f"{name}: {line}" for name, (lines, _) in found.items() for line in lines}
+    assert all(numbers > 500 for *_, numbers in found.values())
+    lines = {f"{name}: {line}" for name, (lines, *_) in found.items() for line in lines}
+    assert not lines, "\n".join(sorted(lines))
+
+
+def test_no_step_makes_a_matrix_product_of_numbers_on_gpus(ranks):
+    """Which ``tf32=true`` would round."""
+    (found,) = ranks.run(steps, 1, 1, "32-true")
+    assert all(numbers > 500 for *_, numbers in found.values())
+    lines = {f"{name}: {line}" for name, (_, lines, _) in found.items() for line in lines}
+    lines = {line for line in lines if not any(place in line for place in NO_POINTS)}
     assert not lines, "\n".join(sorted(lines))
 
 

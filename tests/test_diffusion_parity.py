@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cpfold_train.model.config import DiffusionConfig, MemoryConfig
-from cpfold_train.model.edm import noise_levels, randomly_placed
+from cpfold_train.model.edm import noise_levels, placements, randomly_placed
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.testing.atoms import atom_features
 from cpfold_train.testing.diffusion_cases import (
@@ -87,7 +87,7 @@ def placed(cp) -> tuple[Tensor, Tensor]:
     """The true structure and how it is placed, of this rank's atoms in many samples."""
     coords = cut(pad(INPUTS["coords"][0], "atom", cp.grid), "atom", cp.grid).repeat_interleave(50, 0)
     mask = atom_features(cp.grid)["atom_pad_mask"].repeat_interleave(50, 0)
-    return coords, randomly_placed(coords, mask, draws().copies(50), cp)
+    return coords, randomly_placed(coords, mask, *placements(draws().copies(50), coords.dtype), cp)
 
 
 def test_structures_are_centred_and_turned_but_not_mirrored(ranks):

@@ -25,7 +25,12 @@ from cpfold_train.kernels.gated_projection import gated_projection, gated_projec
 from cpfold_train.kernels.linear import linear_by
 from cpfold_train.kernels.transition import transition
 from cpfold_train.kernels.work import NAMESPACE, WORK, Work
-from cpfold_train.model.pair_stack import PairStack, TriangleMultiplicationIncoming, TriangleMultiplicationOutgoing
+from cpfold_train.model.pair_stack import (
+    PairStack,
+    TriangleMultiplicationIncoming,
+    TriangleMultiplicationOutgoing,
+    pair_dropout,
+)
 from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import Grid
@@ -141,13 +146,14 @@ def multiplied(module: nn.Module, x: dict[str, Tensor], cp: ContextParallel) -> 
 
 
 def updated(module: nn.Module, x: dict[str, Tensor], cp: ContextParallel) -> Tensor:
-    return module.update_pairs(x["z"], x["token_mask"], cp, Draws(torch.tensor([3, 4])))
+    dropout = pair_dropout(0.25, x["token_mask"].shape[1], Draws(torch.tensor([3, 4])))
+    return module.update_pairs(x["z"], x["token_mask"], cp, dropout)
 
 
 BLOCKS = {
     "outgoing": (TriangleMultiplicationOutgoing, (C,), multiplied),
     "incoming": (TriangleMultiplicationIncoming, (C,), multiplied),
-    "pair stack": (PairStack, (C, 0.25, 8, 2), updated),
+    "pair stack": (PairStack, (C, 8, 2), updated),
 }
 
 

@@ -121,7 +121,7 @@ def test_recomputed_updates_keep_z_before_each_of_them(ranks):
 
 def tiles_kept(cp: ContextParallel, recompute_updates: bool) -> int:
     """Tensors of a tile's size that a pair stack keeps."""
-    stack = PairStack(C_Z, 0.0, 6, 2, recompute_updates).double()
+    stack = PairStack(C_Z, 6, 2, recompute_updates).double()
     z, mask = (cut(pad(x, kind, cp.grid), kind, cp.grid) for x, kind in (INPUTS["z"], INPUTS["token_mask"]))
     kept = set()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.add((x.data_ptr(), x.numel())) or x, lambda x: x):

@@ -20,7 +20,7 @@ from cpfold_train.parallel.context import ContextParallel
 
 
 def _msa_block(module: nn.Module, x: Inputs, cp: ContextParallel) -> tuple[Tensor, ...]:
-    return module(x["z"], x["m"], x["token_pad_mask"], x["msa_mask"], pair_counts(x["msa_mask"], cp), cp, None)
+    return module(x["z"], x["m"], x["token_pad_mask"], x["msa_mask"], pair_counts(x["msa_mask"], cp), cp, None, None)
 
 
 TRUNK = {
@@ -67,7 +67,6 @@ TRUNK = {
             c.token_s,
             c.token_z,
             c.pairformer.num_heads,
-            0.0,
             c.pairformer.pairwise_head_width,
             c.pairformer.pairwise_num_heads,
         ),

@@ -80,8 +80,8 @@ class AtomDiffusion(nn.Module):
             mask = feats["atom_pad_mask"].repeat_interleave(multiplicity, 0)
             level = samples.at("sigma").normal(0, 1)[:, 0].to(coords.dtype)
             sigmas = config.sigma_data * (config.P_mean + config.P_std * level).exp()
-            coords = randomly_placed(coords, mask, samples, cp)
-            noisy = coords + sigmas[:, None, None] * noise(coords, samples, cp)
+            coords = randomly_placed(coords, mask, *placements(samples, coords.dtype), cp)
+            noisy = coords + sigmas[:, None, None] * noise(coords, samples.at("noise"), cp)
             denoised = self.denoise(noisy, sigmas, s_inputs, s_trunk, feats, conditioning, cp)
             return {"denoised_atom_coords": denoised, "aligned_true_atom_coords": coords, "sigmas": sigmas}
 
@@ -145,12 +145,15 @@ class AtomDiffusion(nn.Module):
             conditioning = conditioning._replace(token_trans_bias=biases.__getitem__)
 
             levels = noise_levels(config, num_sampling_steps)
-            coords = levels[0] * noise(mask.new_empty(*mask.shape, 3), samples.at("start"), cp)
+            # Of all steps at once, but for the noise itself, which is as large as the structures.
+            steps = samples.each("step", last=range(num_sampling_steps))
+            (turns, shifts), noises = placements(steps, mask.dtype), steps.at("noise").keys
+            coords = levels[0] * noise(mask.new_empty(*mask.shape, 3), samples.at("start").at("noise"), cp)
             for step, (before, after) in enumerate(pairwise(levels)):
-                here = samples.at("step", step)
                 raised = before * (1 + (config.gamma_0 if after > config.gamma_min else 0))
-                coords = randomly_placed(coords, mask, here, cp)
-                noisy = coords + config.noise_scale * (raised**2 - before**2) ** 0.5 * noise(coords, here, cp)
+                coords = randomly_placed(coords, mask, turns[step], shifts[step], cp)
+                amplitude = config.noise_scale * (raised**2 - before**2) ** 0.5
+                noisy = coords + amplitude * noise(coords, Draws(noises[step]), cp)
                 sigmas = coords.new_full(coords.shape[:1], raised)
                 denoised = self.denoise(noisy, sigmas, s_inputs, s_trunk, feats, conditioning, cp)
                 noisy = weighted_rigid_align(noisy, denoised, mask, mask, cp)
@@ -168,20 +171,24 @@ def noise_levels(config: DiffusionConfig, num_sampling_steps: int) -> list[float
 def noise(coords: Tensor, draws: Draws, cp: ContextParallel) -> Tensor:
     """Standard normal deviates like the share ``coords`` (B, A/P, 3), one stream of ``draws`` a sample."""
     first, stop = split(coords.shape[1] * cp.all.size, cp.all.size)[cp.all.index]
-    return draws.at("noise").normal(3 * first, 3 * stop).unflatten(1, (-1, 3)).to(coords.dtype)
+    return draws.normal(3 * first, 3 * stop).unflatten(1, (-1, 3)).to(coords.dtype)
 
 
-def randomly_placed(coords: Tensor, mask: Tensor, draws: Draws, cp: ContextParallel) -> Tensor:
-    """Coordinates, their centre moved near the origin, turned at random (AlphaFold 3, Algorithm 19).
+def placements(draws: Draws, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Random rotations (..., B, 3, 3) and shifts (..., B, 3), for streams (..., B)."""
+    turns = rotations(draws.at("rotation").normal(0, 4).to(dtype))
+    return turns, draws.at("translation").normal(0, 3).to(dtype)
+
+
+def randomly_placed(coords: Tensor, mask: Tensor, turn: Tensor, shift: Tensor, cp: ContextParallel) -> Tensor:
+    """Coordinates, their centre moved to the origin, turned and shifted (AlphaFold 3, Algorithm 19).
 
     Args:
         coords: (B, A/P, 3) this rank's share, in Angstrom.
         mask: (B, A/P), 1 for the atoms of which the centre is taken.
-        draws: one stream a sample.
+        turn, shift: of :func:`placements`.
         cp: the running grid.
     """
     sums = torch.cat([(coords * mask[..., None]).sum(1), mask.sum(1, keepdim=True)], 1)
     middle, count = all_reduce(sums, cp, cp.all, OP).split([3, 1], 1)
-    turn = rotations(draws.at("rotation").normal(0, 4).to(coords.dtype))
-    shift = draws.at("translation").normal(0, 3).to(coords.dtype)
     return turned(coords - (middle / count)[:, None], turn) + shift[:, None]

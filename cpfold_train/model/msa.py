@@ -12,9 +12,9 @@ from cpfold_train.model.blocks import run_blocks
 from cpfold_train.model.config import MemoryConfig, MSAConfig
 from cpfold_train.model.constants import NUM_TOKENS
 from cpfold_train.model.layers import Transition, linear, normed_linear
-from cpfold_train.model.pair_stack import PairStack
+from cpfold_train.model.pair_stack import PairStack, pair_dropout
 from cpfold_train.ops import outer_product_mean as opm
-from cpfold_train.ops.dropout import drop_rows
+from cpfold_train.ops.dropout import drop_rows, row_factors
 from cpfold_train.ops.pair_weighted_averaging import pair_weighted_averaging
 from cpfold_train.ops.recompute import call, recompute
 from cpfold_train.parallel.context import ContextParallel
@@ -70,11 +70,10 @@ class MSALayer(nn.Module):
     def __init__(self, config: MSAConfig, token_z: int, recompute_updates: bool = False) -> None:
         super().__init__()
         self.run = recompute if recompute_updates else call
-        self.msa_dropout = config.msa_dropout
         self.msa_transition = Transition(config.msa_s, 4 * config.msa_s)
         self.pair_weighted_averaging = PairWeightedAveraging(config.msa_s, token_z)
         self.pairformer_layer = PairStack(
-            token_z, config.z_dropout, config.pairwise_head_width, config.pairwise_num_heads, recompute_updates
+            token_z, config.pairwise_head_width, config.pairwise_num_heads, recompute_updates
         )
         self.outer_product_mean = OuterProductMean(config.msa_s, token_z)
 
@@ -86,7 +85,8 @@ class MSALayer(nn.Module):
         msa_mask: Tensor,
         count: Tensor,
         cp: ContextParallel,
-        draws: Draws | None,
+        dropout: Tensor | None,
+        msa_dropout: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """New z and m.
 
@@ -97,13 +97,13 @@ class MSALayer(nn.Module):
             msa_mask: MSA block (B, S/R, N/C).
             count: pair tile (B, N/R, N/C), sequences that cover both tokens.
             cp: the running grid.
-            draws: dropout of this block; None in evaluation.
+            dropout: (4, B, N), see :func:`~cpfold_train.model.pair_stack.pair_dropout`; None in evaluation.
+            msa_dropout: (B, S/R), factors of whole sequences; None in evaluation.
         """
-        sequences = cp.grid.msa_rows(m.shape[1] * cp.grid.rows)
 
         def averaged(m: Tensor, z: Tensor) -> Tensor:
             update = self.pair_weighted_averaging(m, z, token_mask, cp)
-            return m + drop_rows(update, self.msa_dropout, sequences, None if draws is None else draws.at("msa"))
+            return m + drop_rows(update, msa_dropout)
 
         def multiplied(z: Tensor, m: Tensor) -> Tensor:
             return z + self.outer_product_mean(m, msa_mask, count, cp).to(z.dtype)
@@ -111,7 +111,7 @@ class MSALayer(nn.Module):
         m = self.run(averaged, m, z)
         m = self.msa_transition(m, cp.kernels, residual=True)
         z = self.run(multiplied, z, m)
-        return self.pairformer_layer.update_pairs(z, token_mask, cp, draws), m
+        return self.pairformer_layer.update_pairs(z, token_mask, cp, dropout), m
 
 
 class MSAModule(nn.Module):
@@ -119,7 +119,7 @@ class MSAModule(nn.Module):
 
     def __init__(self, token_s: int, token_z: int, config: MSAConfig, memory: MemoryConfig) -> None:
         super().__init__()
-        self.memory = memory
+        self.z_dropout, self.msa_dropout, self.memory = config.z_dropout, config.msa_dropout, memory
         self.s_proj = linear(token_s, config.msa_s, "default")
         self.msa_proj = linear(NUM_TOKENS + 3, config.msa_s, "default")
         self.layers = nn.ModuleList(
@@ -148,8 +148,13 @@ class MSAModule(nn.Module):
 
         count = opm.pair_counts(feats["msa_mask"], cp)
 
+        of_blocks = None if draws is None else draws.each("msa_module", last=range(len(self.layers)))
+        dropout = pair_dropout(self.z_dropout, s_inputs.shape[1], of_blocks)
+        sequences = cp.grid.msa_rows(m.shape[1] * cp.grid.rows)
+        msa_dropout = row_factors(self.msa_dropout, sequences, None if of_blocks is None else of_blocks.at("msa"))
+
         def block(i: int, z: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-            at = None if draws is None else draws.at("msa_module", i)
-            return self.layers[i](z, m, feats["token_pad_mask"], feats["msa_mask"], count, cp, at)
+            drop = (None if factors is None else factors[i] for factors in (dropout, msa_dropout))
+            return self.layers[i](z, m, feats["token_pad_mask"], feats["msa_mask"], count, cp, *drop)
 
         return run_blocks(block, len(self.layers), z, m, self.memory)[0]

@@ -17,8 +17,25 @@ from cpfold_train.ops.dropout import row_factors
 from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.ops.recompute import call, recompute
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.parallel.grid import Interval
 from cpfold_train.parallel.random import Draws
+
+SITES = ("tri_mul_out", "tri_mul_in", "tri_att_start", "tri_att_end")
+"""Names of the triangle updates in their order, and of the streams of their dropout."""
+
+
+def pair_dropout(p: float, n: int, draws: Draws | None) -> Tensor | None:
+    """Dropout of the triangle updates of a layer, or at once of all layers of a stack.
+
+    Args:
+        p: probability.
+        n: N.
+        draws: streams of the layer, (B,), or of all layers, such as (layers, B); None in evaluation.
+
+    Returns:
+        (..., 4, B, N), for :meth:`PairStack.update_pairs`: factors of whole rows, and of whole columns of the last
+        update. None where there is no dropout.
+    """
+    return row_factors(p, (0, n), None if draws is None else draws.each(last=SITES))
 
 
 class TriangleMultiplication(nn.Module):
@@ -133,7 +150,6 @@ class PairStack(nn.Module):
 
     Args:
         token_z: channels of z.
-        dropout: of rows or columns of each triangle update.
         pairwise_head_width, pairwise_num_heads: of the triangle attention.
         recompute_updates: compute each triangle update again in the backward pass, by itself.
     """
@@ -141,13 +157,11 @@ class PairStack(nn.Module):
     def __init__(
         self,
         token_z: int,
-        dropout: float,
         pairwise_head_width: int,
         pairwise_num_heads: int,
         recompute_updates: bool = False,
     ) -> None:
         super().__init__()
-        self.dropout = dropout
         self.run = recompute if recompute_updates else call
         self.tri_mul_out = TriangleMultiplicationOutgoing(token_z)
         self.tri_mul_in = TriangleMultiplicationIncoming(token_z)
@@ -155,25 +169,24 @@ class PairStack(nn.Module):
         self.tri_att_end = TriangleAttentionEndingNode(token_z, pairwise_head_width, pairwise_num_heads)
         self.transition_z = Transition(token_z, 4 * token_z)
 
-    def update_pairs(self, z: Tensor, token_mask: Tensor, cp: ContextParallel, draws: Draws | None) -> Tensor:
+    def update_pairs(self, z: Tensor, token_mask: Tensor, cp: ContextParallel, dropout: Tensor | None) -> Tensor:
         """New z.
 
         Args:
             z: tile (B, N/R, N/C, token_z).
             token_mask: (B, N).
             cp: the running grid.
-            draws: dropout of this layer; None in evaluation.
+            dropout: (4, B, N), see :func:`pair_dropout`; None in evaluation.
         """
         n = token_mask.shape[1]
-        rows, cols = cp.grid.row_tokens(n), cp.grid.col_tokens(n)
+        rows, cols = slice(*cp.grid.row_tokens(n)), slice(*cp.grid.col_tokens(n))
         mask = pair_mask(token_mask, cp.grid)
+        multiplied, attended = (mask, rows), (token_mask, rows)
 
-        def updated(z: Tensor, site: str, mask: Tensor, positions: Interval) -> Tensor:
-            factors = row_factors(self.dropout, positions, None if draws is None else draws.at(site))
-            return getattr(self, site)(z, mask, cp, True, factors)
+        def updated(z: Tensor, site: int, mask: Tensor, positions: slice) -> Tensor:
+            factors = None if dropout is None else dropout[site, :, positions]
+            return getattr(self, SITES[site])(z, mask, cp, True, factors)
 
-        z = self.run(updated, z, "tri_mul_out", mask, rows)
-        z = self.run(updated, z, "tri_mul_in", mask, rows)
-        z = self.run(updated, z, "tri_att_start", token_mask, rows)
-        z = self.run(updated, z, "tri_att_end", token_mask, cols)
+        for site, args in enumerate((multiplied, multiplied, attended, (token_mask, cols))):
+            z = self.run(updated, z, site, *args)
         return self.transition_z(z, cp.kernels, residual=True)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from cpfold_train.model.blocks import run_blocks
 from cpfold_train.model.config import MemoryConfig, PairformerConfig
 from cpfold_train.model.layers import Transition, linear, normed_linear, without_autocast
-from cpfold_train.model.pair_stack import PairStack
+from cpfold_train.model.pair_stack import PairStack, pair_dropout
 from cpfold_train.ops.attention_pair_bias import all_tokens, attention_pair_bias
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.random import Draws
@@ -58,18 +58,17 @@ class PairformerLayer(PairStack):
         token_s: int,
         token_z: int,
         num_heads: int,
-        dropout: float,
         pairwise_head_width: int,
         pairwise_num_heads: int,
         recompute_updates: bool = False,
     ) -> None:
-        super().__init__(token_z, dropout, pairwise_head_width, pairwise_num_heads, recompute_updates)
+        super().__init__(token_z, pairwise_head_width, pairwise_num_heads, recompute_updates)
         self.pre_norm_s = nn.LayerNorm(token_s)
         self.attention = AttentionPairBias(token_s, token_z, num_heads)
         self.transition_s = Transition(token_s, 4 * token_s)
 
     def forward(
-        self, s: Tensor, z: Tensor, token_mask: Tensor, cp: ContextParallel, draws: Draws | None
+        self, s: Tensor, z: Tensor, token_mask: Tensor, cp: ContextParallel, dropout: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """New s and z.
 
@@ -78,9 +77,9 @@ class PairformerLayer(PairStack):
             z: tile (B, N/R, N/C, token_z).
             token_mask: (B, N).
             cp: the running grid.
-            draws: dropout of this block; None in evaluation.
+            dropout: (4, B, N), see :func:`~cpfold_train.model.pair_stack.pair_dropout`; None in evaluation.
         """
-        z = self.update_pairs(z, token_mask, cp, draws)
+        z = self.update_pairs(z, token_mask, cp, dropout)
         # The single track is an fp32 island whatever the precision of z: its values grow over the blocks.
         with without_autocast(s):
             dtype = self.pre_norm_s.weight.dtype
@@ -96,13 +95,12 @@ class PairformerModule(nn.Module):
 
     def __init__(self, token_s: int, token_z: int, config: PairformerConfig, memory: MemoryConfig) -> None:
         super().__init__()
-        self.memory = memory
+        self.dropout, self.memory = config.dropout, memory
         self.layers = nn.ModuleList(
             PairformerLayer(
                 token_s,
                 token_z,
                 config.num_heads,
-                config.dropout,
                 config.pairwise_head_width,
                 config.pairwise_num_heads,
                 memory.recompute_updates,
@@ -113,11 +111,13 @@ class PairformerModule(nn.Module):
     def forward(
         self, s: Tensor, z: Tensor, token_mask: Tensor, cp: ContextParallel, draws: Draws | None
     ) -> tuple[Tensor, Tensor]:
-        """New s and z; shapes as :meth:`PairformerLayer.forward`."""
+        """New s and z; shapes as :meth:`PairformerLayer.forward`. ``draws`` are those of all blocks; None in
+        evaluation."""
+        of_blocks = None if draws is None else draws.each("pairformer", last=range(len(self.layers)))
+        dropout = pair_dropout(self.dropout, token_mask.shape[1], of_blocks)
 
         def block(i: int, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-            at = None if draws is None else draws.at("pairformer", i)
-            return self.layers[i](s, z, token_mask, cp, at)[::-1]
+            return self.layers[i](s, z, token_mask, cp, None if dropout is None else dropout[i])[::-1]
 
         z, s = run_blocks(block, len(self.layers), z, s, self.memory)
         return s, z

@@ -18,7 +18,7 @@ from cpfold_train.model.blocks import kept_results
 from cpfold_train.model.config import MemoryConfig, TemplateConfig
 from cpfold_train.model.constants import NUM_TOKENS
 from cpfold_train.model.layers import linear, without_autocast
-from cpfold_train.model.pair_stack import PairStack
+from cpfold_train.model.pair_stack import PairStack, pair_dropout
 from cpfold_train.ops.offload import Boundary
 from cpfold_train.ops.recompute import call, recompute
 from cpfold_train.parallel.context import ContextParallel
@@ -32,8 +32,7 @@ class TemplateStack(nn.Module):
         super().__init__()
         widths = config.pairwise_head_width, config.pairwise_num_heads
         self.layers = nn.ModuleList(
-            PairStack(config.template_dim, config.dropout, *widths, recompute_updates)
-            for _ in range(config.template_blocks)
+            PairStack(config.template_dim, *widths, recompute_updates) for _ in range(config.template_blocks)
         )
 
 
@@ -50,7 +49,7 @@ class TemplateV2Module(nn.Module):
     def __init__(self, token_z: int, config: TemplateConfig, memory: MemoryConfig) -> None:
         super().__init__()
         dim = config.template_dim
-        self.memory = memory
+        self.dropout, self.memory = config.dropout, memory
         self.z_norm = nn.LayerNorm(token_z)
         self.v_norm = nn.LayerNorm(dim)
         self.z_proj = linear(token_z, dim, "default")
@@ -74,11 +73,14 @@ class TemplateV2Module(nn.Module):
         names = [name for name in feats if name.startswith("template_")] + ["visibility_ids"]
         given = feats["template_mask"].any(2).to(self.v_norm.weight.dtype)
         given = given / given.sum(1, keepdim=True).clamp(min=1)
+        count, blocks = given.shape[1], len(self.pairformer.layers)
+        if draws is not None:
+            draws = draws.each("template_module", last=range(count)).each("block", last=range(blocks))
+        dropout = pair_dropout(self.dropout, feats["token_pad_mask"].shape[1], draws)
         total, boundary = 0, None
-        for t in range(given.shape[1]):
+        for t in range(count):
             template = {name: feats[name][:, t] for name in names}
-            at = None if draws is None else draws.at("template_module", t)
-            args = z, template, feats["token_pad_mask"], cp, at
+            args = z, template, feats["token_pad_mask"], cp, None if dropout is None else dropout[t]
             if self.memory.recompute:
                 boundary = Boundary(boundary) if self.memory.offload else None
                 v = recompute(self._look_at, *args, results=kept_results(self.memory, boundary))
@@ -89,17 +91,17 @@ class TemplateV2Module(nn.Module):
         return self.u_proj(F.relu(total.to(z.dtype)))
 
     def _look_at(
-        self, z: Tensor, template: dict[str, Tensor], token_mask: Tensor, cp: ContextParallel, draws: Draws | None
+        self, z: Tensor, template: dict[str, Tensor], token_mask: Tensor, cp: ContextParallel, dropout: Tensor | None
     ) -> Tensor:
-        """Tile (B, N/R, N/C, template_dim) of one template of each sample, whose features are (B, N, ...)."""
+        """Tile (B, N/R, N/C, template_dim) of one template of each sample, whose features are (B, N, ...); ``dropout``
+        is that of all blocks, (blocks, 4, B, N)."""
         v = self._embed(z, template, cp)
         update, blocks = v, self.pairformer.layers
         # Blocks that together are no wider than z hold no more than one of the Pairformer: the template's own
         # recomputation is enough. Of more blocks each is computed once more.
         run = recompute if self.memory.recompute and len(blocks) * v.shape[-1] > z.shape[-1] else call
         for i, block in enumerate(blocks):
-            at = None if draws is None else draws.at("block", i)
-            update = run(block.update_pairs, update, token_mask, cp, at)
+            update = run(block.update_pairs, update, token_mask, cp, None if dropout is None else dropout[i])
         return layer_norm(v + update, self.v_norm.weight, self.v_norm.bias, cp.kernels, z.dtype)
 
     def _embed(self, z: Tensor, template: dict[str, Tensor], cp: ContextParallel) -> Tensor:

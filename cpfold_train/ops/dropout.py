@@ -11,20 +11,20 @@ from cpfold_train.parallel.grid import Interval
 from cpfold_train.parallel.random import Draws
 
 
-def drop_rows(x: Tensor, p: float, rows: Interval, draws: Draws | None) -> Tensor:
-    """Zero each row of a tile with probability ``p`` and scale the others by 1 / (1 - p).
+def row_factors(p: float, rows: Interval, draws: Draws | None) -> Tensor | None:
+    """With what each row is multiplied: 0 with probability ``p``, else 1 / (1 - p).
 
     Args:
-        x: (B, rows, ..., ...), a pair tile or an MSA block.
         p: probability.
-        rows: global positions of the rows in ``x``.
-        draws: streams of this site; None leaves ``x`` as it is.
+        rows: global positions of the rows.
+        draws: streams (..., B) of a site, or of several at once; None in evaluation.
+
+    Returns:
+        (..., B, rows) in fp32; None where rows stay as they are.
     """
-    factors = row_factors(p, rows, draws)
-    return x if factors is None else x * factors[:, :, None, None].to(x.dtype)
-
-
-def row_factors(p: float, rows: Interval, draws: Draws | None) -> Tensor | None:
-    """What :func:`drop_rows` multiplies each row with, for whoever does so itself: (B, rows) in fp32; None where it
-    leaves them as they are."""
     return None if draws is None or p == 0 else (draws.uniform(*rows) >= p).float() / (1 - p)
+
+
+def drop_rows(x: Tensor, factors: Tensor | None) -> Tensor:
+    """x (B, rows, ..., ...), a pair tile or an MSA block, times ``factors`` (B, rows) of :func:`row_factors`."""
+    return x if factors is None else x * factors[:, :, None, None].to(x.dtype)

@@ -10,9 +10,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 
+def products_are_exact(x: Tensor) -> bool:
+    """Whether a matrix product of x is as exact as its dtype, whatever the settings: on CPU."""
+    return x.device.type == "cpu"
+
+
 def linear_of_points(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear``: (..., k) times the transpose of (c, k), of few components k."""
-    if x.device.type == "cpu":
+    if products_are_exact(x):
         return linear(x, weight, bias)
     out = by_component(x, weight.T)
     return out if bias is None else out + bias
@@ -20,7 +25,7 @@ def linear_of_points(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 def turned(points: Tensor, rotation: Tensor) -> Tensor:
     """(..., n, 3) times (..., 3, 3)."""
-    return points @ rotation if points.device.type == "cpu" else by_component(points, rotation)
+    return points @ rotation if products_are_exact(points) else by_component(points, rotation)
 
 
 def by_component(x: Tensor, matrix: Tensor) -> Tensor:

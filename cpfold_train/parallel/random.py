@@ -11,6 +11,7 @@ used as a counter-based hash.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -49,10 +50,13 @@ def _mix(x: Tensor) -> Tensor:
 
 
 class Draws:
-    """A family of random streams, one for each sample of the batch.
+    """A family of random streams, one for each sample of the batch; or those of several sites at once.
+
+    A draw takes some twenty small operations, however many sites and positions there are: what many layers draw is
+    drawn for all of them together.
 
     Args:
-        keys: (B,) int64, one key a sample.
+        keys: (..., B) int64, one key a sample; of several sites in the dims before.
     """
 
     def __init__(self, keys: Tensor) -> None:
@@ -62,22 +66,29 @@ class Draws:
         """The independent family that belongs to a site: ``draws.at("msa_module", 3)``."""
         return Draws(_mix(self.keys ^ key_of(*site)))
 
+    def each(self, *site: int | str, last: Sequence[int | str]) -> Draws:
+        """The families ``at(*site, x)`` of all x of ``last``, keys (..., len(last), B)."""
+        if not last:
+            return Draws(self.keys[..., None, :][..., :0, :])
+        # Not from a tensor of the sites' keys: the copy of that to a GPU would wait for it.
+        return Draws(_mix(torch.stack([self.keys ^ key_of(*site, x) for x in last], -2)))
+
     def copies(self, count: int) -> Draws:
         """Independent families for ``count`` copies of each sample, in the order of ``repeat_interleave(count, 0)``."""
-        return Draws(torch.stack([self.at("copy", k).keys for k in range(count)], 1).flatten())
+        return Draws(self.each("copy", last=range(count)).keys.mT.flatten(-2))
 
     def uniform(self, start: int, stop: int) -> Tensor:
-        """Positions ``start ... stop - 1`` of each stream, (B, stop - start) float32 in [0, 1)."""
+        """Positions ``start ... stop - 1`` of each stream, (..., B, stop - start) float32 in [0, 1)."""
         position = torch.arange(start + 1, stop + 1, device=self.keys.device)
-        bits = _mix(self.keys[:, None] + position * _signed(_GOLDEN))
+        bits = _mix(self.keys[..., None] + position * _signed(_GOLDEN))
         return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
 
     def normal(self, start: int, stop: int) -> Tensor:
-        """Positions ``start ... stop - 1`` of each stream, (B, stop - start) float32 standard normal (Box-Muller).
+        """Positions ``start ... stop - 1`` of each stream, (..., B, stop - start) float32 standard normal (Box-Muller).
 
         Logarithm and cosine are in fp64, where libraries differ in the last bit: rounded to fp32 they agree but for
         about one draw in 2^28, of which devices may differ in the last bit. :meth:`uniform` is exact everywhere.
         """
-        first, second = self.uniform(2 * start, 2 * stop).double().unflatten(1, (-1, 2)).unbind(2)
+        first, second = self.uniform(2 * start, 2 * stop).double().unflatten(-1, (-1, 2)).unbind(-1)
         # 1 - u is never zero.
         return ((-2 * torch.log1p(-first)).sqrt() * torch.cos(2 * torch.pi * second)).float()

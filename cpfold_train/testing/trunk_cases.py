@@ -14,10 +14,12 @@ from cpfold_train.model.pair_stack import (
     TriangleAttentionStartingNode,
     TriangleMultiplicationIncoming,
     TriangleMultiplicationOutgoing,
+    pair_dropout,
 )
 from cpfold_train.model.pairformer import AttentionPairBias, PairformerLayer
 from cpfold_train.model.trunk import DistogramModule, Trunk
 from cpfold_train.ops.attention_pair_bias import all_tokens
+from cpfold_train.ops.dropout import row_factors
 from cpfold_train.ops.outer_product_mean import pair_counts
 from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.parallel.context import ContextParallel
@@ -80,13 +82,16 @@ def distogram(module: nn.Module, x: Inputs, cp: ContextParallel) -> Tensor:
 
 def msa_layer(module: nn.Module, x: Inputs, cp: ContextParallel, which: int) -> Tensor:
     """z or m of a block of the MSA module, with dropout."""
-    count = pair_counts(x["msa_mask"], cp)
-    return module(x["z"], x["m"], x["token_mask"], x["msa_mask"], count, cp, draws(x["z"].device))[which]
+    count, own = pair_counts(x["msa_mask"], cp), draws(x["z"].device)
+    dropout = pair_dropout(MSA.z_dropout, x["token_mask"].shape[1], own)
+    of_msa = row_factors(MSA.msa_dropout, cp.grid.msa_rows(x["m"].shape[1] * cp.grid.rows), own.at("msa"))
+    return module(x["z"], x["m"], x["token_mask"], x["msa_mask"], count, cp, dropout, of_msa)[which]
 
 
 def pairformer_s(module: nn.Module, x: Inputs, cp: ContextParallel) -> Tensor:
     """s of a block of the Pairformer, with dropout."""
-    return module(x["s"], x["z"], x["token_mask"], cp, draws(x["z"].device))[0]
+    dropout = pair_dropout(0.25, x["token_mask"].shape[1], draws(x["z"].device))
+    return module(x["s"], x["z"], x["token_mask"], cp, dropout)[0]
 
 
 def distogram_of_trunk(module: nn.Module, x: Inputs, cp: ContextParallel) -> Tensor:
@@ -177,7 +182,7 @@ TRUNK = {
     "msa block, m": _case(
         partial(double, MSALayer, MSA, C_Z), partial(msa_layer, which=1), ("m", "z", "token_mask", "msa_mask"), "msa"),
     "pairformer block": _case(
-        partial(double, PairformerLayer, C_S, C_Z, 4, 0.25, 6, 2), pairformer_s, ("s", "z", "token_mask"), "token"),
+        partial(double, PairformerLayer, C_S, C_Z, 4, 6, 2), pairformer_s, ("s", "z", "token_mask"), "token"),
     "trunk": _case(partial(small_trunk, MemoryConfig()), distogram_of_trunk, (), "pair", 1e-7),
 }  # fmt: skip
 for _way in ("alltoall", "ring"):
