@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpfold_train.kernels.regions import REGIONS, compile_regions
+from cpfold_train.kernels.regions import REGIONS, compile_regions, compiled_by
 from cpfold_train.model import atom_encoder, transformer
 from cpfold_train.ops import window_attention
 
@@ -36,8 +36,8 @@ INPUTS: dict[str, list[tuple[int, ...] | int]] = {
 
 
 @contextmanager
-def compiled_by(backend: str) -> Iterator[None]:
-    compile_regions(backend)
+def compiling(backend: str) -> Iterator[None]:
+    compile_regions(compiled_by(backend))
     try:
         yield
     finally:
@@ -66,7 +66,7 @@ def test_a_region_is_one_graph(name, backend):
     arguments = [argument(shape) for shape in INPUTS[name]]
     expected = found(REGIONS[name], arguments)
     called = next(getattr(m, name) for m in (transformer, window_attention, atom_encoder) if hasattr(m, name))
-    with compiled_by(backend):
+    with compiling(backend):
         actual = found(called, arguments)
     for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
@@ -94,7 +94,7 @@ def test_layers_share_a_compiled_function_under_recomputation():
         return [out.detach(), *(x.grad for x in module.parameters())]
 
     expected = step()
-    with compiled_by("aot_eager"):
+    with compiling("aot_eager"):
         actual = step()
     for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
