@@ -5,8 +5,8 @@ which are Inductor's main ones (``torch/_inductor/ir.py`` and ``scheduler.py``):
 
 1. A pointwise operation that only such operations and reductions read is computed where it is read, as often as it is.
 2. What remains are loops: reductions, and pointwise results that a product or the caller of the graph reads.
-3. A loop joins a kernel whose results it reads, or that reads what it reads, if their sizes agree: two over equally many
-   elements, or a reduction and one over what it returns or, for a reduction of the last dims, over what it reads. No
+3. A loop joins a kernel whose results it reads, or that reads what it reads, if their sizes agree: two over equally
+   many elements, or a reduction and one over what it returns or, for one of the last dims, over what it reads. No
    other kernel may have to run between the two.
 
 A kernel reads what others have made, once, and writes what others need. A test compares this with Inductor itself.
@@ -27,8 +27,8 @@ from cpfold_train.plan.tally import Kernel
 from cpfold_train.plan.trace import WITH_EXPONENTIALS
 
 FILLS_A_GPU = 1 << 13
-"""Results from which on a reduction of leading dims, as that of a bias's gradient, is not split into two launches: 32 for
-each of two warps of 132 multiprocessors (``num_splits`` in ``torch/_inductor/ir.py``)."""
+"""Results from which on a reduction of leading dims, as that of a bias's gradient, is not split into two launches: 32
+for each of two warps of 132 multiprocessors (``num_splits`` in ``torch/_inductor/ir.py``)."""
 _REDUCTIONS = {"sum", "mean", "var_mean", "var", "amax", "amin", "argmax", "argmin", "prod", "any", "all"}
 _ADDING = {"index_put", "index_put_"}
 """Loops over their third argument that add to their first."""
