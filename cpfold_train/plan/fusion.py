@@ -155,10 +155,15 @@ def tensors(node: Node) -> list[Tensor]:
     return [x for x in tree_leaves(node.meta.get("val")) if isinstance(x, Tensor)]
 
 
-def _is_fusible(node: Node) -> bool:
+def is_product(node: Node) -> bool:
+    """Whether it is launched by itself: a product, attention, or an operator of this project."""
     if node.op != "call_function" or is_view(node):
         return False
-    return node.target.namespace in ("aten", "prims") and node.target._overloadpacket not in flop_registry
+    return node.target.namespace not in ("aten", "prims") or node.target._overloadpacket in flop_registry
+
+
+def _is_fusible(node: Node) -> bool:
+    return node.op == "call_function" and not is_view(node) and not is_product(node)
 
 
 def _is_root(node: Node) -> bool:

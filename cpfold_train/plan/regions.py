@@ -68,9 +68,10 @@ def _traced(tracer: Tracer, function: Callable, args: Sequence[Any]) -> Callable
     compiler = partial(_kernels, tracer)
     decompositions = select_decomp_table()
     traced = aot_function(function, compiler, compiler, min_cut_rematerialization_partition, decompositions)
-    # It is traced when it is first called. That call counts for nothing, nor does what it keeps for a backward pass.
+    # It is traced when it is first called, here with stand-ins, which graphs keep. That call counts for nothing, nor
+    # does what it keeps for a backward pass.
     with _disable_current_modes(), _tensors(args)[0].fake_mode, saved_tensors_hooks(_same, _same), tracer.times(0):
-        traced(*args)
+        traced(*tree_map_only(Tensor, lambda x: _room(x).requires_grad_(x.requires_grad), tuple(args)))
     return traced
 
 
