@@ -46,8 +46,8 @@ def region(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         nonlocal compiler, compiled
-        if is_replaced():
-            # What computes linear layers instead is not ours to compile.
+        if torch.compiler.is_compiling() or is_replaced():
+            # A part of another region; or what computes linear layers instead, which is not ours to compile.
             return function(*args, **kwargs)
         if compiler is not _compiler:
             compiler, compiled = _compiler, function if _compiler is None else _compiler(function)
