@@ -78,7 +78,8 @@ class _ByRows(torch.autograd.Function):
         tensors = ctx.saved_tensors
         needed = [i for i, needs in enumerate(ctx.needs_input_grad[4:]) if needs]
         grads: list[Tensor | None] = [None] * len(tensors)
-        for i in needed:
+        once = _at_once(tensors[: ctx.count], ctx.rows)
+        for i in [] if once else needed:
             x = tensors[i]
             # A sum over many blocks in bf16 would stop growing after a few hundred of them.
             wide = torch.promote_types(x.dtype, torch.float32)
@@ -89,7 +90,9 @@ class _ByRows(torch.autograd.Function):
         ):
             while found:
                 i, g = found.popitem()
-                if i < ctx.count:
+                if once:
+                    grads[i] = g
+                elif i < ctx.count:
                     grads[i][:, block] = g
                 else:
                     grads[i] += g
@@ -101,8 +104,8 @@ def in_blocks(
     function: Callable[..., Tensor], rows: int, inputs: Sequence[Tensor], shared: Sequence[Tensor], dim: int = 1
 ) -> Tensor:
     """What :func:`by_rows` returns, without gradient; all at once if there are no inputs."""
-    if not inputs:
-        return function(*shared)
+    if _at_once(inputs, rows):
+        return function(*inputs, *shared).contiguous()
     out = None
     for block in _blocks(inputs, rows):
         part = function(*(x[:, block] for x in inputs), *shared)
@@ -148,6 +151,11 @@ def block_gradients(
 def autocast_state(device: torch.device) -> AutocastState:
     """Device type, dtype and whether mixed precision is on: what ``torch.autocast`` takes."""
     return device.type, torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
+
+
+def _at_once(inputs: Sequence[Tensor], rows: int) -> bool:
+    """Whether one block is all: then nothing is put together."""
+    return not inputs or inputs[0].shape[1] <= rows
 
 
 def _blocks(inputs: Sequence[Tensor], rows: int) -> Iterator[slice]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cpfold_train.kernels.by_rows import autocast_state
+from cpfold_train.kernels.regions import region
 
 WIDTHS = (16, 32, 64, 128)
 """Channels of which a kernel holds whole pairs in registers."""
@@ -27,8 +28,9 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return dtype if enabled else x.dtype
 
 
-def folded(weight: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """A projection (c_out, c) of what a LayerNorm returns, as projection and bias (c_out,) of what it normalises; both
-    in fp32. Autocast leaves these operations alone."""
-    weight = weight.float()
+@region
+def folded(norm_weight: Tensor, norm_bias: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Projections (c_out, c) of what a LayerNorm returns, as one projection and bias (c_out,) of what it normalises,
+    one below the other; both in fp32. Autocast leaves these operations alone."""
+    weight = (torch.cat(weights) if len(weights) > 1 else weights[0]).float()
     return weight * norm_weight.float(), (weight * norm_bias.float()).sum(1)

@@ -51,7 +51,7 @@ def gated_output(
         (B, r, n, c); with the residual in the dtype of z, else under autocast in its dtype.
     """
     if takes(z, z.shape[-1], kernels) and not is_replaced():
-        p, g = folded(p_out, norm_out_weight, norm_out_bias), folded(g_out, norm_in_weight, norm_in_bias)
+        p, g = folded(norm_out_weight, norm_out_bias, p_out), folded(norm_in_weight, norm_in_bias, g_out)
         weight, bias = (torch.cat(both) for both in zip(p, g))
         return torch.ops.cpfold.gated_output(x, z, weight, bias, row_factors, residual, product_dtype(z))
     shared = norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias, p_out, g_out

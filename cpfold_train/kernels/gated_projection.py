@@ -39,7 +39,7 @@ def gated_projection(
         (B, o, r, n); under autocast in its dtype, else in that of z.
     """
     if takes(z, z.shape[-1], kernels):
-        weight, bias = folded(torch.cat([p_in, g_in]), norm_weight, norm_bias)
+        weight, bias = folded(norm_weight, norm_bias, p_in, g_in)
         return torch.ops.cpfold.gated_projection(z, mask, weight, bias, product_dtype(z))
     rows = rows_per_block(z.shape[0] * z.shape[2] * 2 * len(p_in) * z.element_size(), z.device)
     return by_rows(_project, rows, (z, mask), (norm_weight, norm_bias, p_in, g_in), dim=2)
@@ -51,7 +51,7 @@ def gated_projection_beside(
     """:func:`gated_projection`, and z for what reads it besides: the fused kernel adds the gradient of that to its own,
     which else were three passes over a tile."""
     if takes(z, z.shape[-1], kernels):
-        weight, bias = folded(torch.cat([p_in, g_in]), norm_weight, norm_bias)
+        weight, bias = folded(norm_weight, norm_bias, p_in, g_in)
         return _Beside.apply(z, mask, weight, bias, product_dtype(z))
     return gated_projection(z, mask, norm_weight, norm_bias, p_in, g_in, kernels), z
 

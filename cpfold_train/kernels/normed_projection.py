@@ -36,7 +36,7 @@ def normed_projection(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight:
         (B, rows, ..., h), under autocast in its dtype.
     """
     if takes(x, x.shape[-1], kernels) and len(weight) <= WIDEST and not is_replaced():
-        return _forward(x, *folded(weight, norm_weight, norm_bias), product_dtype(x))
+        return _forward(x, *folded(norm_weight, norm_bias, weight), product_dtype(x))
     rows = rows_per_block(x[:, :1].numel() * x.element_size(), x.device)
     return by_rows(_project_rows, rows, (x,), (norm_weight, norm_bias, weight))
 

@@ -10,36 +10,48 @@ compiled again, so crops are best padded to few sizes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import ParamSpec, TypeVar
 
 import torch
 
+from cpfold_train.kernels.linear import is_replaced
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
+Compiler = Callable[[Callable], Callable]
+"""Makes of a region what runs in its place."""
+
 REGIONS: dict[str, Callable] = {}
 """The functions as they are written, by name."""
-_backend: str | None = None
+_compiler: Compiler | None = None
 
 
-def compile_regions(backend: str | None) -> None:
-    """Choose for this process what compiles regions, as ``torch.compile`` calls it; None runs them as they are."""
-    global _backend
-    _backend = backend
+def compile_regions(compiler: Compiler | None) -> None:
+    """Choose for this process what compiles regions; None runs them as they are."""
+    global _compiler
+    _compiler = compiler
+
+
+def compiled_by(backend: str) -> Compiler:
+    """``torch.compile`` with one of its backends."""
+    return partial(torch.compile, backend=backend, fullgraph=True)
 
 
 def region(function: Callable[P, R]) -> Callable[P, R]:
     """Mark a function of tensors as a region. It must be one graph: no exchange, no value that the host looks at."""
-    compiled: dict[str, Callable[P, R]] = {}
+    compiler, compiled = None, function
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if _backend is None:
+        nonlocal compiler, compiled
+        if torch.compiler.is_compiling() or is_replaced():
+            # A part of another region; or what computes linear layers instead, which is not ours to compile.
             return function(*args, **kwargs)
-        if _backend not in compiled:
-            compiled[_backend] = torch.compile(function, backend=_backend, fullgraph=True)
-        return compiled[_backend](*args, **kwargs)
+        if compiler is not _compiler:
+            compiler, compiled = _compiler, function if _compiler is None else _compiler(function)
+        return compiled(*args, **kwargs)
 
     REGIONS[function.__qualname__] = function
     return run

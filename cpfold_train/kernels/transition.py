@@ -22,6 +22,7 @@ from torch.nn.functional import layer_norm
 from cpfold_train.kernels.by_rows import by_rows, rows_per_block
 from cpfold_train.kernels.fused import folded, product_dtype, takes
 from cpfold_train.kernels.linear import is_replaced, linear
+from cpfold_train.kernels.regions import region
 from cpfold_train.kernels.work import Work, work
 
 HIDDEN = 64
@@ -55,13 +56,14 @@ def transition(
     """
     hidden = len(fc1)
     if takes(x, x.shape[-1], kernels) and (hidden % HIDDEN == 0 or hidden in (16, 32)) and not is_replaced():
-        weight, bias = folded(torch.cat([fc1, fc2]), norm_weight, norm_bias)
+        weight, bias = folded(norm_weight, norm_bias, fc1, fc2)
         return torch.ops.cpfold.transition(x, weight, bias, fc3, residual, product_dtype(x))
     rows = rows_per_block(x[:, :1].numel() // x.shape[-1] * hidden * x.element_size(), x.device)
     update = by_rows(transition_at_once, rows, (x,), (norm_weight, norm_bias, fc1, fc2, fc3))
     return x + update if residual else update
 
 
+@region
 def transition_at_once(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, fc1: Tensor, fc2: Tensor, fc3: Tensor
 ) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpfold_train.kernels.by_rows import by_rows, rows_per_block
+from cpfold_train.kernels.regions import region
 from cpfold_train.kernels.transition import transition_at_once
 from cpfold_train.model.atom_encoder import AtomEncoder
 from cpfold_train.model.config import AtomConfig, DiffusionConfig
@@ -56,6 +57,7 @@ class PairwiseConditioning(nn.Module):
         return by_rows(_conditioned, rows_per_block(row_bytes, z_trunk.device), (z_trunk, rel_pos), shared)
 
 
+@region
 def _conditioned(
     z_trunk: Tensor, rel_pos: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, *transitions: Tensor
 ) -> Tensor:

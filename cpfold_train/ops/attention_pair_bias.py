@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cpfold_train.kernels.attention import is_fused
 from cpfold_train.kernels.partial_attention import partial_attention, partial_gradients
+from cpfold_train.kernels.regions import region
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import split
 from cpfold_train.parallel.redistribute import all_reduce, all_reduce_max, redistribute
@@ -36,15 +37,32 @@ def attention_pair_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, key_mask:
     Returns:
         (B, N/R, h, d) of the tile's rows, over the keys of all columns.
     """
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    bias, masked = bias.permute(0, 3, 1, 2), (key_mask[:, None, None].to(bias.dtype) - 1) * 1e6
     if is_fused(cp.kernels, q):
-        return _Merged.apply(q, k, v, bias, masked, cp).transpose(1, 2)
-    scores = q @ k.mT + bias + masked
+        masked = (key_mask[:, None, None].to(bias.dtype) - 1) * 1e6
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        return _Merged.apply(*heads_first, bias.permute(0, 3, 1, 2), masked, cp).transpose(1, 2)
+    scores, highest = _scores(q, k, bias, key_mask)
+    found = _weighted(scores, all_reduce_max(highest, cp, cp.col, OP), v)
+    return _quotient(all_reduce(found, cp, cp.col, OP))
 
-    highest = all_reduce_max(scores.amax(-1, keepdim=True), cp, cp.col, OP)
+
+@region
+def _scores(q: Tensor, k: Tensor, bias: Tensor, key_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, h, N/R, N/C), and the highest of each query."""
+    scores = q.transpose(1, 2) @ k.transpose(1, 2).mT + bias.permute(0, 3, 1, 2)
+    scores = scores + (key_mask[:, None, None].to(scores.dtype) - 1) * 1e6
+    return scores, scores.detach().amax(-1, keepdim=True)
+
+
+@region
+def _weighted(scores: Tensor, highest: Tensor, v: Tensor) -> Tensor:
+    """Sums of the values, and in the last channel those of their weights, (B, h, N/R, d + 1)."""
     weights = (scores - highest).exp()
-    merged = all_reduce(torch.cat([weights @ v, weights.sum(-1, keepdim=True)], -1), cp, cp.col, OP)
+    return torch.cat([weights @ v.transpose(1, 2), weights.sum(-1, keepdim=True)], -1)
+
+
+@region
+def _quotient(merged: Tensor) -> Tensor:
     return (merged[..., :-1] / merged[..., -1:]).transpose(1, 2)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from cpfold_train.kernels.by_rows import by_rows, rows_per_block
+from cpfold_train.kernels.regions import region
 
 
 def pair_bias(
@@ -23,13 +26,16 @@ def pair_bias(
     Returns:
         Tile (B, h, N/R, N/C).
     """
-
-    def project(z: Tensor, key_mask: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor) -> Tensor:
-        x = layer_norm(z.to(weight.dtype), norm_weight.shape, norm_weight, norm_bias)
-        return project_bias(x, key_mask, weight, inf)
-
     rows = rows_per_block(z[:, :1].numel() * z.element_size(), z.device)
-    return by_rows(project, rows, (z, key_mask), (norm_weight, norm_bias, weight), dim=2)
+    return by_rows(partial(_pair_bias, inf), rows, (z, key_mask), (norm_weight, norm_bias, weight), dim=2)
+
+
+@region
+def _pair_bias(
+    inf: float, z: Tensor, key_mask: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor
+) -> Tensor:
+    x = layer_norm(z.to(weight.dtype), norm_weight.shape, norm_weight, norm_bias)
+    return project_bias(x, key_mask, weight, inf)
 
 
 def project_bias(x: Tensor, key_mask: Tensor, weight: Tensor, inf: float) -> Tensor:

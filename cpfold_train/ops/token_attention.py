@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cpfold_train.kernels.partial_attention import partial_attention, partial_gradients
+from cpfold_train.kernels.regions import region
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import Interval, split
 from cpfold_train.parallel.layouts import col_parts
@@ -65,9 +66,7 @@ class _TokenAttention(torch.autograd.Function):
 
         def merge(some: slice, going: Sequence[Coming]) -> None:
             parts, logs = (route.arrive(x) for route, x in going)
-            log_total[:, some] = logs.logsumexp(0)
-            weights = (logs - log_total[:, some]).exp_()[..., None].to(parts.dtype)
-            torch.sum(parts * weights, 0, out=out[:, some])
+            out[:, some], log_total[:, some] = _merged(parts, logs)
 
         before: tuple[slice, list[Coming]] | None = None
         for some, (rows, (k_g, v_g)) in _in_turn(_groups(q, cp), fetch):
@@ -114,6 +113,14 @@ class _TokenAttention(torch.autograd.Function):
             del q_g, g, k_g, v_g, dq_g, dkv_g
         collect(*before)
         return dq, dk, dv, dbias.to(bias.dtype), None
+
+
+@region
+def _merged(parts: Tensor, logs: Tensor) -> tuple[Tensor, Tensor]:
+    """Results (C, ...) over the keys of several ranks, and the logarithms of their denominators, to those over all."""
+    log_total = logs.logsumexp(0)
+    weights = (logs - log_total).exp()[..., None].to(parts.dtype)
+    return (parts * weights).sum(0), log_total
 
 
 def _groups(q: Tensor, cp: ContextParallel) -> list[slice]:

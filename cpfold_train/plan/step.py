@@ -22,6 +22,7 @@ from cpfold_train.memory import LARGE_BYTES
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.parallel.context import ContextParallel, fake_world
 from cpfold_train.parallel.grid import Grid
+from cpfold_train.plan.regions import regions_compiled
 from cpfold_train.plan.shortcuts import (
     fused_attention,
     host_is_elsewhere,
@@ -138,6 +139,7 @@ def without_contents(
         weights_come_and_go(tracer),
         fused_attention(tracer),
         nullcontext() if on_host else host_is_elsewhere(tracer),
+        regions_compiled(tracer) if config.compile else nullcontext(),
     ):
         with tracer.category("parameters"):
             module.to_empty(device=device)

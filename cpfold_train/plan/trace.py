@@ -55,7 +55,7 @@ _PICKING = {"index", "index_select", "gather", "embedding"}
 """Operations that read of their first argument only as much as they return."""
 _WRITING = {"copy_", "fill_", "zero_"}
 """Operations that write their first argument without reading it."""
-_EXPONENTIALS = {"exp", "exp_", "_softmax", "sigmoid", "sigmoid_", "silu", "silu_"}
+WITH_EXPONENTIALS = {"exp", "exp_", "_softmax", "sigmoid", "sigmoid_", "silu", "silu_"}
 """Operations that take one of each element."""
 
 _SCATTER = "c10d::_reduce_scatter_base_"
@@ -269,7 +269,7 @@ class Tracer(TorchDispatchMode):
         count = flop_registry.get(func._overloadpacket)
         flops = count(*args, **kwargs, out_val=out) if count else 0
         first = results if name in _PICKING else [] if name in _WRITING else tensors[:1]
-        exps = results[0].numel() if name in _EXPONENTIALS else 0
+        exps = results[0].numel() if name in WITH_EXPONENTIALS else 0
         # Of what is expanded, memory has one copy.
         moved = sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in (*first, *tensors[1:], *results))
         self.kernel(Kernel(flops, tensors[0].dtype, moved, exps))
@@ -336,6 +336,9 @@ class Tracer(TorchDispatchMode):
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """A storage has another size than when it was made: FSDP frees gathered weights so, and makes room for them."""
+        if storage._cdata not in self._entries:
+            # Of what torch makes for itself.
+            return
         self._note()
         place, _ = self._drop(storage._cdata)
         self._hold(storage._cdata, place._replace(epoch=self._epoch), storage.nbytes())

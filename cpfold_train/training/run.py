@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger
 from cpfold_train.devices import DEVICES, called_alike, own_gpu_name
 from cpfold_train.errors import RunError
 from cpfold_train.kernels.by_rows import set_block_bytes
-from cpfold_train.kernels.regions import compile_regions
+from cpfold_train.kernels.regions import compile_regions, compiled_by
 from cpfold_train.memory import return_large_tensors
 from cpfold_train.training.boltz_checkpoint import initialise
 from cpfold_train.training.check_finetune import require_metric
@@ -64,7 +64,7 @@ def run(
     return_large_tensors()
     chunk_mib = config.memory.chunk_mib
     set_block_bytes(None if chunk_mib is None else int(chunk_mib * 2**20))
-    compile_regions("inductor" if config.compile else None)
+    compile_regions(compiled_by("inductor") if config.compile else None)
     pl.seed_everything(config.seed, verbose=False)
     timeout = timedelta(seconds=config.cp.timeout_s)
     module = CoFoldingModule(
