@@ -20,7 +20,7 @@ from cpfold_train.kernels.regions import REGIONS
 from cpfold_train.model import transformer
 from cpfold_train.plan.fusion import fused, is_product
 from cpfold_train.plan.regions import regions_compiled
-from cpfold_train.plan.tally import MEMORY, Tally, totals
+from cpfold_train.plan.tally import MEMORY, Speed, Tally, totals
 from cpfold_train.plan.trace import Tracer
 from tests.test_regions import COND, DIM, HEADS, INPUTS, B, N, found
 
@@ -90,7 +90,7 @@ def test_kernels_of_a_region_are_those_of_inductor(name):
 
 def layer_tally(compiled: bool) -> tuple[Tally, list[torch.Size], int]:
     """Of a layer of the diffusion transformer under recomputation, forward and backward; gradients; what is left."""
-    tracer = Tracer(lambda kernel: (MEMORY, 1.0), 0)
+    tracer = Tracer(Speed(lambda kernel: (MEMORY, 1.0), lambda *_: 0.0), 0)
     with FakeTensorMode(), tracer:
         module = transformer.DiffusionTransformer(2, HEADS, DIM, COND)
         a, s = torch.empty(B, N, DIM).requires_grad_(), torch.empty(B, N, COND)

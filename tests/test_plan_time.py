@@ -87,7 +87,7 @@ def test_an_operator_of_ours_counts_as_it_says_and_what_is_inside_does_not(formu
 
 def test_kernels_of_one_operator_are_planned_one_by_one(formula):
     WORK["test_product"] = lambda *_: [Work(8e14, 1e9, 1e9), Work(1e9, 1e9, 1e9, 2, l2_bytes=1e13)]
-    tracer = Tracer(kernel_seconds(H100), 0)
+    tracer = Tracer(Speed(kernel_seconds(H100), free), 0)
     with FakeTensorMode(), tracer:
         product(torch.empty(5, 7), torch.empty(7, 3, dtype=torch.bfloat16))
     tally = totals(tracer.tallies)
