@@ -29,7 +29,7 @@ from cpfold_train.plan.estimate import MEMORY_MARGIN, Costs
 from cpfold_train.plan.forward import trace_prediction, trace_validation
 from cpfold_train.plan.plan import Plan, fullest_moment, weight_bytes
 from cpfold_train.plan.step import Trace, build, trace_step
-from cpfold_train.plan.tally import MEMORY, Kernel, Speed, Tally, totals
+from cpfold_train.plan.tally import MEMORY, Speed, Tally, totals
 from cpfold_train.plan.trace import Tracer
 from cpfold_train.predict.predictor import Predictor, Settings
 from cpfold_train.training.config import TrainConfig
@@ -45,15 +45,14 @@ TINY = [*SMALL, "data.val=[]", "optim.ema_decay=0", "kernels=torch"]
 CHOSEN = Choice("torch", "as asked for")
 
 
-def a_microsecond(_: Kernel) -> tuple[str, float]:
-    return MEMORY, 1e-6
+A_MICROSECOND = Speed(lambda kernel: (MEMORY, 1e-6), lambda n_bytes, messages: 0.0)
 
 
 @lru_cache
 def traced(grid: Grid, settings: tuple[str, ...] = ()) -> Trace:
     config = compose([*TINY, *settings])
     (batch,) = batches_of_data(config, grid, 1)
-    return trace_step(config, grid, batch, a_microsecond, on_host=False)
+    return trace_step(config, grid, batch, A_MICROSECOND, on_host=False)
 
 
 def real_step(cp, config: TrainConfig) -> dict[str, int]:
@@ -120,7 +119,7 @@ def test_what_runs_without_gradients_sends_what_is_planned(ranks, kind, trace):
     config = replace(config, diffusion=replace(config.diffusion, validation_steps=3, samples=2))
     real = ranks.run(real_forward, 1, 2, config, kind)
     (batch,) = batches_of_data(config, Grid(1, 2), 1)
-    found = trace(config, Grid(1, 2), batch, a_microsecond, on_host=False)
+    found = trace(config, Grid(1, 2), batch, A_MICROSECOND, on_host=False)
     assert sent_as_planned(totals(found.tallies).sent_bytes.items()) == real[0]
     held = by_category(fullest_moment(found)[1])
     # A prediction has weights alone; validation is between two steps, and has all that these keep.
@@ -186,7 +185,7 @@ def deep_and_extrapolated(*settings: str) -> tuple[Trace, Trace]:
     )
 
     def trace(config: TrainConfig) -> Trace:
-        return trace_step(config, grid, assumed_batch(config, grid), a_microsecond, on_host=False)
+        return trace_step(config, grid, assumed_batch(config, grid), A_MICROSECOND, on_host=False)
 
     known = weight_bytes(build(deep), deep, grid) | {"features": feature_bytes(assumed_batch(deep, grid))}
     shallower, deeper = trace(shallow(deep, FEWEST)), trace(shallow(deep, FEWEST + 1))
@@ -290,7 +289,7 @@ def test_nothing_is_ruled_out_where_parts_are_frozen():
 
 def traced_plan(config: TrainConfig) -> float:
     """Bytes at the peak."""
-    trace = trace_step(config, Grid(), assumed_batch(config, Grid()), a_microsecond, on_host=False)
+    trace = trace_step(config, Grid(), assumed_batch(config, Grid()), A_MICROSECOND, on_host=False)
     return sum(fullest_moment(trace)[1].values())
 
 
@@ -384,7 +383,8 @@ def test_levers_are_planned_each_alone_and_together(monkeypatch, capsys):
     assert main(["plan", *settings, "--levers"]) == 0
     memories = [config.memory for config in taken]
     assert memories[0] == MemoryConfig() and memories[1] == MemoryConfig(recompute=False)
-    assert memories[2] == MemoryConfig(blocks_at_once=2) and memories[6] == MemoryConfig(samples_at_once=2)
+    assert memories[2] == MemoryConfig(blocks_at_once=2) and memories[6] == MemoryConfig(keep_attention=True)
+    assert memories[7] == MemoryConfig(samples_at_once=2)
     assert [config.parallel.fsdp for config in taken].count(True) == 2
     together = MemoryConfig(recompute_updates=True, residual="bf16", offload=True, samples_at_once=2)
     assert memories[-1] == together and taken[-1].parallel.fsdp

@@ -191,4 +191,5 @@ def randomly_placed(coords: Tensor, mask: Tensor, turn: Tensor, shift: Tensor, c
     """
     sums = torch.cat([(coords * mask[..., None]).sum(1), mask.sum(1, keepdim=True)], 1)
     middle, count = all_reduce(sums, cp, cp.all, OP).split([3, 1], 1)
+    turn, shift = turn.to(coords.dtype), shift.to(coords.dtype)
     return turned(coords - (middle / count)[:, None], turn) + shift[:, None]

@@ -122,8 +122,9 @@ def _output(
 
 
 def _algorithm(z: Tensor, incoming: bool, cp: ContextParallel) -> str:
-    costs = (triangle_multiplication_cost(cp.grid, z.shape[3], way, incoming) for way in ("ring", "alltoall"))
-    return choose(cp.algorithm, *costs, z.numel() * z.element_size())
+    size = z.numel() * z.element_size()
+    costs = (triangle_multiplication_cost(cp.grid, z.shape[3], way, incoming, size) for way in ("ring", "alltoall"))
+    return choose(cp.algorithm, *costs, size)
 
 
 def _by_channels(a_and_b: Tensor, product: Product, n: int, incoming: bool, cp: ContextParallel) -> Tensor:
@@ -137,7 +138,7 @@ def _by_channels(a_and_b: Tensor, product: Product, n: int, incoming: bool, cp: 
         return product(*a_and_b.chunk(2, 1))
     channels = a_and_b.shape[1] // 2
     groups = []
-    for first, last in split(channels, channel_groups(cp.grid, channels)):
+    for first, last in split(channels, channel_groups(cp.grid, channels, a_and_b.nbytes / 2)):
         c = last - first
         as_tiles = with_dim(((0, c),) * cp.all.size, tiles(cp.grid, n, n))
         as_channels = with_dim(split(c, cp.all.size)[:: -1 if incoming else 1], everything(cp.grid, n, n))

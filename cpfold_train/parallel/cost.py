@@ -34,10 +34,12 @@ ALGORITHMS = ("auto", "alltoall", "ring")
 MESSAGE_BYTES = 1 << 16
 """What a link moves in the 10 microseconds that a message takes to get under way, at 6 GB/s."""
 GROUPS = 2
-"""Of rows: one group that travels and one that is worked on."""
-CHANNEL_GROUPS = (4, 2)
-"""Of channels, whichever gives each rank one of every group: what nothing overlaps, the first group's way there and the
-last one's back, is the smaller the more there are."""
+"""Of rows or channels: one group that travels and one that is worked on."""
+MORE_GROUPS = 4
+"""Of channels, where each rank gets one of every group and messages stay long: what nothing overlaps, the first group's
+way there and the last one's back, is the smaller the more there are."""
+LONG_MESSAGE = 1 << 20
+"""Bytes whose way takes much longer than getting a message under way."""
 HELD_TILES = 10
 """The most that an op may hold at a time beside its input and its result."""
 
@@ -51,13 +53,15 @@ class Cost:
     held: float
 
 
-def triangle_multiplication_cost(grid: Grid, c: int, algorithm: str, incoming: bool = False) -> Cost:
-    """``alltoall`` or ``ring``, for z of ``c`` channels."""
+def triangle_multiplication_cost(
+    grid: Grid, c: int, algorithm: str, incoming: bool = False, tile_bytes: float = 0
+) -> Cost:
+    """``alltoall`` or ``ring``, for z of ``c`` channels and tiles of so many bytes."""
     rows, cols, p = _oriented(grid, incoming)
     if algorithm == "ring":
         return Cost(3 * (cols - 1 + rows - 1 / cols), 3 * _ring_messages(rows, cols), held=5)
     # With more ranks than channels some hold a whole channel and others nothing.
-    return Cost(6 * (p - 1) / p, 6 * (p - 1) * channel_groups(grid, c), held=3 * ceil(c / p) * p / c)
+    return Cost(6 * (p - 1) / p, 6 * (p - 1) * channel_groups(grid, c, tile_bytes), held=3 * ceil(c / p) * p / c)
 
 
 def triangle_attention_cost(
@@ -94,9 +98,10 @@ def row_sharers(grid: Grid, c: int, ending: bool = False) -> int:
     return next((q for q in possible if c * q >= 2 * grid.cp_size), possible[-1])
 
 
-def channel_groups(grid: Grid, c: int) -> int:
-    """Groups of channels that a triangle multiplication exchanges one after the other."""
-    return 1 if grid.cp_size == 1 else next((groups for groups in CHANNEL_GROUPS if groups * grid.cp_size <= c), 1)
+def channel_groups(grid: Grid, c: int, tile_bytes: float) -> int:
+    """Groups of channels that a triangle multiplication of tiles of so many bytes exchanges one after the other."""
+    groups = MORE_GROUPS if tile_bytes >= MORE_GROUPS * grid.cp_size * LONG_MESSAGE else GROUPS
+    return groups if 1 < grid.cp_size <= c // groups else GROUPS if 1 < grid.cp_size <= c // GROUPS else 1
 
 
 def row_groups(grid: Grid, n: int, c: int, heads: int, ending: bool = False) -> int:

@@ -34,6 +34,7 @@ def levers(config: TrainConfig, chunk_mib: int) -> dict[str, tuple[str, ...]]:
         "memory.recompute_updates=true",
         "memory.residual=bf16",
         "memory.offload=true",
+        *(("memory.keep_attention=true",) if config.kernels != "cuequivariance" else ()),
         samples,
         f"memory.chunk_mib={chunk_mib}",
         "parallel.fsdp=true",

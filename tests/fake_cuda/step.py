@@ -77,10 +77,6 @@ def main(library: str, *settings: str) -> None:
     json.dump([waits_of(step.split()) for step in steps], sys.stdout)
 
 
-def takes_no_time(kernel) -> tuple[str, float]:
-    return "memory", 0.0
-
-
 def waits_of(settings: list[str]) -> list[list]:
     """Why, where and how often the host waits for the device in a step of rank 1 of 2x2; of which kind, the first word
     says."""
@@ -92,8 +88,10 @@ def waits_of(settings: list[str]) -> list[list]:
     from cpfold_train.plan import forward, step
     from cpfold_train.plan.batch import assumed_batch
     from cpfold_train.plan.compose import compose
+    from cpfold_train.plan.tally import MEMORY, Speed
     from cpfold_train.plan.trace import Tracer
 
+    no_time = Speed(lambda kernel: (MEMORY, 0.0), lambda n_bytes, messages: 0.0)
     found: Counter[tuple[str, str]] = Counter()
 
     class Listing(Tracer):
@@ -140,7 +138,7 @@ def waits_of(settings: list[str]) -> list[list]:
         mock.patch.object(smooth_lddt, "_where", where),
         mock.patch.object(torch.cuda, "Event", Event),
     ):
-        traces[kind](config, grid, assumed_batch(config, grid, GPU_MULTIPLE), takes_no_time, False, device="cuda")
+        traces[kind](config, grid, assumed_batch(config, grid, GPU_MULTIPLE), no_time, False, device="cuda")
     return [[*place, times] for place, times in found.items()]
 
 
