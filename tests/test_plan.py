@@ -36,6 +36,7 @@ from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.entry import CHOSEN_MEMORY, _chosen_memory
 from cpfold_train.training.fsdp import BLOCKS, shard_model
 from cpfold_train.training.launch import World
+from cpfold_train.training.memory_default import Room, with_default_memory
 from cpfold_train.training.module import CoFoldingModule
 from tests.test_training_runs import SMALL
 
@@ -242,6 +243,14 @@ def test_what_is_proposed_fits_and_is_the_cheapest(monkeypatch):
     assert not chosen[4].recompute and chosen[2] == MemoryConfig() and chosen[2] != chosen[1]
     with pytest.raises(ConfigError, match="type a grid of more ranks or a smaller crop_size"):
         propose.choose_memory(replace(config, crop_size=100_000), Grid(), "h100-80gb")
+
+
+def test_no_more_is_kept_than_memory_auto_has_planned(monkeypatch):
+    monkeypatch.setattr(propose, "plan", planned)
+    config, room = compose([*TINY, "crop_size=256"]), Room(80e9, 250e9, "triton")
+    chosen = propose.choose_memory(config, Grid(1, 2), "h100-80gb")
+    assert chosen.recompute and with_default_memory(config, Grid(1, 2), room).memory.keep_attention
+    assert not with_default_memory(replace(config, memory=chosen), Grid(1, 2), room).memory.keep_attention
 
 
 def test_what_would_fit_with_fsdp_is_told(monkeypatch):

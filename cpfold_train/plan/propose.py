@@ -39,7 +39,8 @@ def choose_memory(config: TrainConfig, grid: Grid, device: str) -> MemoryConfig:
     """
     best = first_that_fits(config, grid, device)
     if best is not None:
-        return best.config.memory
+        # A run decides by size what is left open, and might keep what this plan has no room for.
+        return replace(best.config.memory, keep_attention=False)
     most = ladder(config.model.pairformer.num_blocks, config.diffusion.multiplicity)[-1:]
     shared_out = replace(config, parallel=replace(config.parallel, fsdp=True))
     fits = grid.world_size > 1 and not config.parallel.fsdp and first_that_fits(shared_out, grid, device, most)
