@@ -79,11 +79,12 @@ class _ByRows(torch.autograd.Function):
         needed = [i for i, needs in enumerate(ctx.needs_input_grad[4:]) if needs]
         grads: list[Tensor | None] = [None] * len(tensors)
         once = _at_once(tensors[: ctx.count], ctx.rows)
-        for i in [] if once else needed:
-            x = tensors[i]
-            # A sum over many blocks in bf16 would stop growing after a few hundred of them.
-            wide = torch.promote_types(x.dtype, torch.float32)
-            grads[i] = torch.empty_like(x) if i < ctx.count else torch.zeros_like(x, dtype=wide)
+        if not once:
+            for i in needed:
+                x = tensors[i]
+                # A sum over many blocks in bf16 would stop growing after a few hundred of them.
+                wide = torch.promote_types(x.dtype, torch.float32)
+                grads[i] = torch.empty_like(x) if i < ctx.count else torch.zeros_like(x, dtype=wide)
         inputs, shared = tensors[: ctx.count], tensors[ctx.count :]
         for block, found in block_gradients(
             ctx.function, ctx.rows, inputs, shared, needed, grad, ctx.autocast, ctx.dim

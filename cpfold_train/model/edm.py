@@ -147,7 +147,9 @@ class AtomDiffusion(nn.Module):
             levels = noise_levels(config, num_sampling_steps)
             # Of all steps at once, but for the noise itself, which is as large as the structures.
             steps = samples.each("step", last=range(num_sampling_steps))
-            (turns, shifts), noises = placements(steps, mask.dtype), steps.at("noise").keys
+            # As exact as the structures become, which start like the mask and go on like the model.
+            turns, shifts = placements(steps, torch.promote_types(mask.dtype, s_trunk.dtype))
+            noises = steps.at("noise").keys
             coords = levels[0] * noise(mask.new_empty(*mask.shape, 3), samples.at("start").at("noise"), cp)
             for step, (before, after) in enumerate(pairwise(levels)):
                 raised = before * (1 + (config.gamma_0 if after > config.gamma_min else 0))

@@ -100,8 +100,11 @@ def row_sharers(grid: Grid, c: int, ending: bool = False) -> int:
 
 def channel_groups(grid: Grid, c: int, tile_bytes: float) -> int:
     """Groups of channels that a triangle multiplication of tiles of so many bytes exchanges one after the other."""
-    groups = MORE_GROUPS if tile_bytes >= MORE_GROUPS * grid.cp_size * LONG_MESSAGE else GROUPS
-    return groups if 1 < grid.cp_size <= c // groups else GROUPS if 1 < grid.cp_size <= c // GROUPS else 1
+    if grid.cp_size == 1:
+        return 1
+    long = tile_bytes >= MORE_GROUPS * grid.cp_size * LONG_MESSAGE
+    possible = (MORE_GROUPS, GROUPS) if long else (GROUPS,)
+    return next((groups for groups in possible if groups * grid.cp_size <= c), 1)
 
 
 def row_groups(grid: Grid, n: int, c: int, heads: int, ending: bool = False) -> int:

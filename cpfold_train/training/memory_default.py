@@ -38,8 +38,8 @@ def with_default_memory(config: TrainConfig, grid: Grid, room: Room | None) -> T
     """The configuration with ``memory.offload`` and ``memory.keep_attention`` decided, by size.
 
     On a GPU the way to the host and back runs beside the computation, so it costs no arithmetic, where grouping blocks
-    costs another forward pass; and with what attention gave a block is recomputed in half the time. Only the size of
-    the largest crop decides: the same on every rank, and without a trace.
+    costs another forward pass; and with what attention gave a block is recomputed in half the time. Only the sizes of
+    the largest crop and of both memories decide, without a trace.
 
     Args:
         config: of the run; what it says of either holds.
