@@ -52,7 +52,10 @@ CASES = {
 @contextmanager
 def small_tiles() -> Iterator[None]:
     """Fewer and larger programs in fp32 than on a GPU, for the interpreter's sake; two rows in each."""
-    before, attention_operators.FULL = attention_operators.FULL, Tiling(*[Blocks(64, 64, 2, 4, 1)] * 4)
+    before, attention_operators.FULL = (
+        attention_operators.FULL,
+        Tiling(*[Blocks(64, 64, 2, 4, 1)] * 4, joined=Blocks(32, 64, 1, 4, 1)),
+    )
     try:
         yield
     finally:
@@ -63,6 +66,12 @@ def small_tiles() -> Iterator[None]:
 def _small_tiles():
     with small_tiles():
         yield
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """One kernel for the gradients of queries and keys, however few rows there are."""
+    monkeypatch.setattr(attention_operators, "JOINED_PROGRAMS", 1)
 
 
 def made_up(B: int, r: int, h: int, M: int, N: int, d: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -104,6 +113,20 @@ def test_gated_attention(case):
     found = [out.detach(), *torch.autograd.grad(out, inputs, weight)]
     for name, one, other in zip(("out", "dqg", "dkv", "dbias"), found, expected):
         close(one, other, dtype, name)
+
+
+@pytest.mark.parametrize(
+    "case", [(2, 3, 2, 37, 70, 16, torch.float32), (1, 2, 1, 70, 300, 24, torch.bfloat16)], ids=["fp32", "bf16"]
+)
+def test_one_kernel_for_queries_and_keys(case, joined):
+    """Of several incomplete blocks of both."""
+    assert attention_operators.joined_blocks(torch.empty(*case[:4], case[5], dtype=case[6]))
+    test_gated_attention(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+def test_one_kernel_adds_to_what_other_parts_of_the_keys_gave(dtype, joined):
+    test_parts_of_the_keys_merge(dtype)
 
 
 def test_biases_far_apart_and_far_from_zero():

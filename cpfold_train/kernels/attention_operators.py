@@ -24,6 +24,9 @@ WIDTHS = (16, 64)
 BIAS_BYTES = 1 << 24
 """Bias of the blocks that run before others do: it, and keys and values of the rows at work, are to fit L2 (50 MB on
 H100)."""
+JOINED_PROGRAMS = 264
+"""Rows times heads from which one kernel gives the gradients of both queries and keys: two programs for each
+multiprocessor of an H100, which holds one at a time."""
 BIAS_TILES = 16
 """Programs that share a block of queries, or of keys, while they own tiles of the gradient of the bias."""
 
@@ -39,12 +42,14 @@ class Blocks(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """Of the forward kernel and of those for the gradients of keys and values, of queries, and of the bias."""
+    """Of the forward kernel and of those for the gradients of keys and values, of queries, and of the bias; where there
+    is one for both keys and queries, its own."""
 
     forward: Blocks
     keys: Blocks
     queries: Blocks
     bias: Blocks
+    joined: Blocks | None = None
 
 
 AMPERE, HOPPER, BLACKWELL = 8, 9, 10
@@ -54,7 +59,11 @@ NARROW = {
         Blocks(128, 64, 1, 4, 2), Blocks(32, 128, 2, 8, 2), Blocks(128, 32, 2, 8, 2), Blocks(128, 128, 1, 8, 2)
     ),
     HOPPER: Tiling(
-        Blocks(128, 64, 2, 4, 2), Blocks(64, 128, 2, 8, 2), Blocks(256, 32, 2, 8, 2), Blocks(128, 128, 1, 8, 2)
+        Blocks(128, 64, 2, 4, 2),
+        Blocks(64, 128, 2, 8, 2),
+        Blocks(256, 32, 2, 8, 2),
+        Blocks(128, 128, 1, 8, 2),
+        joined=Blocks(64, 256, 1, 8, 1),
     ),
     BLACKWELL: Tiling(
         Blocks(128, 64, 1, 4, 2), Blocks(64, 128, 2, 8, 2), Blocks(256, 32, 2, 8, 2), Blocks(128, 128, 1, 8, 2)
@@ -104,6 +113,12 @@ def tiling_of(dtype: torch.dtype, width: int, major: int) -> Tiling:
 def bias_groups(bias: Tensor, along: int, size: int) -> int:
     """In how many groups blocks of ``size`` along dim ``along`` of the bias (B, h, M, N) run, each for all rows."""
     return ceil(bias.shape[2] * bias.shape[3] * bias.element_size() / max(BIAS_BYTES, _strip(bias, along, size)))
+
+
+def joined_blocks(q: Tensor) -> Blocks | None:
+    """Tile of the kernel for the gradients of both queries and keys, or None where two kernels give them."""
+    enough = q.shape[0] * q.shape[1] * q.shape[2] >= JOINED_PROGRAMS
+    return tiling(q).joined if enough else None
 
 
 def supports(dtype: torch.dtype, width: int) -> bool:
@@ -214,32 +229,46 @@ def _(q, k, v, bias, grad, lse, delta, dq, dk, dv, dbias, add) -> None:
 
 @work("attention_backward")
 def _(q, k, v, bias, grad, lse, delta, dq, dk, dv, dbias, add, result) -> list[Work]:
-    """Nine products and three exponentials a score, since each of three kernels computes the weights again.
+    """Each kernel computes the weights again: an exponential and two products a score, beside those of the gradients.
 
-    The kernels for keys and queries read the bias once, the former as a transposed copy. The one for the bias reads
-    the rest as often as there are groups of tiles beside each other. To the first the copy of ``lse`` in base 2 is
-    counted, to the last the highest bias of each query.
+    To the first the copies of ``lse`` in base 2 and of the bias are counted, to the last the highest bias of each
+    query. The kernel for the bias reads the rest as often as there are groups of tiles beside each other.
     """
     scores, sizes, d = _scores(q, k), tiling(q), q.shape[4]
     of_queries, of_keys, logs = _bytes(q, grad, lse, delta), _bytes(k, v), lse.element_size() + delta.element_size()
+    copied = 2 * _bytes(bias) + 2 * _bytes(lse)
     shared = bias.element_size()
 
-    blocks = sizes.keys
-    moved = 3 * _bytes(bias) + 2 * _bytes(lse) + _bytes(dk, dv) + of_keys
-    moved += bias_groups(bias, 3, blocks.n) * of_queries
-    l2 = scores * (shared / blocks.rows + (_pair(q) + logs) / blocks.n)
-    keys = Work(8 * scores * d, scores, moved, 3, l2)
+    if blocks := joined_blocks(q):
+        # Queries, their gradient and what is added up for them come from memory once a block of keys.
+        times, sums = ceil(k.shape[3] / blocks.n), 8 * q.numel()
+        moved = (
+            copied
+            + _bytes(bias)
+            + 2 * _bytes(delta)
+            + of_keys
+            + _bytes(dk, dv)
+            + (1 + add) * _bytes(dq)
+            + times * (of_queries + sums)
+        )
+        l2 = scores * (shared + (_pair(q) + logs + 8 * d) / blocks.n)
+        both = [Work(10 * scores * d, scores, moved, 5, l2)]
+    else:
+        blocks = sizes.keys
+        moved = copied + _bytes(bias, dk, dv) + of_keys + bias_groups(bias, 3, blocks.n) * of_queries
+        l2 = scores * (shared / blocks.rows + (_pair(q) + logs) / blocks.n)
+        both = [Work(8 * scores * d, scores, moved, 3, l2)]
 
-    blocks = sizes.queries
-    moved = _bytes(bias) + (1 + add) * _bytes(dq) + of_queries + bias_groups(bias, 2, blocks.m) * of_keys
-    l2 = scores * (shared / blocks.rows + _pair(k) / blocks.m)
-    queries = Work(6 * scores * d, scores, moved, 1, l2)
+        blocks = sizes.queries
+        moved = _bytes(bias) + (1 + add) * _bytes(dq) + of_queries + bias_groups(bias, 2, blocks.m) * of_keys
+        l2 = scores * (shared / blocks.rows + _pair(k) / blocks.m)
+        both.append(Work(6 * scores * d, scores, moved, 1, l2))
 
     blocks = sizes.bias
     across, down = ceil(k.shape[3] / (BIAS_TILES * blocks.n)), ceil(q.shape[3] / (BIAS_TILES * blocks.m))
     moved = 2 * _bytes(bias) + 2 * _bytes(dbias) + across * of_queries + down * of_keys
     l2 = scores * ((_pair(q) + logs) / blocks.n + _pair(k) / blocks.m)
-    return [keys, queries, Work(4 * scores * d, scores, moved, 2, l2)]
+    return [*both, Work(4 * scores * d, scores, moved, 2, l2)]
 
 
 def _results(q: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,9 +31,9 @@ from cpfold_train.training.config import TrainConfig
 MATMUL_SHARE, LARGE_MATMUL_SHARE, MEMORY_SHARE, EXP_SHARE, LINK_SHARE = 0.5, 0.7, 0.8, 0.75, 0.8
 """Of the peaks. The second is that of large square products, as those of triangle multiplication, which libraries take
 at about 700 TFLOP/s on an H100; products with 128 channels or fewer reach less. An exponential takes a multiprocessor
-as long as it takes to issue 8 instructions of a thread, and the loops of triangle attention have, as compiled for
-sm_90, 8.4 for a score in the forward pass and 9.7, 8.1 and 6.1 in the kernels of the backward pass: on average that
-leaves 94 % of the exponentials, of which 80 % are taken to be reached, as of memory."""
+as long as it takes to issue 8 instructions of a thread. The loops of triangle attention that exponentials bound have,
+as compiled for sm_90, 8.4 for a score in the forward pass and 6.1 in the kernel for the bias's gradient, which leaves
+95 % of the exponentials at least; 80 % of that are taken to be reached, as of memory."""
 L2_SHARE = 0.8
 """Of what streams from L2 were measured to reach, which attention reads tile by tile."""
 FLOOR_BF16, FLOOR_TF32, FLOOR_MEMORY, FLOOR_LINK = 700 / 989, 300 / 494, 3.0 / 3.35, 400 / 450

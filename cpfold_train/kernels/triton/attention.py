@@ -240,6 +240,8 @@ def typical(name: str, kernel: Any, which: str, own: dict[str, object]) -> list[
     launches = []
     for width, major in product((32, 48), (AMPERE, HOPPER, BLACKWELL)):
         blocks = getattr(tiling_of(torch.bfloat16, width, major), which)
+        if blocks is None:
+            continue
         fixed = {**constants(torch.bfloat16, width, blocks), **own}
         tiled = {"ROWS": blocks.rows, "STAGES": blocks.stages}
         fixed |= {arg: value for arg, value in tiled.items() if arg in kernel.arg_names}
@@ -250,5 +252,5 @@ def typical(name: str, kernel: Any, which: str, own: dict[str, object]) -> list[
 
 
 TYPES = dict.fromkeys(("q", "k", "v", "bias", "gate", "out", "grad", "dq", "dk", "dv", "dgate", "before"), "*bf16")
-TYPES |= {"highest": "*bf16"} | dict.fromkeys(("lse", "delta", "dbias"), "*fp32")
+TYPES |= {"highest": "*bf16"} | dict.fromkeys(("lse", "delta", "dbias", "sums"), "*fp32")
 LAUNCHES = typical("attention", forward, "forward", {"GATED": True})

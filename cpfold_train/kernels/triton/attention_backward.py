@@ -1,4 +1,4 @@
-"""Attention with an additive bias, backward: three kernels that each compute the weights again from the log-sum-exp.
+"""Attention with an additive bias, backward: kernels that each compute the weights again from the log-sum-exp.
 
 ``p = exp(s - lse)``, ``ds = p (grad v^T - delta)``; ``delta`` is the product of the result and its gradient. ``lse``
 and ``delta`` are those over all keys, of which these may be a part.
@@ -20,8 +20,8 @@ a score takes ``2 / ROWS`` bytes of bias and ``4 d`` over the tile's side that s
 bias, which holds its tile, ``4 d (1 / BLOCK_M + 1 / BLOCK_N)``. Beside the exponentials it is this and the number of
 instructions that bound them: as compiled for sm_90 at width 32, 9.7, 8.1 and 6.1 a score, and 2.1, 1.5 and 2.1 bytes.
 
-One kernel for the first two would save an exponential, but has to add to ``dq`` in memory once a block of keys: ``8 d /
-BLOCK_N`` bytes a score, which with registers for 128 keys of two rows takes the L2 as long as both do now.
+On Hopper one kernel stands for the first two where heads are narrow and rows many:
+:mod:`~cpfold_train.kernels.triton.attention_joined`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cpfold_train.kernels.attention_operators import BIAS_TILES, bias_groups, padded, tiling
+from cpfold_train.kernels.attention_operators import BIAS_TILES, bias_groups, joined_blocks, padded, tiling
 from cpfold_train.kernels.triton.attention import LOG2E, TYPES, common, place, strides, tile, typical, widened
+from cpfold_train.kernels.triton.attention_joined import launch as launch_joined
 from cpfold_train.kernels.triton.launches import Launch
 
 START_TOKENS = 128
@@ -341,32 +342,35 @@ def launch(
     dbias: Tensor,
     add: bool,
 ) -> None:
-    """Run the three kernels on what :func:`cpfold_train.kernels.attention_operators.attention_backward` takes."""
+    """Run the kernels on what :func:`cpfold_train.kernels.attention_operators.attention_backward` takes."""
     batch, rows, heads, at_m, _ = q.shape
     at_n, sizes = k.shape[3], tiling(q)
     # All three take exponentials in base 2.
     lse, delta, given = (lse * LOG2E.value).contiguous(), delta.contiguous(), strides(q, k, v, grad)
 
-    blocks = sizes.keys
-    along = triton.cdiv(at_n, blocks.n)
-    # Its scores are transposed, and so is the bias that they start from.
-    turned = bias.mT.contiguous().mT
-    keys[batch * heads * along * triton.cdiv(rows, blocks.rows),](
-        q, k, v, turned, grad, lse, delta, dk, dv, rows, heads, at_m, at_n,
-        triton.cdiv(along, bias_groups(bias, 3, blocks.n)),
-        *given, *strides(dk, dv), *turned.stride(),
-        ROWS=blocks.rows, STAGES=blocks.stages, **common(q, blocks),
-    )  # fmt: skip
-    del turned
+    if blocks := joined_blocks(q):
+        launch_joined(q, k, v, bias, grad, lse, delta, dq, dk, dv, add, blocks)
+    else:
+        blocks = sizes.keys
+        along = triton.cdiv(at_n, blocks.n)
+        # Its scores are transposed, and so is the bias that they start from.
+        turned = bias.mT.contiguous().mT
+        keys[batch * heads * along * triton.cdiv(rows, blocks.rows),](
+            q, k, v, turned, grad, lse, delta, dk, dv, rows, heads, at_m, at_n,
+            triton.cdiv(along, bias_groups(bias, 3, blocks.n)),
+            *given, *strides(dk, dv), *turned.stride(),
+            ROWS=blocks.rows, STAGES=blocks.stages, **common(q, blocks),
+        )  # fmt: skip
+        del turned
 
-    blocks = sizes.queries
-    along = triton.cdiv(at_m, blocks.m)
-    queries[batch * heads * along * triton.cdiv(rows, blocks.rows),](
-        q, k, v, bias, grad, lse, delta, dq, rows, heads, at_m, at_n,
-        triton.cdiv(along, bias_groups(bias, 2, blocks.m)),
-        *given, *strides(dq), *bias.stride()[:3],
-        ADD=add, ROWS=blocks.rows, STAGES=blocks.stages, **common(q, blocks),
-    )  # fmt: skip
+        blocks = sizes.queries
+        along = triton.cdiv(at_m, blocks.m)
+        queries[batch * heads * along * triton.cdiv(rows, blocks.rows),](
+            q, k, v, bias, grad, lse, delta, dq, rows, heads, at_m, at_n,
+            triton.cdiv(along, bias_groups(bias, 2, blocks.m)),
+            *given, *strides(dq), *bias.stride()[:3],
+            ADD=add, ROWS=blocks.rows, STAGES=blocks.stages, **common(q, blocks),
+        )  # fmt: skip
 
     blocks = sizes.bias
     tiles = batch * heads * triton.cdiv(at_m, blocks.m) * triton.cdiv(at_n, blocks.n)
