@@ -240,7 +240,7 @@ def test_what_is_proposed_fits_and_is_the_cheapest(monkeypatch):
     assert [p.costs.step_s for p in found] == sorted(p.costs.step_s for p in found)
     assert {p.grid.cp_size for p in found} == {1, 2, 4, 8}
     chosen = {p.grid.cp_size: p.config.memory for p in found}
-    assert not chosen[4].recompute and chosen[2] == MemoryConfig() and chosen[2] != chosen[1]
+    assert not chosen[4].recompute and chosen[2].recompute and chosen[2] != chosen[1]
     with pytest.raises(ConfigError, match="type a grid of more ranks or a smaller crop_size"):
         propose.choose_memory(replace(config, crop_size=100_000), Grid(), "h100-80gb")
 
@@ -248,9 +248,9 @@ def test_what_is_proposed_fits_and_is_the_cheapest(monkeypatch):
 def test_no_more_is_kept_than_memory_auto_has_planned(monkeypatch):
     monkeypatch.setattr(propose, "plan", planned)
     config, room = compose([*TINY, "crop_size=256"]), Room(80e9, 250e9, "triton")
-    chosen = propose.choose_memory(config, Grid(1, 2), "h100-80gb")
-    assert chosen.recompute and with_default_memory(config, Grid(1, 2), room).memory.keep_attention
-    assert not with_default_memory(replace(config, memory=chosen), Grid(1, 2), room).memory.keep_attention
+    for device in ("h100-80gb", "cpu"):
+        chosen = replace(config, memory=propose.choose_memory(config, Grid(1, 2), device))
+        assert with_default_memory(chosen, Grid(1, 2), room) == chosen
 
 
 def test_what_would_fit_with_fsdp_is_told(monkeypatch):
@@ -303,11 +303,43 @@ def traced_plan(config: TrainConfig) -> float:
 
 
 def test_levers_save_ever_more():
-    rungs = propose.ladder(64, 16)
-    assert rungs[0] == MemoryConfig(recompute=False) and rungs[1] == MemoryConfig()
+    """On CPU there is no other memory to go to; on a GPU what goes to the host costs less than what is done twice."""
+    config = compose(["model=boltz2", "diffusion.multiplicity=16"])
+    plain = MemoryConfig(offload=False, keep_attention=False)
+    on_cpu, on_gpu = propose.ladder(config, "cpu"), propose.ladder(config, "h100-80gb")
+    assert on_cpu[0] == on_gpu[0] == replace(plain, recompute=False)
     # 16 + 4 are kept; in groups of 8 it would be 8 + 8.
-    assert rungs[2] == MemoryConfig(blocks_at_once=4)
-    assert len(rungs) == len({repr(rung) for rung in rungs})
+    assert on_cpu[1:3] == [plain, replace(plain, blocks_at_once=4)]
+    kept = [replace(plain, keep_attention=True), plain, replace(plain, offload=True, keep_attention=True)]
+    assert on_gpu[1:5] == [*kept, replace(plain, offload=True)]
+    assert on_gpu[-1].blocks_at_once == 4 and on_gpu[-1].residual == "bf16"
+    for rungs in (on_cpu, on_gpu):
+        assert len(rungs) == len({repr(rung) for rung in rungs})
+
+
+@pytest.mark.parametrize(
+    ("settings", "grid", "first"),
+    [
+        (["crop_size=1536"], Grid(2, 2), {"keep_attention": True}),
+        (["crop_size=3072"], Grid(2, 2), {"offload": True, "keep_attention": True}),
+        # No room for attention on the host of eight ranks.
+        (["crop_size=6144"], Grid(4, 4), {"offload": True}),
+        (["crop_size=3072", "kernels=cuequivariance"], Grid(2, 2), {"offload": True}),
+    ],
+)
+def test_memory_auto_begins_with_what_a_run_does_by_default(monkeypatch, settings, grid, first):
+    """Where the device has room for it and not for all activations."""
+
+    def on_device(config: TrainConfig, *_: object) -> bool:
+        return config.memory.recompute and (config.memory.offload or config.crop_size < 3000)
+
+    monkeypatch.setattr(propose, "may_fit", on_device)
+    monkeypatch.setattr(propose, "plan", lambda config, *_: SimpleNamespace(fits=True, config=config))
+    config = compose(["recipe=finetune_boltz2_large_crop", "data.crop_schedule=null", *settings])
+    chosen = propose.choose_memory(config, grid, "h100-80gb")
+    assert chosen == replace(MemoryConfig(offload=False, keep_attention=False), **first)
+    if chosen.offload:
+        assert with_default_memory(config, grid, propose.room_of(config, grid, "h100-80gb")).memory == chosen
 
 
 def test_settings_are_those_of_a_run():

@@ -96,7 +96,7 @@ def find_largest(record: Record, scope: Scope) -> None:
 
     Time grows faster than the crop's square: what cannot be done within the time is left out.
     """
-    leanest = ladder(scope.model.pairformer.num_blocks, 16)[-1]
+    leanest = ladder(settings(scope, scope.step_tokens[0]), "gpu" if scope.device == "cuda" else "cpu")[-1]
     ran, failed, seconds = 0, math.inf, {}
     crop = scope.step_tokens[0]
     while crop:

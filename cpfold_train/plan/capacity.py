@@ -44,7 +44,7 @@ def capacity(config: TrainConfig, device: str, gpus: int, file: Path) -> list[Ce
     if planned != {key: kept[key] for key in planned}:
         raise ConfigError(f"{file} holds plans of another run or device: type another --table FILE, or remove it")
     known = {(cell["crop_size"], cell["gpus"]): cell for cell in kept["cells"]}
-    rungs = ladder(config.model.pairformer.num_blocks, config.diffusion.multiplicity)
+    rungs = ladder(config, device)
     cells = [(crop, grid) for crop in CROPS for grid in grids(crop, gpus, factor=4)]
     first = 0
     with Progress(console=Console(stderr=True)) as progress:

@@ -9,17 +9,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cpfold_train.devices import find_device, kernels_on
 from cpfold_train.errors import ConfigError
-from cpfold_train.parallel.grid import Grid
 from cpfold_train.plan.compose import of_run, read_request
 from cpfold_train.plan.estimate import ASSUMPTIONS, FLOOR
 from cpfold_train.plan.plan import GIB, Plan, plan, plan_prediction, validation_moment
-from cpfold_train.plan.propose import choose_memory, ladder, propose
+from cpfold_train.plan.propose import choose_memory, ladder, propose, room_of
 from cpfold_train.plan.report import show_plan, show_proposals, typed_levers
 from cpfold_train.plan.trace import Moment
-from cpfold_train.training.config import TrainConfig
-from cpfold_train.training.memory_default import Room, with_default_memory
+from cpfold_train.training.memory_default import with_default_memory
 
 PREDICTION = (
     "diffusion.samples=5",
@@ -91,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
         cells = capacity(config, request.device, request.gpus, args.table.with_suffix(".json"))
         draw(cells, f"{request.device}, {config.trainer.precision}", args.table.with_suffix(".png"))
         print(as_markdown(cells))
-        for i, memory in enumerate(ladder(config.model.pairformer.num_blocks, config.diffusion.multiplicity)):
+        for i, memory in enumerate(ladder(config, request.device)):
             print(f"({i}) {' '.join(typed_levers(memory))}")
         return
     if request.grid is None:
@@ -104,20 +101,10 @@ def run(args: argparse.Namespace) -> None:
     with Console(stderr=True).status("planning"):
         if request.choose:
             config = replace(config, memory=choose_memory(config, request.grid, request.device))
-        config = with_default_memory(config, request.grid, _room(config, request.grid, request.device))
+        config = with_default_memory(config, request.grid, room_of(config, request.grid, request.device))
         found = plan(config, request.grid, request.device)
         validation = validation_moment(config, request.grid, request.device) if config.data.val else None
     _show(found, validation, args.json)
-
-
-def _room(config: TrainConfig, grid: Grid, name: str) -> Room | None:
-    """Of a rank of the grid on the device of this name."""
-    device = find_device(name, grid.world_size)
-    if device.capability is None:
-        return None
-    host_bytes = device.host_memory / min(grid.world_size, device.per_node)
-    kernels = kernels_on(device, name, config.kernels, config.trainer.precision).name
-    return Room(device.memory, host_bytes, kernels)
 
 
 def _show(found: Plan, validation: Moment | None, as_json: bool) -> None:

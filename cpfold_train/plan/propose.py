@@ -8,14 +8,14 @@ from dataclasses import replace
 from rich.console import Console
 from rich.progress import track
 
-from cpfold_train.devices import find_device
+from cpfold_train.devices import find_device, kernels_on
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.parallel.grid import Grid, squarest
 from cpfold_train.plan.estimate import MEMORY_MARGIN
 from cpfold_train.plan.plan import Plan, plan
 from cpfold_train.training.config import TrainConfig
-from cpfold_train.training.memory_default import tile_elements, z_width
+from cpfold_train.training.memory_default import Room, keeps_on_host, tile_elements, z_width
 
 LEAST_SIDE = 32
 """Tokens that a rank should have of a tile's side at least: below, a grid costs more than it helps."""
@@ -39,11 +39,10 @@ def choose_memory(config: TrainConfig, grid: Grid, device: str) -> MemoryConfig:
     """
     best = first_that_fits(config, grid, device)
     if best is not None:
-        # A run decides by size what is left open, and might keep what this plan has no room for.
-        return replace(best.config.memory, keep_attention=False)
-    most = ladder(config.model.pairformer.num_blocks, config.diffusion.multiplicity)[-1:]
-    shared_out = replace(config, parallel=replace(config.parallel, fsdp=True))
-    fits = grid.world_size > 1 and not config.parallel.fsdp and first_that_fits(shared_out, grid, device, most)
+        return best.config.memory
+    most = ladder(config, device)[-1:]
+    sharded = replace(config, parallel=replace(config.parallel, fsdp=True))
+    fits = grid.world_size > 1 and not config.parallel.fsdp and first_that_fits(sharded, grid, device, most)
     raise ConfigError(
         f"memory=auto finds nothing that fits crop_size={config.crop_size} on cp.grid={grid} of {device}: type "
         + ("parallel.fsdp=true" if fits else "a grid of more ranks or a smaller crop_size")
@@ -80,17 +79,25 @@ def grids(crop_size: int, gpus: int, factor: int = 2, dp: int = 1) -> Iterator[G
         ranks *= factor
 
 
-def ladder(blocks: int, multiplicity: int) -> list[MemoryConfig]:
-    """Levers that save ever more memory, each on top of those before, cheap ones first."""
-    rungs = [MemoryConfig(recompute=False), MemoryConfig()]
-    for more in (
-        {"blocks_at_once": group_size(blocks)},
-        {"samples_at_once": max(1, multiplicity // 4), "chunk_mib": 64.0},
-        {"offload": True},
-        {"recompute_updates": True},
-        # The only one that rounds.
-        {"residual": "bf16"},
-    ):
+def ladder(config: TrainConfig, device: str) -> list[MemoryConfig]:
+    """Levers that save ever more memory, cheap ones first; what a run would decide by size is decided in each.
+
+    On a GPU the host is another memory, and the way there runs beside the computation: it comes before what is computed
+    twice.
+    """
+    blocks, multiplicity = config.model.pairformer.num_blocks, config.diffusion.multiplicity
+    grouped = {"blocks_at_once": group_size(blocks)}
+    smaller = {"samples_at_once": max(1, multiplicity // 4), "chunk_mib": 64.0}
+    plain = MemoryConfig(offload=False, keep_attention=False)
+    rungs = [replace(plain, recompute=False)]
+    if find_device(device, 1).capability is None:
+        rungs.append(plain)
+        added = grouped, smaller, {"offload": True}
+    else:
+        rungs += [replace(plain, keep_attention=True), plain, MemoryConfig(offload=True, keep_attention=True)]
+        added = {"keep_attention": False}, smaller, grouped
+    # The last is the only one that rounds.
+    for more in (*added, {"recompute_updates": True}, {"residual": "bf16"}):
         rungs.append(replace(rungs[-1], **more))
     return [rung for i, rung in enumerate(rungs) if rung not in rungs[:i]]
 
@@ -108,13 +115,36 @@ def first_that_fits(
     config: TrainConfig, grid: Grid, device: str, rungs: list[MemoryConfig] | None = None
 ) -> Plan | None:
     """The plan with the first of ``rungs`` that fits, by default those of :func:`ladder`, or None."""
-    if rungs is None:
-        rungs = ladder(config.model.pairformer.num_blocks, config.diffusion.multiplicity)
-    for memory in rungs:
+    for memory in ladder(config, device) if rungs is None else rungs:
         tried = replace(config, memory=memory)
-        if may_fit(tried, grid, device) and (found := plan(tried, grid, device)).fits:
+        if not (_is_worth_it(tried, grid, device) and may_fit(tried, grid, device)):
+            continue
+        if (found := plan(tried, grid, device)).fits:
             return found
     return None
+
+
+def _is_worth_it(config: TrainConfig, grid: Grid, device: str) -> bool:
+    """Whether the results of attention are kept only where a run can keep them, and on the host wherever a run does.
+
+    There they save more time than the way there takes: where what is between blocks fits the device and they do not,
+    all goes to the host.
+    """
+    memory, room = config.memory, room_of(config, grid, device)
+    if room is None or not memory.recompute:
+        return True
+    if memory.keep_attention:
+        return room.kernels != "cuequivariance" and (not memory.offload or keeps_on_host(config, grid, room))
+    return memory.offload or room.kernels == "cuequivariance" or not keeps_on_host(config, grid, room)
+
+
+def room_of(config: TrainConfig, grid: Grid, device: str) -> Room | None:
+    """Of a rank of the grid on the device of this name; None on CPU."""
+    found = find_device(device, grid.world_size)
+    if found.capability is None:
+        return None
+    host_bytes = found.host_memory / min(grid.world_size, found.per_node)
+    return Room(found.memory, host_bytes, kernels_on(found, device, config.kernels, config.trainer.precision).name)
 
 
 def may_fit(config: TrainConfig, grid: Grid, device: str) -> bool:

@@ -57,10 +57,15 @@ def with_default_memory(config: TrainConfig, grid: Grid, room: Room | None) -> T
         offload = open_ended and tiles > fits
     keep = memory.keep_attention
     if keep is None:
-        on_host = config.largest_crop >= LEAST_TOKENS and tiles + attention <= HOST_PART * room.host_bytes
-        has_room = on_host if offload else tiles + attention <= fits
+        has_room = keeps_on_host(config, grid, room) if offload else tiles + attention <= fits
         keep = open_ended and room.kernels != "cuequivariance" and has_room
     return replace(config, memory=replace(memory, offload=offload, keep_attention=keep))
+
+
+def keeps_on_host(config: TrainConfig, grid: Grid, room: Room) -> bool:
+    """Whether the results of attention go to the host where what is between blocks does."""
+    wanted = between_blocks_bytes(config, grid) + attention_bytes(config, grid)
+    return config.largest_crop >= LEAST_TOKENS and wanted <= HOST_PART * room.host_bytes
 
 
 def between_blocks_bytes(config: TrainConfig, grid: Grid) -> float:
