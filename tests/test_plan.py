@@ -173,7 +173,7 @@ def test_sharing_weights_out_holds_a_quarter_and_what_is_gathered():
 def deep_and_extrapolated(*settings: str) -> tuple[Trace, Trace]:
     """A step of a deep model with four templates, and what two shallow models with fewer say of it."""
     groups, grid = {"trunk": 6, "structure_module": 5, "confidence_module": 2}, Grid(1, 2)
-    few = ("model.template.template_blocks=1", "model.msa.msa_blocks=1", "data.max_templates=4")
+    few = ("data.max_templates=4",)
     deep = compose(
         [
             *TINY,
