@@ -11,6 +11,17 @@ import pytest
 from tests.forked_runs import ForkedRuns
 from tests.ranks import RankPool
 
+LONG = ("training_runs", "plan", "faults", "parity", "fsdp", "bench", "predict_command", "kernels_local", "fake_cuda")
+LONG += ("kernels_attention", "finetune_runs", "gpu_check", "kernels_msa", "config", "tf32", "diffusion_parity")
+FIRST = [f"test_{name}.py" for name in LONG]
+"""Files that take longest, the longest first."""
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first: what comes last runs in one process while the other has nothing left to do."""
+    place = {name: i for i, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(FIRST)))
+
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory):

@@ -129,7 +129,7 @@ def test_what_runs_without_gradients_sends_what_is_planned(ranks, kind, trace):
 
 @pytest.mark.parametrize("algorithm", ["alltoall", "ring"])
 def test_one_message_stands_for_all_of_its_shape(monkeypatch, algorithm):
-    settings = (f"cp.algorithm={algorithm}", "crop_size=26")
+    settings = (f"cp.algorithm={algorithm}", "crop_size=26", "model.recycling_steps=0")
     short = traced(Grid(3, 3), settings)
     monkeypatch.setattr(step, "one_message_for_all_alike", lambda _: nullcontext())
     full = traced.__wrapped__(Grid(3, 3), settings)
@@ -338,7 +338,7 @@ def test_what_cannot_be_planned_is_told(settings, sentence, capsys):
 
 
 def test_a_kernel_without_scores_moves_less():
-    settings = ("cp.algorithm=alltoall", "trainer.precision=bf16-mixed")
+    settings = ("cp.algorithm=alltoall", "trainer.precision=bf16-mixed", "model.recycling_steps=0")
     traces = (traced(Grid(2, 2), (*settings, f"kernels={kernels}")) for kernels in ("torch", "cuequivariance"))
     plain, fused = (totals(trace.tallies) for trace in traces)
     # Triton's kernels, which go with it, make other products again.

@@ -155,9 +155,9 @@ def test_profiled_step_has_a_trace_of_each_rank(rows_1x2, run_dir_1x2):
 
 @pytest.mark.parametrize(("grid", "ranks"), [("1x1", 1), ("2x2", 4)])
 def test_grid_does_not_change_the_curve(rows_1x2, forked, tmp_path, grid, ranks):
-    rows = forked(ranks, f"cp.grid={grid}", run_dir=tmp_path)
+    rows = forked(ranks, f"cp.grid={grid}", "trainer.max_steps=2", run_dir=tmp_path)
     losses = [name for name in COLUMNS if name.startswith("train/")]
-    assert_same_curve(rows, rows_1x2, *losses, *VALIDATION, "grad_norm", "lr")
+    assert_same_curve(rows, rows_1x2[:3], *losses, *VALIDATION, "grad_norm", "lr")
 
 
 def test_resume_on_another_grid_gives_the_uninterrupted_curve(rows_1x2, forked, tmp_path):
@@ -177,10 +177,11 @@ def test_torchrun_with_replicas_equals_accumulation(rows_1x2, tmp_path):
         "cp.grid=1x1",
         "trainer.accumulate_grad_batches=1",
         "trainer.val_check_interval=2",
+        "trainer.max_steps=2",
         run_dir=tmp_path,
         launcher=(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"),
     )
-    assert_same_curve(rows, rows_1x2, "train/loss", "grad_norm", "lr", "tokens")
+    assert_same_curve(rows, rows_1x2[:3], "train/loss", "grad_norm", "lr", "tokens")
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["dp"], result["world_size"]) == (2, 2)
 
