@@ -23,8 +23,8 @@ from cpfold_train.testing.parity import (
     run,
 )
 
-__all__ = ["ATOMS", "DEPTHS", "GRIDS", "LENGTHS", "TOTALS", "check", "check_against", "check_case", "cut", "join", "pad"]
-__all__ += ["random", "randomise", "real", "run"]
+__all__ = ["ATOMS", "DEPTHS", "GRIDS", "LENGTHS", "TOTALS", "check", "check_against", "check_case", "cut", "join"]
+__all__ += ["pad", "random", "randomise", "real", "run"]
 GRIDS = [(1, 2), (2, 3), (3, 1)]
 GRIDS += [pytest.param(grid, marks=pytest.mark.slow) for grid in ((2, 1), (2, 2), (3, 2), (3, 3), (1, 3), (5, 1))]
 
