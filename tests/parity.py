@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from cpfold_train.parallel.grid import Grid
@@ -22,9 +23,10 @@ from cpfold_train.testing.parity import (
     run,
 )
 
-__all__ = ["ATOMS", "DEPTHS", "GRIDS", "LENGTHS", "TOTALS", "check", "check_case", "cut", "join", "pad", "random"]
-__all__ += ["randomise", "real"]
-GRIDS = [(1, 2), (2, 1), (2, 2), (2, 3), (3, 2), (3, 3), (1, 3), (5, 1)]
+__all__ = ["ATOMS", "DEPTHS", "GRIDS", "LENGTHS", "TOTALS", "check", "check_against", "check_case", "cut", "join"]
+__all__ += ["pad", "random", "randomise", "real", "run"]
+GRIDS = [(1, 2), (2, 3), (3, 1)]
+GRIDS += [pytest.param(grid, marks=pytest.mark.slow) for grid in ((2, 1), (2, 2), (3, 2), (3, 3), (1, 3), (5, 1))]
 
 
 def check(ranks, rows: int, cols: int, build, call: Call, inputs: dict, placements: dict, out_placement: str) -> None:
@@ -35,6 +37,11 @@ def check(ranks, rows: int, cols: int, build, call: Call, inputs: dict, placemen
 def check_case(ranks, rows: int, cols: int, case: Case) -> None:
     """:func:`check` of a case of the package."""
     (serial,) = ranks.run(run, 1, 1, case)
+    check_against(serial, ranks, rows, cols, case)
+
+
+def check_against(serial: dict, ranks, rows: int, cols: int, case: Case) -> None:
+    """:func:`check_case` where it is known what 1x1 gives."""
     parts = ranks.run(run, rows, cols, case)
     for part in parts:
         assert all(part[kind].keys() == serial[kind].keys() for kind in ("inputs", "parameters"))

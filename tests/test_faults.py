@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -437,21 +438,37 @@ ENDS = {
 }
 
 
+SHORT_EPOCHS = (
+    *("data.samples_per_epoch=3", "checkpoint.every_n_steps=100", "ckpt_path=last", "data.val=[]"),
+    "data.crop_schedule={0: 12, 2: 14, 3: 16}",
+)
+"""Three micro-batches an epoch, which are two steps, the second of one micro-batch."""
+
+
+@pytest.fixture(scope="module")
+def whole_of(forked_runs, tmp_path_factory):
+    """Rows of a run in short epochs without an interruption, with these settings."""
+
+    @cache
+    def rows(*settings: str) -> list[dict[str, str]]:
+        run_dir = tmp_path_factory.mktemp("whole")
+        given = [*SMALL, "cp.grid=1x1", *SHORT_EPOCHS, *settings, f"hydra.run.dir={run_dir}"]
+        assert forked_runs.run(1, given).returncode == 0
+        return rows_of(run_dir)
+
+    return rows
+
+
 @pytest.mark.parametrize("end", ENDS)
-def test_a_run_that_has_ended_goes_on_where_more_is_asked_for(run, tmp_path, end):
-    """Three micro-batches an epoch, which are two steps, the second of one micro-batch."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    given = ("data.samples_per_epoch=3", "checkpoint.every_n_steps=100", "ckpt_path=last", "data.val=[]",
-             "data.crop_schedule={0: 12, 2: 14, 3: 16}")  # fmt: skip
+def test_a_run_that_has_ended_goes_on_where_more_is_asked_for(run, whole_of, tmp_path, end):
     both = tuple(setting for setting in ENDS[end] if setting.startswith(("data.", "trainer.val", "trainer.limit")))
-    assert run(1, None, *given, *both, run_dir=whole).returncode == 0
-    first = run(1, None, *given, *ENDS[end], run_dir=parts)
+    first = run(1, None, *SHORT_EPOCHS, *ENDS[end])
     assert first.returncode == 0, first.stderr
-    made = result_of(parts)["steps"]
-    assert 2 <= made <= 3 and last_checkpoint(parts)["global_step"] == made
-    assert run(1, None, *given, *both, run_dir=parts).returncode == 0
-    assert_same_rows(rows_of(parts), rows_of(whole))
-    assert [row["crop_size"] for row in rows_of(parts) if row["train/loss"]] == ["12", "12", "14", "16"]
+    made = result_of(tmp_path)["steps"]
+    assert 2 <= made <= 3 and last_checkpoint(tmp_path)["global_step"] == made
+    assert run(1, None, *SHORT_EPOCHS, *both).returncode == 0
+    assert_same_rows(rows_of(tmp_path), whole_of(*both))
+    assert [row["crop_size"] for row in rows_of(tmp_path) if row["train/loss"]] == ["12", "12", "14", "16"]
 
 
 def test_an_epoch_goes_on_with_other_replicas(run, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from unittest import mock
 
 import pytest
@@ -23,7 +23,7 @@ from cpfold_train.parallel.grid import Grid
 from cpfold_train.testing import trunk_cases
 from cpfold_train.testing.parity import placed
 from cpfold_train.testing.trunk_cases import C_S, C_Z, INPUTS, TRUNK, N, attention, double, draws, features, small_trunk
-from tests.parity import GRIDS, check, check_case, cut, pad, randomise
+from tests.parity import GRIDS, check, check_against, cut, pad, randomise, run
 
 
 def averaging(module, x, cp):
@@ -48,10 +48,17 @@ IN_PARTS = {"pair weighted averaging": averaging, "outer product mean": outer_pr
 CASES = TRUNK | {name: replace(TRUNK[name], call=call) for name, call in IN_PARTS.items()}
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g[0]}x{g[1]}")
+@pytest.fixture(scope="module")
+def alone(ranks):
+    """What a case gives on 1x1."""
+    return cache(lambda case: ranks.run(run, 1, 1, CASES[case])[0])
+
+
+# All cases of one grid after another: its ranks meet once.
 @pytest.mark.parametrize("case", CASES)
-def test_grid_parity(ranks, case, grid):
-    check_case(ranks, *grid, CASES[case])
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g[0]}x{g[1]}")
+def test_grid_parity(ranks, alone, case, grid):
+    check_against(alone(case), ranks, *grid, CASES[case])
 
 
 def grouped_attention(module, x, cp):
@@ -83,10 +90,20 @@ def train_step(cp: ContextParallel, memory: MemoryConfig) -> tuple[torch.Tensor,
     return loss.detach(), grads, {name: (x.placements, x.shape) for name, x in out.items()}
 
 
-@pytest.mark.parametrize("grid", [(1, 2), (2, 3), (3, 3), (5, 1)], ids=lambda g: f"{g[0]}x{g[1]}")
-def test_training_step_of_the_trunk(ranks, grid):
-    ((loss, grads, _),) = ranks.run(train_step, 1, 1, MemoryConfig())
-    parts = ranks.run(train_step, *grid, MemoryConfig())
+@pytest.fixture(scope="module")
+def found_with(ranks):
+    """What a function gives on each rank of a grid, given what is kept: several tests compare with the same."""
+    return cache(lambda function, rows, cols, **memory: ranks.run(function, rows, cols, MemoryConfig(**memory)))
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [(1, 2), (2, 3), (3, 3), pytest.param((5, 1), marks=pytest.mark.slow)],
+    ids=lambda g: f"{g[0]}x{g[1]}",
+)
+def test_training_step_of_the_trunk(found_with, grid):
+    ((loss, grads, _),) = found_with(train_step, 1, 1)
+    parts = found_with(train_step, *grid)
     torch.testing.assert_close(sum(part[0] for part in parts), loss, rtol=1e-10, atol=0)
     assert len(grads) > 50
     for name, grad in grads.items():
@@ -105,9 +122,9 @@ LEVERS = (
 
 
 @pytest.mark.parametrize("memory", LEVERS, ids=["all kept", "updates", "updates, on the host"])
-def test_what_the_trunk_keeps_changes_no_gradient(ranks, memory):
+def test_what_the_trunk_keeps_changes_no_gradient(ranks, found_with, memory):
     for (loss, grads, _), (expected, others, _) in zip(
-        ranks.run(train_step, 1, 2, memory), ranks.run(train_step, 1, 2, MemoryConfig())
+        ranks.run(train_step, 1, 2, memory), found_with(train_step, 1, 2)
     ):
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
         torch.testing.assert_close(grads, others, rtol=1e-9, atol=1e-12)
@@ -155,8 +172,8 @@ def blocks_with(cp: ContextParallel, memory: MemoryConfig) -> tuple[list[torch.T
     ],
     ids=["recomputed", "two at once", "updates", "on the host", "two at once on the host"],
 )
-def test_what_is_kept_between_blocks_changes_no_gradient(ranks, memory, tiles):
-    kept_all = ranks.run(blocks_with, 1, 2, MemoryConfig(recompute=False))
+def test_what_is_kept_between_blocks_changes_no_gradient(ranks, found_with, memory, tiles):
+    kept_all = found_with(blocks_with, 1, 2, recompute=False)
     for (found, kept), (expected, _) in zip(ranks.run(blocks_with, 1, 2, memory), kept_all):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
         assert kept == tiles
@@ -180,9 +197,9 @@ def blocks_and_attentions(cp: ContextParallel, memory: MemoryConfig) -> tuple[li
     ],
     ids=["blocks", "on the host", "two at once", "two at once on the host", "updates", "all of it"],
 )
-def test_attention_whose_results_are_kept_is_not_recomputed(ranks, memory):
-    once = ranks.run(blocks_and_attentions, 1, 2, MemoryConfig(recompute=False))
-    twice = ranks.run(blocks_and_attentions, 1, 2, MemoryConfig())
+def test_attention_whose_results_are_kept_is_not_recomputed(ranks, found_with, memory):
+    once = found_with(blocks_and_attentions, 1, 2, recompute=False)
+    twice = found_with(blocks_and_attentions, 1, 2)
     for (found, computed), (expected, least), (_, most) in zip(
         ranks.run(blocks_and_attentions, 1, 2, memory), once, twice
     ):
@@ -190,19 +207,20 @@ def test_attention_whose_results_are_kept_is_not_recomputed(ranks, memory):
         assert computed == least < most
 
 
-def test_templates_keep_their_attention_as_well(ranks):
+def test_templates_keep_their_attention_as_well(ranks, found_with):
     memory = MemoryConfig(keep_attention=True, offload=True)
-    for found, expected in zip(ranks.run(train_step, 1, 2, memory), ranks.run(train_step, 1, 2, MemoryConfig())):
-        torch.testing.assert_close(found[:2], expected[:2], rtol=1e-9, atol=1e-12)
-    assert ranks.run(attentions_of_a_step, 1, 2, memory) == ranks.run(
-        attentions_of_a_step, 1, 2, MemoryConfig(recompute=False)
-    )
+    kept_all = ranks.run(step_and_attentions, 1, 2, MemoryConfig(recompute=False))
+    for (found, computed), expected, (_, least) in zip(
+        ranks.run(step_and_attentions, 1, 2, memory), found_with(train_step, 1, 2), kept_all
+    ):
+        torch.testing.assert_close(found, expected[:2], rtol=1e-9, atol=1e-12)
+        assert computed == least
 
 
-def attentions_of_a_step(cp: ContextParallel, memory: MemoryConfig) -> int:
+def step_and_attentions(cp: ContextParallel, memory: MemoryConfig) -> tuple[tuple, int]:
+    """Loss and gradients of :func:`train_step`, and how often attention was computed forward."""
     with mock.patch.object(attention_kernels, "_attended", side_effect=attention_kernels._attended) as attended:
-        train_step(cp, memory)
-    return attended.call_count
+        return train_step(cp, memory)[:2], attended.call_count
 
 
 def test_what_is_kept_on_the_host_comes_back_once_and_one_boundary_ahead(monkeypatch):

@@ -129,7 +129,7 @@ def test_what_runs_without_gradients_sends_what_is_planned(ranks, kind, trace):
 
 @pytest.mark.parametrize("algorithm", ["alltoall", "ring"])
 def test_one_message_stands_for_all_of_its_shape(monkeypatch, algorithm):
-    settings = (f"cp.algorithm={algorithm}", "crop_size=26")
+    settings = (f"cp.algorithm={algorithm}", "crop_size=26", "model.recycling_steps=0")
     short = traced(Grid(3, 3), settings)
     monkeypatch.setattr(step, "one_message_for_all_alike", lambda _: nullcontext())
     full = traced.__wrapped__(Grid(3, 3), settings)
@@ -173,7 +173,7 @@ def test_sharing_weights_out_holds_a_quarter_and_what_is_gathered():
 def deep_and_extrapolated(*settings: str) -> tuple[Trace, Trace]:
     """A step of a deep model with four templates, and what two shallow models with fewer say of it."""
     groups, grid = {"trunk": 6, "structure_module": 5, "confidence_module": 2}, Grid(1, 2)
-    few = ("model.template.template_blocks=1", "model.msa.msa_blocks=1", "data.max_templates=4")
+    few = ("data.max_templates=4",)
     deep = compose(
         [
             *TINY,
@@ -370,7 +370,7 @@ def test_what_cannot_be_planned_is_told(settings, sentence, capsys):
 
 
 def test_a_kernel_without_scores_moves_less():
-    settings = ("cp.algorithm=alltoall", "trainer.precision=bf16-mixed")
+    settings = ("cp.algorithm=alltoall", "trainer.precision=bf16-mixed", "model.recycling_steps=0")
     traces = (traced(Grid(2, 2), (*settings, f"kernels={kernels}")) for kernels in ("torch", "cuequivariance"))
     plain, fused = (totals(trace.tallies) for trace in traces)
     # Triton's kernels, which go with it, make other products again.
