@@ -1,33 +1,42 @@
-"""``python -m cpfold_train SUBCOMMAND``. A subcommand's code is imported only when it runs."""
+"""``cpfold-train SUBCOMMAND``, or ``python -m cpfold_train SUBCOMMAND``; its code is imported only when it runs."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 
 from cpfold_train.errors import ConfigError, DataError, RunError
+from cpfold_train.paths import train_command
 
+TRAIN = "train"
 SUBCOMMANDS = {
-    "prepare": ("cpfold_train.data.prepare.command", "turn structure files and alignments into training shards"),
-    "inspect": ("cpfold_train.data.inspect", "list the samples of shards, or describe and draw one of them"),
-    "compare": ("cpfold_train.training.compare", "compare the loss curves of runs, such as one on each grid"),
-    "export-boltz": ("cpfold_train.training.boltz_export", "write a run's weights as a checkpoint of boltz"),
-    "consolidate": ("cpfold_train.training.consolidate", "turn a checkpoint of a run with FSDP into one file"),
-    "predict": ("cpfold_train.predict.command", "sample structures with a checkpoint, on a grid of ranks"),
-    "evaluate": ("cpfold_train.evaluate.command", "score predicted structures against the truth"),
-    "plan": ("cpfold_train.plan.command", "memory, communication and time of a run on any grid, before it is started"),
-    "bench": ("cpfold_train.bench.command", "time an op on a grid of ranks, and count what it sends and holds"),
-    "gpu-check": ("cpfold_train.gpu_check.command", "prove and measure this machine's GPUs within ten minutes"),
-    "kernels": ("cpfold_train.kernels.command", "compile the Triton kernels without a GPU, and say what they became"),
-    "bench-data": ("cpfold_train.bench.data", "time a data worker, and measure the memory that its samples take"),
+    TRAIN: ("cpfold_train.cli.train", "train: KEY=VALUE ..., as python train.py"),
+    "prepare": ("cpfold_train.cli.prepare", "turn structure files and alignments into training shards"),
+    "inspect": ("cpfold_train.data.inspect.command", "list the samples of shards, or describe and draw one of them"),
+    "compare": ("cpfold_train.reports.compare", "compare the loss curves of runs, such as one on each grid"),
+    "export-boltz": ("cpfold_train.checkpoints.export", "write a run's weights as a checkpoint of boltz"),
+    "consolidate": ("cpfold_train.checkpoints.consolidate", "turn a checkpoint of a run with FSDP into one file"),
+    "predict": ("cpfold_train.cli.predict", "sample structures with a checkpoint, on a grid of ranks"),
+    "evaluate": ("cpfold_train.cli.evaluate", "score predicted structures against the truth"),
+    "plan": ("cpfold_train.cli.plan", "memory, communication and time of a run on any grid, before it is started"),
+    "bench": ("cpfold_train.cli.bench", "time an op on a grid of ranks, and count what it sends and holds"),
+    "gpu-check": ("cpfold_train.cli.gpu_check", "prove and measure this machine's GPUs within ten minutes"),
+    "kernels": ("cpfold_train.cli.kernels", "compile the Triton kernels without a GPU, and say what they became"),
+    "bench-data": ("cpfold_train.cli.bench_data", "time a data worker, and measure the memory that its samples take"),
 }
-"""Name of each subcommand: module with ``add_arguments(parser)`` and ``run(args)``, and a line of help."""
+"""Name of each subcommand: module with ``add_arguments(parser)`` and ``run(args)``, and a line of help. What is typed
+after ``train`` is Hydra's to read."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand and return the exit code: 2 where the person at the keyboard has to change something."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == [TRAIN]:
+        command = [*train_command(), *argv[1:]]
+        # In place of this process, so that signals and the exit code are the run's.
+        os.execv(command[0], command)
     parser = argparse.ArgumentParser(prog="python -m cpfold_train")
     commands = parser.add_subparsers(dest="command", metavar="SUBCOMMAND", required=True)
     for name, (module, summary) in SUBCOMMANDS.items():

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from cpfold_train.data import msa
-from cpfold_train.data.atoms import crop_atoms
-from cpfold_train.data.batch import PLACEMENTS, Crop, make_crop, tile_features
-from cpfold_train.data.residues import DNA, NONPOLYMER, PROTEIN
-from cpfold_train.data.shards import open_shards, read_sample
-from cpfold_train.data.structure import Structure
-from cpfold_train.data.symmetry import find_symmetry
+from cpfold_train.data.features import msa
+from cpfold_train.data.features.atoms import crop_atoms
+from cpfold_train.data.features.symmetry import find_symmetry
+from cpfold_train.data.stream.batch import PLACEMENTS, Crop, make_crop, tile_features
+from cpfold_train.data.stream.shards import open_shards, read_sample
+from cpfold_train.data.structures.residues import DNA, NONPOLYMER, PROTEIN
+from cpfold_train.data.structures.structure import Structure
 from cpfold_train.parallel.grid import Grid, split
 
 SAMPLES = 3

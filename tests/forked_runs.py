@@ -27,7 +27,7 @@ class ForkedRuns:
         self._server: subprocess.Popen | None = None
 
     def run(
-        self, ranks: int, arguments: list[str], main: str = "cpfold_train.training.entry:main"
+        self, ranks: int, arguments: list[str], main: str = "cpfold_train.cli.train:main"
     ) -> subprocess.CompletedProcess:
         """``train.py``, or another ``MODULE:FUNCTION``, with these arguments on so many ranks; output and exit code as
         of one process."""
@@ -51,11 +51,9 @@ class ForkedRuns:
 def serve() -> None:
     """Answer each line of standard input, ``[ranks, arguments, main]``, by ``[exit code, output, errors]``."""
     # Everything that a run imports at some point.
-    import cpfold_train.evaluate.command
-    import cpfold_train.predict.results
-    import cpfold_train.training.entry
-    import cpfold_train.training.run  # noqa: F401
-    from cpfold_train.data.components import component
+    import cpfold_train.cli.evaluate
+    import cpfold_train.cli.run  # noqa: F401
+    from cpfold_train.data.structures.components import component
 
     # Loads the dictionary of components.
     component("ALA")
@@ -70,7 +68,7 @@ def serve() -> None:
 
 
 def _run(ranks: int, arguments: list[str], main: str, out: int, err: int) -> int:
-    from cpfold_train.parallel.meeting import listen
+    from cpfold_train.parallel.rendezvous import listen
 
     # A port that is only looked for can be taken by others before the ranks come to it.
     store = listen()

@@ -87,8 +87,9 @@ def install(modules: dict[str, ModuleType] = sys.modules) -> None:
 
 def main() -> int | None:
     """The command line, with the stand-in. What it saw, and in what z was held, is printed."""
+    from cpfold_train.cli import train as entry
+    from cpfold_train.config import check_precision
     from cpfold_train.model.trunk import Trunk
-    from cpfold_train.training import check_precision, entry
 
     forward, held = Trunk.forward, set()
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import cpfold_train.__main__
-from cpfold_train.predict import checkpoint
+from cpfold_train.checkpoints import load as checkpoint
 
 
 class StandIn(nn.Module):

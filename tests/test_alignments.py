@@ -5,9 +5,9 @@ import gzip
 import numpy as np
 import pytest
 
-from cpfold_train.data.a3m import chains_of, file_key, merge, read_alignment, species_key
-from cpfold_train.data.alignment import UNPAIRED, Alignment
-from cpfold_train.data.residues import GAP, PROTEIN, RNA, letter_table
+from cpfold_train.data.alignments.a3m import chains_of, file_key, merge, read_alignment, species_key
+from cpfold_train.data.alignments.alignment import UNPAIRED, Alignment
+from cpfold_train.data.structures.residues import GAP, PROTEIN, RNA, letter_table
 from cpfold_train.errors import DataError
 from tests.structures import write_a3m
 

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cpfold_train.bench.simulate import LiveMemory
 from cpfold_train.model.atom_attention import AtomAttentionDecoder, AtomAttentionEncoder
 from cpfold_train.model.atom_encoder import AtomEncoder
 from cpfold_train.model.config import AtomConfig, MemoryConfig
 from cpfold_train.parallel.context import fake_world
 from cpfold_train.parallel.grid import Grid
+from cpfold_train.simulate.bench.simulate import LiveMemory
 
 TOKENS, ATOMS, SAMPLES = 768, 6144, 4
 TOKEN_S, TOKEN_Z, CONFIG = 384, 128, AtomConfig(atom_encoder_depth=1, atom_decoder_depth=1)

@@ -14,11 +14,7 @@ import pytest
 import torch
 
 from cpfold_train.__main__ import main
-from cpfold_train.bench import command
-from cpfold_train.bench.case import Sizes
-from cpfold_train.bench.cases import CASES
-from cpfold_train.bench.inputs import make_features, make_inputs, precision, randomise
-from cpfold_train.bench.simulate import simulate
+from cpfold_train.cli import bench as command
 from cpfold_train.model.config import (
     AtomConfig,
     ConfidenceConfig,
@@ -30,6 +26,10 @@ from cpfold_train.model.config import (
 )
 from cpfold_train.parallel.cost import choose, triangle_attention_cost, triangle_multiplication_cost
 from cpfold_train.parallel.grid import Grid
+from cpfold_train.simulate.bench.case import Sizes
+from cpfold_train.simulate.bench.cases import CASES
+from cpfold_train.simulate.bench.inputs import make_features, make_inputs, precision, randomise
+from cpfold_train.simulate.bench.simulate import simulate
 
 PAIRFORMER = PairformerConfig(1, 4, 0.0, 8, 2)
 CONFIG = ModelConfig(

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from cpfold_train.bench.command import boltz_python
-from cpfold_train.data.batch import collate, make_crop
-from cpfold_train.data.shards import open_shards, read_sample
+from cpfold_train.cli.bench import boltz_python
+from cpfold_train.data.stream.batch import collate, make_crop
+from cpfold_train.data.stream.shards import open_shards, read_sample
 from cpfold_train.model.atom_attention import AtomAttentionDecoder, AtomAttentionEncoder
 from cpfold_train.model.atom_encoder import AtomEncoder
 from cpfold_train.model.config import AtomConfig, MemoryConfig

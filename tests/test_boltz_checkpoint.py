@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from cpfold_train.__main__ import main
-from cpfold_train.bench.command import boltz_python
-from cpfold_train.data.components import component
-from cpfold_train.data.residues import AMINO_ACIDS
+from cpfold_train.checkpoints.boltz import boltz_name, initialise, read_checkpoint
+from cpfold_train.checkpoints.export import hyper_parameters, predicts
+from cpfold_train.cli.bench import boltz_python
+from cpfold_train.data.structures.components import component
+from cpfold_train.data.structures.residues import AMINO_ACIDS
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.config import (
@@ -28,8 +30,6 @@ from cpfold_train.model.config import (
     PairformerConfig,
     TemplateConfig,
 )
-from cpfold_train.training.boltz_checkpoint import boltz_name, initialise, read_checkpoint
-from cpfold_train.training.boltz_export import hyper_parameters, predicts
 from tests.parity import randomise
 
 CONFIG = ModelConfig(

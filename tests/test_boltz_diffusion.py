@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpfold_train.bench.command import boltz_python
+from cpfold_train.cli.bench import boltz_python
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.random import Draws
 from cpfold_train.testing.diffusion_cases import (

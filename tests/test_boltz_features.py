@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cpfold_train.bench.command import boltz_python
-from cpfold_train.data.alignment import UNPAIRED, Alignment, pack_alignments
-from cpfold_train.data.batch import make_crop, tile_features
-from cpfold_train.data.make_template import make_template
-from cpfold_train.data.shards import open_shards, read_sample
-from cpfold_train.data.structure import ARRAYS
+from cpfold_train.cli.bench import boltz_python
+from cpfold_train.data.alignments.alignment import UNPAIRED, Alignment, pack_alignments
+from cpfold_train.data.features.make_template import make_template
+from cpfold_train.data.stream.batch import make_crop, tile_features
+from cpfold_train.data.stream.shards import open_shards, read_sample
+from cpfold_train.data.structures.structure import ARRAYS
 from cpfold_train.parallel.grid import Grid
 
 ORACLE = Path(__file__).parent / "oracle" / "boltz_features.py"

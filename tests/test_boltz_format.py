@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from cpfold_train.__main__ import main
-from cpfold_train.data.a3m import file_key
-from cpfold_train.data.entry import Site
+from cpfold_train.data.alignments.a3m import file_key
 from cpfold_train.data.prepare.boltz_format import read_boltz, read_boltz_alignment
-from cpfold_train.data.residues import MOL_TYPES, NONPOLYMER
-from cpfold_train.data.shards import open_shards, read_sample
-from cpfold_train.data.structure import ARRAYS
+from cpfold_train.data.stream.shards import open_shards, read_sample
+from cpfold_train.data.structures.entry import Site
+from cpfold_train.data.structures.residues import MOL_TYPES, NONPOLYMER
+from cpfold_train.data.structures.structure import ARRAYS
 from cpfold_train.errors import DataError
 from tests.structures import make_chain, make_structure
 

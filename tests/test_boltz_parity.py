@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from cpfold_train.bench.command import boltz_python
+from cpfold_train.cli.bench import boltz_python
 from cpfold_train.losses.distogram import distogram_loss
 from cpfold_train.model.config import AtomConfig, MemoryConfig, ModelConfig, MSAConfig, PairformerConfig, TemplateConfig
 from cpfold_train.model.trunk import Trunk

@@ -31,10 +31,13 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from cpfold_train.__main__ import main
-from cpfold_train.bench.command import boltz_python
-from cpfold_train.data.batch import Augmentation, Crop, collate, make_crop
-from cpfold_train.data.make_template import make_template
-from cpfold_train.data.shards import open_shards, read_sample
+from cpfold_train.checkpoints.boltz import boltz_name, initialise
+from cpfold_train.checkpoints.export import hyper_parameters
+from cpfold_train.cli.bench import boltz_python
+from cpfold_train.config.schema import DiffusionRunConfig, LossConfig, OptimConfig
+from cpfold_train.data.features.make_template import make_template
+from cpfold_train.data.stream.batch import Augmentation, Crop, collate, make_crop
+from cpfold_train.data.stream.shards import open_shards, read_sample
 from cpfold_train.losses import total
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.config import (
@@ -50,9 +53,6 @@ from cpfold_train.model.config import (
 from cpfold_train.parallel.context import to_local
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.random import Draws
-from cpfold_train.training.boltz_checkpoint import boltz_name, initialise
-from cpfold_train.training.boltz_export import hyper_parameters
-from cpfold_train.training.config import DiffusionRunConfig, LossConfig, OptimConfig
 from cpfold_train.training.module import CoFoldingModule
 from tests.atoms import dense
 

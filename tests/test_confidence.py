@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from cpfold_train.bench.command import boltz_python
+from cpfold_train.cli.bench import boltz_python
 from cpfold_train.model.bfactor import BFactorModule
 from cpfold_train.model.confidence import ConfidenceModule
 from cpfold_train.model.confidence_scores import confidence_scores

@@ -5,19 +5,20 @@ from __future__ import annotations
 import inspect
 import sys
 from dataclasses import fields, replace
-from pathlib import Path
 
 import hydra
 import lightning.pytorch as pl
 import pytest
 from omegaconf import OmegaConf
 
+from cpfold_train.cli.train import main
+from cpfold_train.config.check import check
+from cpfold_train.config.composition import register, run_stamp, typed_config
+from cpfold_train.config.schema import TrainerConfig
+from cpfold_train.config.world import is_first_rank, plan_world, starts_ranks
 from cpfold_train.errors import ConfigError
 from cpfold_train.parallel.grid import Grid, squarest
-from cpfold_train.training import entry
-from cpfold_train.training.check import check
-from cpfold_train.training.config import TrainerConfig
-from cpfold_train.training.launch import is_first_rank, plan_world, starts_ranks
+from cpfold_train.paths import CHECKOUT, CONF
 
 NOT_FOR_USERS = {
     "strategy": "follows from cp.grid and dp",
@@ -40,8 +41,8 @@ NOT_FOR_USERS = {
 
 
 def compose(*overrides: str):
-    entry.register()
-    with hydra.initialize_config_dir(str(entry.ROOT / "conf"), version_base="1.3"):
+    register()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra.compose("train", list(overrides))
 
 
@@ -49,7 +50,7 @@ def refusal(monkeypatch, capsys, *arguments: str) -> str:
     """What the command says before it exits with code 2."""
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     with pytest.raises(SystemExit) as end:
-        entry.main()
+        main()
     assert end.value.code == 2
     return capsys.readouterr().err
 
@@ -71,17 +72,17 @@ def test_every_trainer_argument_has_a_key():
 
 @pytest.mark.parametrize("group", ["model", "trainer", "data", "optim", "recipe"])
 def test_every_file_fits_the_schema(group):
-    for path in (entry.ROOT / "conf" / group).glob("*.yaml"):
+    for path in (CONF / group).glob("*.yaml"):
         config = compose(f"{group}={path.stem}")
         OmegaConf.to_object(config)
         assert not OmegaConf.missing_keys(config)
 
 
 def test_crops_of_the_large_recipe_grow_to_the_size_that_is_typed():
-    typed = entry.typed_config(compose("recipe=finetune_boltz2_large_crop", "crop_size=2048"))
+    typed = typed_config(compose("recipe=finetune_boltz2_large_crop", "crop_size=2048"))
     assert typed.data.crop_schedule == {0: 768, 200: 1536, 1000: 2048}
     assert typed.largest_crop == 2048
-    assert entry.typed_config(compose("crop_size=512", "data.crop_schedule={44: 768}")).largest_crop == 768
+    assert typed_config(compose("crop_size=512", "data.crop_schedule={44: 768}")).largest_crop == 768
 
 
 def test_recipe_beats_the_defaults_and_the_command_line_beats_the_recipe():
@@ -143,7 +144,7 @@ def test_wrong_input_gets_one_sentence(monkeypatch, capsys, argument, words):
 
 
 def test_wandb_absent(monkeypatch, capsys):
-    monkeypatch.setattr("cpfold_train.training.dashboard.find_spec", lambda name: None)
+    monkeypatch.setattr("cpfold_train.config.check.find_spec", lambda name: None)
     assert "pip install" in refusal(monkeypatch, capsys, "wandb.enabled=true")
 
 
@@ -179,7 +180,7 @@ def test_world_follows_the_grid_or_the_launcher(monkeypatch):
     assert plan_world("2x2", 1, 1, "cpu", slurm | {"SLURM_JOB_NAME": "bash"}).devices == 4
     with pytest.raises(ConfigError, match="do not divide over 2 nodes"):
         plan_world("1x3", 1, 2, "cpu", {})
-    monkeypatch.setattr("cpfold_train.training.launch._gpus", lambda: 2)
+    monkeypatch.setattr("cpfold_train.config.world._gpus", lambda: 2)
     with pytest.raises(ConfigError, match=r"needs 4 GPUs a node and there are 2: type cp.grid=1x2"):
         plan_world("2x2", 1, 1, "gpu", {})
     assert plan_world("auto", 1, 1, "gpu", {}).devices == 2
@@ -206,15 +207,15 @@ def test_one_rank_speaks():
 
 def test_torchrun_ranks_share_a_run_directory(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert entry.run_stamp() == entry.run_stamp()
+    assert run_stamp() == run_stamp()
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_NTASKS", "4")
     monkeypatch.setenv("SLURM_STEP_ID", "1")
-    assert entry.run_stamp() == "slurm-12.1"
+    assert run_stamp() == "slurm-12.1"
     # Runs that a user starts in a shell within one allocation are not one run.
     monkeypatch.setenv("SLURM_JOB_NAME", "bash")
-    assert "slurm" not in entry.run_stamp()
+    assert "slurm" not in run_stamp()
 
 
 @pytest.mark.parametrize(
@@ -242,10 +243,10 @@ def test_rows_that_span_machines_are_told():
 def test_paths_of_the_quickstart_exist():
     config = compose()
     for pattern in (*config.data.train, *config.data.val):
-        assert list(Path(entry.ROOT).glob(pattern))
+        assert list(CHECKOUT.glob(pattern))
 
 
 def test_gpu_without_a_gpu_is_refused(monkeypatch):
-    monkeypatch.setattr("cpfold_train.training.launch._gpus", lambda: 0)
+    monkeypatch.setattr("cpfold_train.config.world._gpus", lambda: 0)
     with pytest.raises(ConfigError, match=r"type trainer\.accelerator=cpu"):
         plan_world("1x1", 1, 1, "gpu", {})

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpfold_train.data.batch import collate
-from cpfold_train.data.make_template import make_template
-from cpfold_train.data.shards import open_shards, read_sample
+from cpfold_train.config.schema import DiffusionRunConfig, FinetuneConfig, LossConfig, OptimConfig
+from cpfold_train.data.features.make_template import make_template
+from cpfold_train.data.stream.batch import collate
+from cpfold_train.data.stream.shards import open_shards, read_sample
 from cpfold_train.losses.diffusion import diffusion_loss
 from cpfold_train.losses.total import confidence_losses, structure_losses
 from cpfold_train.model.cofolding import CoFolding
@@ -24,8 +25,7 @@ from cpfold_train.ops.rigid_align import weighted_rigid_align
 from cpfold_train.parallel.context import to_local
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.random import Draws
-from cpfold_train.training import metrics
-from cpfold_train.training.config import DiffusionRunConfig, FinetuneConfig, LossConfig, OptimConfig
+from cpfold_train.training import validation_metrics as metrics
 from cpfold_train.training.module import CoFoldingModule
 from cpfold_train.training.validation import score_distances, score_structures
 from tests.complexes import crops

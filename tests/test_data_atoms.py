@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from cpfold_train.data.atoms import atom_features, crop_atoms, rotations
-from cpfold_train.data.batch import make_crop
-from cpfold_train.data.frames import frame_features
-from cpfold_train.data.shards import open_shards, read_sample
+from cpfold_train.data.features.atoms import atom_features, crop_atoms, rotations
+from cpfold_train.data.features.frames import frame_features
+from cpfold_train.data.stream.batch import make_crop
+from cpfold_train.data.stream.shards import open_shards, read_sample
 from cpfold_train.parallel.gather import gather_tensor
 from cpfold_train.parallel.grid import Grid
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from cpfold_train.data.atoms import crop_atoms
-from cpfold_train.data.conditioning import (
+from cpfold_train.data.features.atoms import crop_atoms
+from cpfold_train.data.features.conditioning import (
     BINDER_TO_POCKET,
     CONTACT,
     CUTOFFS,
@@ -15,7 +15,7 @@ from cpfold_train.data.conditioning import (
     conditioning_tile,
     draw_conditions,
 )
-from cpfold_train.data.shards import open_shards, read_sample
+from cpfold_train.data.stream.shards import open_shards, read_sample
 
 
 @pytest.fixture(scope="module")

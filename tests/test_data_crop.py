@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cpfold_train.bench.command import boltz_python
-from cpfold_train.data.crop import (
+from cpfold_train.cli.bench import boltz_python
+from cpfold_train.data.stream.crop import (
     CROPS,
     INTERFACE_DISTANCE,
     contiguous_crop,
@@ -15,8 +15,8 @@ from cpfold_train.data.crop import (
     draw_seed,
     neighbourhood_crop,
 )
-from cpfold_train.data.shards import open_shards, read_sample
-from cpfold_train.data.validate import check_sample
+from cpfold_train.data.stream.shards import open_shards, read_sample
+from cpfold_train.data.stream.validate import check_sample
 from cpfold_train.errors import DataError
 from tests.synthetic import make_structure
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from cpfold_train.data import msa
-from cpfold_train.data.alignment import UNPAIRED, Alignment
-from cpfold_train.data.batch import ON_HOST, PLACEMENTS, Augmentation, make_crop, tile_features
-from cpfold_train.data.features import bond_tile, distogram_tile, token_features
-from cpfold_train.data.make_template import make_template
-from cpfold_train.data.residues import BOND_TYPES, GAP
-from cpfold_train.data.shards import open_shards, read_sample
+from cpfold_train.data.alignments.alignment import UNPAIRED, Alignment
+from cpfold_train.data.features import msa
+from cpfold_train.data.features.make_template import make_template
+from cpfold_train.data.features.tokens import bond_tile, distogram_tile, token_features
+from cpfold_train.data.stream.batch import ON_HOST, PLACEMENTS, Augmentation, make_crop, tile_features
+from cpfold_train.data.stream.shards import open_shards, read_sample
+from cpfold_train.data.structures.residues import BOND_TYPES, GAP
 from cpfold_train.parallel.grid import Grid
 
 GRIDS = [(1, 2), (2, 1), (2, 2), (2, 3), (3, 3)]

@@ -14,10 +14,10 @@ import numpy as np
 import psutil
 import pytest
 
-from cpfold_train.data.alignment import Alignment, pack_alignments, unpack_alignments
-from cpfold_train.data.batch import collate, make_crop
-from cpfold_train.data.shards import open_shards, read_sample, write_shard
-from cpfold_train.data.structure import ARRAYS, pack_arrays, pack_structure, unpack_arrays, unpack_structure
+from cpfold_train.data.alignments.alignment import Alignment, pack_alignments, unpack_alignments
+from cpfold_train.data.stream.batch import collate, make_crop
+from cpfold_train.data.stream.shards import open_shards, read_sample, write_shard
+from cpfold_train.data.structures.structure import ARRAYS, pack_arrays, pack_structure, unpack_arrays, unpack_structure
 from cpfold_train.errors import DataError
 from cpfold_train.parallel.grid import Grid
 

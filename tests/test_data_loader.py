@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from cpfold_train.data.batch import ON_HOST, PLACEMENTS
-from cpfold_train.data.loader import TileLoader
-from cpfold_train.data.sampling import Source
+from cpfold_train.data.stream.batch import ON_HOST, PLACEMENTS
+from cpfold_train.data.stream.loader import TileLoader
+from cpfold_train.data.stream.sampling import Source
 from cpfold_train.errors import ConfigError, DataError
 from cpfold_train.parallel.grid import Grid
 
@@ -110,7 +110,7 @@ def test_exact_resume(workers):
 
 
 def test_resume_reads_nothing_before_its_place(tmp_path, monkeypatch):
-    from cpfold_train.data import loader as module
+    from cpfold_train.data.stream import loader as module
 
     read = []
     real = module.read_sample
@@ -137,7 +137,7 @@ def test_epochs_follow_without_a_stop():
 
 
 def test_workers_use_one_thread(monkeypatch):
-    from cpfold_train.data import loader as module
+    from cpfold_train.data.stream import loader as module
 
     monkeypatch.setattr(module, "collate", lambda *_: {"threads": torch.tensor([torch.get_num_threads()])})
     threads = torch.get_num_threads()
@@ -222,7 +222,7 @@ def test_data_errors_survive_a_worker():
 
 
 def test_workers_import_nothing_heavy():
-    script = "import sys, cpfold_train.data.loader; print([m for m in sys.argv[1:] if m in sys.modules])"
+    script = "import sys, cpfold_train.data.stream.loader; print([m for m in sys.argv[1:] if m in sys.modules])"
     heavy = ["lightning", "hydra", "biotite", "rich", "scipy", "matplotlib", "cpfold_train.model", "cpfold_train.ops"]
     result = subprocess.run([sys.executable, "-c", script, *heavy], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cpfold_train.data.loader import TileLoader
-from cpfold_train.data.quarantine import note, read_quarantine
-from cpfold_train.data.sampling import Source
-from cpfold_train.data.shards import Place, open_shards
+from cpfold_train.data.stream.loader import TileLoader
+from cpfold_train.data.stream.quarantine import note, read_quarantine
+from cpfold_train.data.stream.sampling import Source
+from cpfold_train.data.stream.shards import Place, open_shards
 from cpfold_train.errors import DataError
 from cpfold_train.parallel.grid import Grid
 
@@ -104,7 +104,7 @@ def test_a_data_set_of_which_nothing_can_be_read(shards, tmp_path, monkeypatch):
     """However many samples may be bad, it is told after a few."""
     tar = next(tmp_path.glob("*.tar"))
     tar.write_bytes(bytes(tar.stat().st_size))
-    monkeypatch.setattr("cpfold_train.data.loader.MOST_ATTEMPTS", 3)
+    monkeypatch.setattr("cpfold_train.data.stream.loader.MOST_ATTEMPTS", 3)
     with pytest.raises(DataError, match="3 of the 900 samples"):
         list(loader(shards, samples_per_epoch=900))
 

@@ -7,9 +7,9 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from cpfold_train.data.residues import MOL_TYPES
-from cpfold_train.data.sampling import Pool, Source, Stream, open_source, weigh
-from cpfold_train.data.shards import open_shards
+from cpfold_train.data.stream.sampling import Pool, Source, Stream, open_source, weigh
+from cpfold_train.data.stream.shards import open_shards
+from cpfold_train.data.structures.residues import MOL_TYPES
 from cpfold_train.errors import ConfigError
 
 SHARDS = ("data/shards/*.tar", "tests/data/*.tar", "data/large/*.tar")
@@ -150,7 +150,7 @@ def test_attempts():
 def test_sets_without_a_chain_to_draw(monkeypatch):
     index = index_of(3)
     index["chain_observed"][:] = 0
-    monkeypatch.setattr("cpfold_train.data.sampling.read_indices", lambda shards: [("x.tar", index)])
+    monkeypatch.setattr("cpfold_train.data.stream.sampling.read_indices", lambda shards: [("x.tar", index)])
     with pytest.raises(ConfigError, match=r"no chain in x\.tar has coordinates: type data\.sampling=each"):
         open_source(Source(("x.tar",), sampling="weighted"))
 

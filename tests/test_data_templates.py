@@ -7,14 +7,20 @@ import numpy as np
 import pytest
 
 from cpfold_train.__main__ import main
-from cpfold_train.data.atoms import rotations
-from cpfold_train.data.loader import TileLoader
-from cpfold_train.data.make_template import make_template
-from cpfold_train.data.sampling import Source
-from cpfold_train.data.shards import open_shards, read_sample
-from cpfold_train.data.structure import pack_arrays, unpack_arrays
-from cpfold_train.data.templates import Template, draw_templates, pack_templates, template_features, unpack_templates
-from cpfold_train.data.validate import check_sample
+from cpfold_train.data.features.atoms import rotations
+from cpfold_train.data.features.make_template import make_template
+from cpfold_train.data.features.templates import (
+    Template,
+    draw_templates,
+    pack_templates,
+    template_features,
+    unpack_templates,
+)
+from cpfold_train.data.stream.loader import TileLoader
+from cpfold_train.data.stream.sampling import Source
+from cpfold_train.data.stream.shards import open_shards, read_sample
+from cpfold_train.data.stream.validate import check_sample
+from cpfold_train.data.structures.structure import pack_arrays, unpack_arrays
 from cpfold_train.errors import DataError
 from cpfold_train.parallel.grid import Grid
 from tests.structures import write_mmcif

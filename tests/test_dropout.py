@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cpfold_train.bench.case import Sizes
-from cpfold_train.bench.inputs import make_features
 from cpfold_train.model.config import MemoryConfig, MSAConfig, PairformerConfig, TemplateConfig
 from cpfold_train.model.msa import MSALayer, MSAModule
 from cpfold_train.model.pair_stack import SITES, PairStack
 from cpfold_train.model.pairformer import PairformerModule
 from cpfold_train.model.templates import TemplateV2Module
 from cpfold_train.parallel.random import Draws
+from cpfold_train.simulate.bench.case import Sizes
+from cpfold_train.simulate.bench.inputs import make_features
 
 P, P_MSA = 0.25, 0.15
 N, S, C_Z, TEMPLATES = 6, 4, 8, 2

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tmtools
 
-from cpfold_train.data.atoms import rotations
-from cpfold_train.data.residues import DNA
-from cpfold_train.data.shards import open_shards, read_sample
+from cpfold_train.data.features.atoms import rotations
+from cpfold_train.data.stream.shards import open_shards, read_sample
+from cpfold_train.data.structures.residues import DNA
 from cpfold_train.errors import DataError
 from cpfold_train.evaluate.interfaces import BACKBONE
 from cpfold_train.evaluate.match import match

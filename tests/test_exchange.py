@@ -13,14 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from cpfold_train.config.compose import compose
 from cpfold_train.parallel import exchange
 from cpfold_train.parallel.context import Axis, ContextParallel
 from cpfold_train.parallel.exchange import Exchange
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.ledger import Ledger
 from cpfold_train.parallel.redistribute import finish, redistribute, start
-from cpfold_train.plan.batch import batches_of_data
-from cpfold_train.plan.compose import compose
+from cpfold_train.simulate.batch import batches_of_data
 from cpfold_train.training.module import CoFoldingModule
 from tests.cuda_events import Stream
 from tests.test_training_runs import SMALL

@@ -78,5 +78,5 @@ def test_nothing_waits_for_the_device(guard):
         assert files(found) == ({*WAITS_ALLOWED} if "kernels=torch" in step else set()), found
     assert not prediction
     # Its scores go to the host, batch by batch.
-    of_scores = {"cpfold_train/training/metrics.py", "cpfold_train/training/module.py"}
+    of_scores = {"cpfold_train/training/validation_metrics.py", "cpfold_train/training/module.py"}
     assert files(validation) == of_scores, validation

@@ -21,14 +21,14 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from torch.distributed import TCPStore
 
+from cpfold_train.checkpoints.lightning_io import WholeCheckpointIO
+from cpfold_train.checkpoints.sharded import INDEX, load_sharded, remove_unfinished
+from cpfold_train.cli.sweep import run_job
 from cpfold_train.errors import DiskFullError
-from cpfold_train.parallel.sharded_checkpoint import INDEX, load_sharded, remove_unfinished
-from cpfold_train.training.checkpoint_io import WholeCheckpointIO
-from cpfold_train.training.launcher import RankLauncher
-from cpfold_train.training.restart import StartAgain
+from cpfold_train.faults.launcher import RankLauncher
+from cpfold_train.faults.restart import StartAgain
 from cpfold_train.training.save_last import SaveLast
 from cpfold_train.training.signals import SaveOnSigterm
-from cpfold_train.training.sweep import run_job
 from cpfold_train.whole_file import PARTIAL, remove_partial_files
 from tests.test_training_runs import ROOT, TINY
 
@@ -53,7 +53,7 @@ def run(forked_runs, tmp_path):
     """A run on so many ranks with something wrong in it, one of :mod:`tests.faulty`."""
 
     def start(ranks: int, fault: str | None, *arguments: str, run_dir: Path = tmp_path) -> subprocess.CompletedProcess:
-        main = f"tests.faulty:{fault}" if fault else "cpfold_train.training.entry:main"
+        main = f"tests.faulty:{fault}" if fault else "cpfold_train.cli.train:main"
         arguments = [*SMALL, f"cp.grid=1x{ranks}", f"hydra.run.dir={run_dir}", *arguments]
         return forked_runs.run(ranks, arguments, main)
 
@@ -223,7 +223,9 @@ def test_out_of_memory_while_rank_0_does_not_answer(tmp_path):
 def test_out_of_memory_in_a_job_of_a_sweep(tmp_path, monkeypatch):
     monkeypatch.setenv("FAULT", "out_of_memory")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    loss = run_job(ROOT / "tests" / "faulty.py", [*SMALL, "cp.grid=1x2", "data.val=[]"], tmp_path)
+    loss = run_job(
+        [sys.executable, str(ROOT / "tests" / "faulty.py")], [*SMALL, "cp.grid=1x2", "data.val=[]"], tmp_path
+    )
     assert json.loads((tmp_path / "job.json").read_text())["exit_code"] == 0
     assert loss == float(rows_of(tmp_path)[-1]["train/loss"])
     assert [row["skipped"] for row in rows_of(tmp_path)] == ["0", "0", "1", "1"]
@@ -241,8 +243,8 @@ time.sleep(60)
 
 def test_a_sweep_that_is_to_end_ends_its_job_first(tmp_path):
     (tmp_path / "train.py").write_text(SAVES_FIRST)
-    code = "from pathlib import Path; from cpfold_train.training.sweep import run_job; "
-    code += "run_job(Path('train.py'), [], Path('job'))"
+    code = "import sys; from pathlib import Path; from cpfold_train.cli.sweep import run_job; "
+    code += "run_job([sys.executable, 'train.py'], [], Path('job'))"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env) as sweep:
         while not (tmp_path / "started").exists():

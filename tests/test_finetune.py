@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import nn
 
+from cpfold_train.checkpoints.boltz import boltz_name, weights_of
+from cpfold_train.config.check import check
+from cpfold_train.config.check_finetune import HIGHER_IS_BETTER, LOWER_IS_BETTER, require_metric
+from cpfold_train.config.schema import FinetuneConfig, LoRAConfig
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.config import MemoryConfig
-from cpfold_train.training.boltz_checkpoint import boltz_name, weights_of
-from cpfold_train.training.check import check
-from cpfold_train.training.check_finetune import HIGHER_IS_BETTER, LOWER_IS_BETTER, require_metric
-from cpfold_train.training.config import FinetuneConfig, LoRAConfig
+from cpfold_train.model.lora import LowRank, add_adapters, merged
+from cpfold_train.reports.module_statistics import gradients, trained_modules, update_norm
 from cpfold_train.training.early_stop import EarlyStop
 from cpfold_train.training.freeze import choose_trained, require_same
 from cpfold_train.training.learning_rates import learning_rate_factors
-from cpfold_train.training.lora import LowRank, add_adapters, merged
 from cpfold_train.training.module import VALIDATION, CoFoldingModule
-from cpfold_train.training.module_statistics import gradients, trained_modules, update_norm
 from cpfold_train.training.optim import adamw_with_schedule, base_rate, parameter_groups
 from cpfold_train.training.patterns import matching
 from cpfold_train.training.schedule_start import schedule_start

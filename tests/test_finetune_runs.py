@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpfold_train.training.boltz_checkpoint import boltz_name, weights_of
+from cpfold_train.checkpoints.boltz import boltz_name, weights_of
 from tests.test_training_runs import TINY, assert_same_curve, rows_of
 
 SHORT = [*TINY, "trainer.accumulate_grad_batches=1", "diffusion.validation_steps=0"]

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from cpfold_train.config.check_precision import check_precision
+from cpfold_train.config.schema import TrainerConfig
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.config import MemoryConfig, PairformerConfig
 from cpfold_train.model.pairformer import PairformerModule
 from cpfold_train.parallel.random import Draws
-from cpfold_train.training.check_precision import check_precision
-from cpfold_train.training.config import TrainerConfig
 from cpfold_train.training.precision import Fp8Precision
 from tests import fp8_stand_in
 from tests.parity import randomise

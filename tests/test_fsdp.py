@@ -14,18 +14,18 @@ from omegaconf import OmegaConf
 from torch.optim import AdamW
 
 from cpfold_train.__main__ import main
-from cpfold_train.data.shards import pack_arrays, write_shard
-from cpfold_train.data.templates import Template, pack_templates
+from cpfold_train.checkpoints import sharded as sharded_checkpoint
+from cpfold_train.checkpoints.boltz import read_checkpoint
+from cpfold_train.checkpoints.load import load_model
+from cpfold_train.checkpoints.sharded import INDEX, load_sharded, remove_unfinished, save_sharded
+from cpfold_train.config.check_checkpoint import check_checkpoints, checkpoint_to_resume
+from cpfold_train.data.features.templates import Template, pack_templates
+from cpfold_train.data.stream.shards import pack_arrays, write_shard
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.config import MemoryConfig, ModelConfig
-from cpfold_train.parallel import sharded_checkpoint
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.parallel.sharded_checkpoint import INDEX, load_sharded, remove_unfinished, save_sharded
 from cpfold_train.parallel.sharding import own_part, shard, whole, world_mesh
-from cpfold_train.predict.checkpoint import load_model
-from cpfold_train.training.boltz_checkpoint import read_checkpoint
-from cpfold_train.training.check_checkpoint import check_checkpoints, checkpoint_to_resume
 from cpfold_train.training.fsdp import shard_model
 from tests.test_config import compose
 from tests.test_training_runs import ROOT, TINY, assert_same_curve, rows_of

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from cpfold_train.__main__ import main
+from cpfold_train.cli import gpu_check as command
 from cpfold_train.devices import find_device
-from cpfold_train.gpu_check import command, exactness
+from cpfold_train.gpu_check import exactness
 from cpfold_train.gpu_check.apart import run_apart
 from cpfold_train.gpu_check.phases import PHASES, Phase
 from cpfold_train.gpu_check.ranks import ThroughHost, compare_ranks

@@ -17,9 +17,10 @@ from torch.nn.functional import linear
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cpfold_train.data.batch import ON_HOST
-from cpfold_train.data.loader import TileLoader
-from cpfold_train.data.sampling import Source
+from cpfold_train.cli import predict as command
+from cpfold_train.data.stream.batch import ON_HOST
+from cpfold_train.data.stream.loader import TileLoader
+from cpfold_train.data.stream.sampling import Source
 from cpfold_train.errors import ConfigError
 from cpfold_train.kernels import choice
 from cpfold_train.ops import offload
@@ -28,7 +29,6 @@ from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.gather import on_any_rank
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.random import Draws
-from cpfold_train.predict import command
 from cpfold_train.training import gpus
 from cpfold_train.training.optim import adamw_with_schedule
 from cpfold_train.training.same_samples import check_same_samples

@@ -72,9 +72,9 @@ def test_what_is_known_of_small_kernels(arch):
 
 def test_tables(capsys, monkeypatch):
     kernel = Compiled("k", "sm_90", 4, 168, 1, 2, 2048, 3, "registers", {"HGMMA": 4}, 32, 0, 99)
-    monkeypatch.setattr("cpfold_train.kernels.command.require_compiler", lambda arch: None)
-    monkeypatch.setattr("cpfold_train.kernels.command.launches", lambda arch: [SimpleNamespace(name="k")])
-    monkeypatch.setattr("cpfold_train.kernels.command.compiled", lambda launch, arch: kernel)
+    monkeypatch.setattr("cpfold_train.cli.kernels.require_compiler", lambda arch: None)
+    monkeypatch.setattr("cpfold_train.cli.kernels.launches", lambda arch: [SimpleNamespace(name="k")])
+    monkeypatch.setattr("cpfold_train.cli.kernels.compiled", lambda launch, arch: kernel)
     assert main(["kernels", "--markdown"]) == 0
     assert "| k | 4 | 168 | 1+2 | 2 | 3 | 4 HGMMA | 32 | 0 | 99 |" in capsys.readouterr().out
     assert main(["kernels"]) == 0

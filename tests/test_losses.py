@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpfold_train.bench.command import boltz_python
+from cpfold_train.cli.bench import boltz_python
 from cpfold_train.losses.bfactor import bfactor_loss
 from cpfold_train.losses.confidence import judge, pae_loss, pde_loss, plddt_loss, resolved_loss
 from cpfold_train.losses.diffusion import diffusion_loss

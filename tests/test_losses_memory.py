@@ -8,11 +8,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from cpfold_train.bench.simulate import LiveMemory
 from cpfold_train.kernels.by_rows import BLOCK_BYTES
 from cpfold_train.losses.symmetry import matched_truth
 from cpfold_train.parallel.context import fake_world
 from cpfold_train.parallel.grid import Grid
+from cpfold_train.simulate.bench.simulate import LiveMemory
 from tests.complexes import LOGITS, SAMPLES
 from tests.test_losses import USES, one_loss
 

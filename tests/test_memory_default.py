@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from cpfold_train import memory as machine
+from cpfold_train.config.compose import compose
+from cpfold_train.config.memory_default import Room, attention_bytes, between_blocks_bytes, with_default_memory
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.plan.compose import compose
-from cpfold_train.training.memory_default import Room, attention_bytes, between_blocks_bytes, with_default_memory
 
 LARGE = ["model=boltz2", "crop_size=3072", "cp.grid=2x2", "trainer.precision=bf16-mixed"]
 H100, MIB = Room(80e9, 250e9, "triton"), 2**20

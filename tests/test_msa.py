@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cpfold_train.bench.case import Sizes
-from cpfold_train.bench.inputs import make_features
-from cpfold_train.bench.simulate import LiveMemory
 from cpfold_train.model.config import MemoryConfig, MSAConfig, TemplateConfig
 from cpfold_train.model.msa import MSAModule
 from cpfold_train.model.pair_stack import PairStack
 from cpfold_train.model.templates import TemplateV2Module
 from cpfold_train.ops.pair_weighted_averaging import pair_weighted_averaging
+from cpfold_train.simulate.bench.case import Sizes
+from cpfold_train.simulate.bench.inputs import make_features
+from cpfold_train.simulate.bench.simulate import LiveMemory
 
 N, HEADS, WIDTH = 96, 2, 4
 

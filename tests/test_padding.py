@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpfold_train.data import loader
-from cpfold_train.data.loader import TileLoader
-from cpfold_train.data.padding import GPU_MULTIPLE, Padding, in_buckets
-from cpfold_train.data.sampling import Source
+from cpfold_train.config.compose import compose
+from cpfold_train.data.stream import loader
+from cpfold_train.data.stream.loader import TileLoader
+from cpfold_train.data.stream.padding import GPU_MULTIPLE, Padding, in_buckets
+from cpfold_train.data.stream.sampling import Source
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.plan.compose import compose
 from cpfold_train.training.module import CoFoldingModule
 from tests.parity import randomise
 from tests.test_training_runs import SMALL

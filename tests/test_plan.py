@@ -16,27 +16,27 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpfold_train.__main__ import main
+from cpfold_train.cli.train import CHOSEN_MEMORY, _chosen_memory
+from cpfold_train.config.compose import compose, read_request
+from cpfold_train.config.memory_default import Room, with_default_memory
+from cpfold_train.config.schema import TrainConfig
+from cpfold_train.config.world import World
 from cpfold_train.errors import ConfigError
 from cpfold_train.kernels.choice import Choice
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.ops import offload
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.plan import capacity, levers, propose, step
-from cpfold_train.plan.batch import assumed_batch, batches_of_data, feature_bytes
-from cpfold_train.plan.compose import compose, read_request
 from cpfold_train.plan.depth import FEWEST, by_category, extrapolated, shallow
 from cpfold_train.plan.estimate import MEMORY_MARGIN, Costs
 from cpfold_train.plan.forward import trace_prediction, trace_validation
 from cpfold_train.plan.plan import Plan, fullest_moment, weight_bytes
 from cpfold_train.plan.step import Trace, build, trace_step
-from cpfold_train.plan.tally import MEMORY, Speed, Tally, totals
-from cpfold_train.plan.trace import Tracer
 from cpfold_train.predict.predictor import Predictor, Settings
-from cpfold_train.training.config import TrainConfig
-from cpfold_train.training.entry import CHOSEN_MEMORY, _chosen_memory
+from cpfold_train.simulate.batch import assumed_batch, batches_of_data, feature_bytes
+from cpfold_train.simulate.tally import MEMORY, Speed, Tally, totals
+from cpfold_train.simulate.trace import Tracer
 from cpfold_train.training.fsdp import BLOCKS, shard_model
-from cpfold_train.training.launch import World
-from cpfold_train.training.memory_default import Room, with_default_memory
 from cpfold_train.training.module import CoFoldingModule
 from tests.test_training_runs import SMALL
 

@@ -18,10 +18,10 @@ from torch.fx import GraphModule
 
 from cpfold_train.kernels.regions import REGIONS
 from cpfold_train.model import transformer
-from cpfold_train.plan.fusion import fused, is_product
-from cpfold_train.plan.regions import regions_compiled
-from cpfold_train.plan.tally import MEMORY, Speed, Tally, totals
-from cpfold_train.plan.trace import Tracer
+from cpfold_train.simulate.fusion import fused, is_product
+from cpfold_train.simulate.regions import regions_compiled
+from cpfold_train.simulate.tally import MEMORY, Speed, Tally, totals
+from cpfold_train.simulate.trace import Tracer
 from tests.test_regions import COND, DIM, HEADS, INPUTS, B, N, found
 
 Counts = list[tuple[int, int]]

@@ -20,8 +20,8 @@ from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.layouts import tiles, whole_rows
 from cpfold_train.parallel.redistribute import all_reduce, finish, start
 from cpfold_train.plan.estimate import LAUNCH_S, kernel_seconds, part_costs
-from cpfold_train.plan.shortcuts import messages_take_time
-from cpfold_train.plan.tally import (
+from cpfold_train.simulate.shortcuts import messages_take_time
+from cpfold_train.simulate.tally import (
     EXPONENTIALS,
     L2,
     LAUNCHES,
@@ -35,7 +35,7 @@ from cpfold_train.plan.tally import (
     combined,
     totals,
 )
-from cpfold_train.plan.trace import STEP, TracedLedger, Tracer
+from cpfold_train.simulate.trace import STEP, TracedLedger, Tracer
 
 H100 = DEVICES["h100-80gb"]
 

@@ -14,14 +14,14 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from cpfold_train.__main__ import main
-from cpfold_train.data.parse import read_structure
-from cpfold_train.data.queries.inputs import find_queries, has_truth
-from cpfold_train.data.shards import open_shards, read_sample
+from cpfold_train.checkpoints.load import load_model
+from cpfold_train.data.inputs.inputs import find_queries, has_truth
+from cpfold_train.data.stream.shards import open_shards, read_sample
+from cpfold_train.data.structures.parse import read_structure
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.config import MemoryConfig, ModelConfig
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.predict.checkpoint import load_model
 from cpfold_train.predict.predictor import assembled
 from tests.structures import write_a3m, write_tiny
 

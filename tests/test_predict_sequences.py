@@ -5,13 +5,13 @@ import gzip
 import numpy as np
 import pytest
 
-from cpfold_train.data.batch import collate
-from cpfold_train.data.conditioning import BINDER_TO_POCKET, CONTACT, POCKET_TO_BINDER, UNSELECTED
-from cpfold_train.data.features import token_features
-from cpfold_train.data.parse import chain_letters
-from cpfold_train.data.queries.complex import crop_of
-from cpfold_train.data.queries.sequences import read_sequences
-from cpfold_train.data.residues import BOND_TYPES
+from cpfold_train.data.features.conditioning import BINDER_TO_POCKET, CONTACT, POCKET_TO_BINDER, UNSELECTED
+from cpfold_train.data.features.tokens import token_features
+from cpfold_train.data.inputs.complex import crop_of
+from cpfold_train.data.inputs.sequences import read_sequences
+from cpfold_train.data.stream.batch import collate
+from cpfold_train.data.structures.parse import chain_letters
+from cpfold_train.data.structures.residues import BOND_TYPES
 from cpfold_train.errors import DataError
 from cpfold_train.parallel.grid import Grid
 from tests.structures import write_a3m, write_mmcif

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from cpfold_train.__main__ import main
-from cpfold_train.data.shards import index_path, open_shards, read_sample, scan, write_shard
-from cpfold_train.data.structure import unpack_arrays
+from cpfold_train.data.stream.shards import index_path, open_shards, read_sample, scan, write_shard
+from cpfold_train.data.structures.structure import unpack_arrays
 from cpfold_train.errors import DataError
 
 SHARDS = ["data/shards/train-000000.tar", "data/large/train-000000.tar", "tests/data/train-000000.tar"]

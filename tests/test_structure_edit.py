@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from cpfold_train.data import contacts
-from cpfold_train.data.contacts import clashing_chains, interfaces
-from cpfold_train.data.entry import Site
-from cpfold_train.data.residues import BOND_TYPES, NONPOLYMER, RNA
-from cpfold_train.data.structure import ARRAYS
-from cpfold_train.data.structure_edit import take_chains
+from cpfold_train.data.features import contacts
+from cpfold_train.data.features.contacts import clashing_chains, interfaces
+from cpfold_train.data.structures.edit import take_chains
+from cpfold_train.data.structures.entry import Site
+from cpfold_train.data.structures.residues import BOND_TYPES, NONPOLYMER, RNA
+from cpfold_train.data.structures.structure import ARRAYS
 from tests.structures import make_chain, make_structure
 
 

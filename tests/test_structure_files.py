@@ -8,8 +8,8 @@ import gemmi
 import numpy as np
 import pytest
 
-from cpfold_train.data.parse import chain_letters, read_structure
-from cpfold_train.data.residues import BOND_TYPES, TOKENS
+from cpfold_train.data.structures.parse import chain_letters, read_structure
+from cpfold_train.data.structures.residues import BOND_TYPES, TOKENS
 from tests.structures import ATOMS, PROTEIN_ATOMS, write_tiny
 
 

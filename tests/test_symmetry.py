@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
-from cpfold_train.data import msa
-from cpfold_train.data.atoms import crop_atoms
-from cpfold_train.data.automorphisms import MOST, automorphisms
-from cpfold_train.data.batch import PLACEMENTS, make_crop, tile_features
-from cpfold_train.data.components import component
-from cpfold_train.data.symmetry import find_symmetry
+from cpfold_train.data.features import msa
+from cpfold_train.data.features.atoms import crop_atoms
+from cpfold_train.data.features.symmetry import find_symmetry
+from cpfold_train.data.stream.batch import PLACEMENTS, make_crop, tile_features
+from cpfold_train.data.structures.automorphisms import MOST, automorphisms
+from cpfold_train.data.structures.components import component
 from cpfold_train.losses.symmetry import matched_truth
 from cpfold_train.parallel.grid import Grid, split
 from tests.complexes import structure_of

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from cpfold_train.config.compose import compose
+from cpfold_train.config.schema import TrainConfig
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.plan.batch import batches_of_data
-from cpfold_train.plan.compose import compose
+from cpfold_train.simulate.batch import batches_of_data
 from cpfold_train.testing.step_case import SETTINGS
-from cpfold_train.training.config import TrainConfig
 from cpfold_train.training.module import CoFoldingModule
 from tests.parity import randomise
 from tests.tf32 import Tf32, points_as_on_gpus, rounded

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpfold_train.bench.simulate import LiveMemory
 from cpfold_train.kernels import attention as blocks
 from cpfold_train.ops.token_attention import OP, token_attention
 from cpfold_train.parallel.context import fake_world
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.ledger import Entry
+from cpfold_train.simulate.bench.simulate import LiveMemory
 
 B, M, HEADS, WIDTH, LENGTHS = 2, 5, 3, 4, (13, 9)
 GRIDS = [(1, 1), (1, 3), (3, 1), (2, 3), (3, 3)]

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
+from cpfold_train.config.schema import WandbConfig
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.training import metrics
-from cpfold_train.training.config import WandbConfig
-from cpfold_train.training.dashboard import wandb_logger
-from cpfold_train.training.metrics_csv import MetricsCSV, read_metrics
-from cpfold_train.training.moving_average import MovingAverage, average_decay
+from cpfold_train.reports.dashboard import wandb_logger
+from cpfold_train.reports.metrics_csv import MetricsCSV, read_metrics
+from cpfold_train.training import validation_metrics as metrics
+from cpfold_train.training.ema import MovingAverage, average_decay
 from cpfold_train.training.optim import parameter_groups, warmup_then_steps
 
 N = 60

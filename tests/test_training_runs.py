@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cpfold_train.data.quarantine import read_quarantine
-from cpfold_train.data.shards import open_shards
-from cpfold_train.training.metrics_csv import COLUMNS
+from cpfold_train.data.stream.quarantine import read_quarantine
+from cpfold_train.data.stream.shards import open_shards
+from cpfold_train.reports.metrics_csv import COLUMNS
 from cpfold_train.training.module import VALIDATION
 
 ROOT = Path(__file__).parents[1]
@@ -215,8 +215,8 @@ def test_sweep_as_submitted_jobs(tmp_path):
 WORKER = """
 import os, sys
 from torch.utils.data import get_worker_info
-from cpfold_train.data import loader
-from cpfold_train.training import entry
+from cpfold_train.data.stream import loader
+from cpfold_train.cli import train as entry
 
 make = loader.make_sample
 

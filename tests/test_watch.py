@@ -15,15 +15,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.flight_recorder.components.loader import read_dir
 
+from cpfold_train.faults import out_of_memory
+from cpfold_train.faults.out_of_memory import OUT_OF_MEMORY, MemorySnapshot, is_out_of_memory
+from cpfold_train.faults.reporter import sentence_on
+from cpfold_train.faults.watched import Watched
 from cpfold_train.parallel import flight_recorder, watch
 from cpfold_train.parallel.context import Axis, ContextParallel
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.ledger import Ledger
-from cpfold_train.parallel.meeting import listen
-from cpfold_train.training import out_of_memory
-from cpfold_train.training.fault import sentence_on
-from cpfold_train.training.out_of_memory import OUT_OF_MEMORY, MemorySnapshot, is_out_of_memory
-from cpfold_train.training.watched import Watched
+from cpfold_train.parallel.rendezvous import listen
 from tests.cuda_events import Stream
 from tests.test_config import refusal
 from tests.test_training_runs import TINY
@@ -250,7 +250,7 @@ def test_a_rank_that_fails_gives_up_its_exchanges_before_anything_waits_for_them
 def test_a_rank_that_cannot_give_up_its_exchanges_leaves_them_as_they_are(over_nccl, monkeypatch, capfd):
     log = []
     over_nccl(lambda: time.sleep(60))
-    monkeypatch.setattr("cpfold_train.training.watched.GRACE", 0.1)
+    monkeypatch.setattr("cpfold_train.faults.watched.GRACE", 0.1)
     monkeypatch.setattr(os, "_exit", lambda code: log.append(f"exit {code}"))
     WatchedStrategy(log).on_exception(RuntimeError("a fault"))
     assert log[:3] == ["watch stopped", "ranks ended in 0.0 s", "exit 1"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cpfold_train.data.structure import Structure
+from cpfold_train.data.structures.structure import Structure
 from cpfold_train.errors import DataError
 from cpfold_train.evaluate.superpose import rmsd, superposition
 

@@ -8,7 +8,7 @@ from typing import Any
 import biotite.structure as struc
 import numpy as np
 
-from cpfold_train.data.structure import Structure
+from cpfold_train.data.structures.structure import Structure
 from cpfold_train.evaluate.interfaces import interface_scores
 from cpfold_train.evaluate.match import Matched, match
 from cpfold_train.evaluate.superpose import rmsd, superposed_rmsd, superposition, tm_score

@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from cpfold_train.bench.case import Inputs
-from cpfold_train.bench.inputs import make_features, make_inputs, randomise
-from cpfold_train.bench.trunk_cases import TRUNK
 from cpfold_train.gpu_check.scope import PRECISIONS, Scope
 from cpfold_train.ops.recompute import recompute
 from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.simulate.bench.case import Inputs
+from cpfold_train.simulate.bench.inputs import make_features, make_inputs, randomise
+from cpfold_train.simulate.bench.trunk_cases import TRUNK
 
 BLOCKS = ("pairformer_block", "msa_block")
 

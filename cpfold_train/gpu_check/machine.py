@@ -9,10 +9,10 @@ from typing import Any
 import psutil
 import torch
 
-from cpfold_train.bench.measure import machine
 from cpfold_train.gpu_check.record import Record
 from cpfold_train.gpu_check.scope import Scope
 from cpfold_train.kernels.choice import capability_of, choose_kernels
+from cpfold_train.simulate.bench.measure import machine
 
 PACKAGES = (
     "lightning",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpfold_train.bench.trunk_cases import TRUNK
 from cpfold_train.gpu_check.blocks import BLOCKS, autocast, block, forward, inputs
 from cpfold_train.gpu_check.record import Record
 from cpfold_train.gpu_check.scope import PRECISIONS, Scope
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import Grid
+from cpfold_train.simulate.bench.trunk_cases import TRUNK
 from cpfold_train.testing.parity import relative_error
 
 LIMITS = {"32-true": 1e-4, "bf16-mixed": 3e-2, "bf16-true": 3e-2}

@@ -29,7 +29,7 @@ from cpfold_train.parallel.context import Axis, ContextParallel
 from cpfold_train.parallel.exchange import Exchange
 from cpfold_train.parallel.grid import Grid, squarest
 from cpfold_train.parallel.ledger import Ledger
-from cpfold_train.parallel.meeting import meet_in
+from cpfold_train.parallel.rendezvous import meet_in
 from cpfold_train.testing.cases import CASES
 from cpfold_train.testing.parity import run
 

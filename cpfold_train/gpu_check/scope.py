@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from cpfold_train.bench.case import ATOMS_PER_TOKEN, Sizes
+from cpfold_train.config.schema import CONFIDENCE
 from cpfold_train.kernels.choice import is_installed
 from cpfold_train.model.config import (
     AtomConfig,
@@ -18,8 +18,8 @@ from cpfold_train.model.config import (
     TemplateConfig,
 )
 from cpfold_train.parallel.grid import Grid
+from cpfold_train.simulate.bench.case import ATOMS_PER_TOKEN, Sizes
 from cpfold_train.testing.cases import CASES
-from cpfold_train.training.config import CONFIDENCE
 
 PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}
 """Dtype of z and m by precision. In the last two, products run under autocast to bf16."""

@@ -13,7 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cpfold_train.config.check_precision import IN_BF16
+from cpfold_train.config.compose import compose
+from cpfold_train.config.schema import TrainConfig
 from cpfold_train.errors import ConfigError
+from cpfold_train.faults.watched import is_out_of_memory
 from cpfold_train.gpu_check.record import Record, release
 from cpfold_train.gpu_check.scope import Scope
 from cpfold_train.gpu_check.timing import seconds_of
@@ -21,17 +25,13 @@ from cpfold_train.memory import now_mib, peak_mib, reset_peak
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.plan.batch import batches_of_data
-from cpfold_train.plan.compose import compose
+from cpfold_train.paths import CHECKOUT
 from cpfold_train.plan.estimate import MEMORY_MARGIN
 from cpfold_train.plan.plan import Plan, plan
 from cpfold_train.plan.propose import ladder
+from cpfold_train.simulate.batch import batches_of_data
 from cpfold_train.testing.parity import to_device
-from cpfold_train.training.check_precision import IN_BF16
-from cpfold_train.training.config import TrainConfig
-from cpfold_train.training.entry import ROOT
 from cpfold_train.training.module import CoFoldingModule
-from cpfold_train.training.watched import is_out_of_memory
 
 ROWS = ("msa", "msa_mask", "has_deletion", "deletion_value", "msa_paired")
 """Features that the alignment consists of."""
@@ -142,7 +142,7 @@ def _try(record: Record, scope: Scope, crop: int, memory: MemoryConfig) -> float
 
 def settings(scope: Scope, crop: int) -> TrainConfig:
     """The configuration of a step, on the data that come with the project."""
-    shards = ROOT / "data" / ("large" if scope.device == "cuda" else "shards") / "train-*.tar"
+    shards = CHECKOUT / "data" / ("large" if scope.device == "cuda" else "shards") / "train-*.tar"
     kernels, *_ = scope.backends()
     typed = [*scope.step, f"crop_size={crop}", f"data.train=[{shards}]", "data.val=[]", f"kernels={kernels}"]
     config = compose(typed)

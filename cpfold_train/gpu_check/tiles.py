@@ -13,7 +13,6 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
-from cpfold_train.bench.case import Inputs
 from cpfold_train.gpu_check.blocks import BLOCKS, autocast, block, forward, inputs, trained
 from cpfold_train.gpu_check.profiled import by_kernel
 from cpfold_train.gpu_check.record import Record
@@ -24,6 +23,7 @@ from cpfold_train.kernels.attention import biased_attention
 from cpfold_train.memory import now_mib, peak_mib, reset_peak
 from cpfold_train.parallel.context import ContextParallel, fake_world
 from cpfold_train.parallel.grid import Grid
+from cpfold_train.simulate.bench.case import Inputs
 
 GRID = Grid(2, 2)
 OPS = (
@@ -131,7 +131,7 @@ def _beside_stock(record: Record, scope: Scope, cp: ContextParallel, op: str) ->
 
 
 def _stock(record: Record, scope: Scope, op: str, name: str, use_kernels: bool) -> None:
-    from cpfold_train.bench.stock import stock_step
+    from cpfold_train.simulate.bench.stock import stock_step
 
     device, depth = torch.device(scope.device), scope.block_rows
     widths = {"token_s": scope.model.token_s, "token_z": scope.model.token_z, "msa_s": scope.model.msa.msa_s}

@@ -10,13 +10,13 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.progress import Progress
 
+from cpfold_train.config.schema import TrainConfig
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.plan.plan import Plan
 from cpfold_train.plan.propose import first_that_fits, grids, ladder
 from cpfold_train.plan.report import typed_levers
-from cpfold_train.training.config import TrainConfig
 from cpfold_train.whole_file import whole_file
 
 CROPS = (768, 1536, 3072, 6144, 12288, 24576, 32768)

@@ -10,17 +10,17 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from cpfold_train.config.compose import compose
+from cpfold_train.config.schema import TrainConfig
 from cpfold_train.devices import find_device, kernels_on
 from cpfold_train.parallel.grid import Grid, parse_grid
-from cpfold_train.plan.batch import batches_of_data
-from cpfold_train.plan.compose import compose
 from cpfold_train.plan.depth import by_category
 from cpfold_train.plan.estimate import speed_of
 from cpfold_train.plan.measure import GIVEN_BACK_BYTES, run_once
 from cpfold_train.plan.plan import MIB, fullest_moment
 from cpfold_train.plan.step import trace_step
-from cpfold_train.plan.tally import totals
-from cpfold_train.training.config import TrainConfig
+from cpfold_train.simulate.batch import batches_of_data
+from cpfold_train.simulate.tally import totals
 
 CONFIGURATIONS = (
     "cp.grid=1x1 crop_size=512",

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+from cpfold_train.config.schema import TrainConfig
 from cpfold_train.plan.step import Trace
-from cpfold_train.plan.tally import Tallies, Tally, combined
-from cpfold_train.plan.trace import STEP, Moment, Phase
-from cpfold_train.training.config import TrainConfig
+from cpfold_train.simulate.tally import Tallies, Tally, combined
+from cpfold_train.simulate.trace import STEP, Moment, Phase
 
 FEWEST = 3
 """Groups of blocks in the shallower of the two models: with two, none comes back from the host ahead of the block at

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from cpfold_train.config.schema import TrainConfig
 from cpfold_train.devices import Device
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.plan.step import Trace
-from cpfold_train.plan.tally import (
+from cpfold_train.simulate.tally import (
     EXPONENTIALS,
     L2,
     LAUNCHES,
@@ -26,7 +27,6 @@ from cpfold_train.plan.tally import (
     combined,
     totals,
 )
-from cpfold_train.training.config import TrainConfig
 
 MATMUL_SHARE, LARGE_MATMUL_SHARE, MEMORY_SHARE, EXP_SHARE, LINK_SHARE = 0.5, 0.7, 0.8, 0.75, 0.8
 """Of the peaks. The second is that of large square products, as those of triangle multiplication, which libraries take

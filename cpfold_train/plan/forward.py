@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from cpfold_train.config.schema import TrainConfig
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.plan.shortcuts import contents_assumed
 from cpfold_train.plan.step import (
     SAMPLING_STEPS,
     Passes,
@@ -20,9 +20,9 @@ from cpfold_train.plan.step import (
     keep_between_steps,
     without_contents,
 )
-from cpfold_train.plan.tally import Speed
 from cpfold_train.predict.predictor import Predictor, Settings
-from cpfold_train.training.config import TrainConfig
+from cpfold_train.simulate.shortcuts import contents_assumed
+from cpfold_train.simulate.tally import Speed
 
 
 def trace_validation(

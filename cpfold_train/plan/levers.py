@@ -8,13 +8,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from cpfold_train.config.compose import compose
+from cpfold_train.config.schema import TrainConfig
 from cpfold_train.errors import ConfigError
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.plan.compose import compose
 from cpfold_train.plan.measure import run_once
 from cpfold_train.plan.plan import GIB, plan
 from cpfold_train.plan.propose import group_size
-from cpfold_train.training.config import TrainConfig
 
 AS_IT_IS = "as it is"
 TWO_STEPS = ("trainer.max_steps=2", "trainer.enable_progress_bar=false", "data.val=[]")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from cpfold_train.errors import ConfigError
-from cpfold_train.training.entry import ROOT
-from cpfold_train.training.metrics_csv import read_metrics
+from cpfold_train.paths import CHECKOUT, train_command
+from cpfold_train.reports.metrics_csv import read_metrics
 
 GIVEN_BACK_BYTES = 1 << 18
 """Where memory is measured, the system gets all tensors back from this size on when they are freed. It takes longer,
@@ -31,11 +30,11 @@ def run_once(settings: list[str], give_back: bool) -> dict:
         ConfigError: the run fails.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "train.py"), *settings, f"hydra.run.dir={folder}"]
+        command = [*train_command(), *settings, f"hydra.run.dir={folder}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         if give_back:
             environment["MALLOC_MMAP_THRESHOLD_"] = str(GIVEN_BACK_BYTES)
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True)
         if done.returncode:
             *_, reason = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
             raise ConfigError(f"the run of {' '.join(settings)} failed: {reason}")

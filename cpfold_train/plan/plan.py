@@ -8,20 +8,20 @@ from dataclasses import asdict, dataclass, replace
 
 from torch import Tensor, nn
 
-from cpfold_train.data.padding import GPU_MULTIPLE
+from cpfold_train.config.schema import TrainConfig
+from cpfold_train.data.stream.padding import GPU_MULTIPLE
 from cpfold_train.devices import Device, find_device, kernels_on
 from cpfold_train.errors import ConfigError
 from cpfold_train.kernels.choice import Choice
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.plan.batch import assumed_batch, feature_bytes
 from cpfold_train.plan.depth import FEWEST, by_category, by_module, extrapolated, groups_of, shallow
 from cpfold_train.plan.estimate import MEMORY_MARGIN, Costs, estimate, estimate_forward, speed_of
 from cpfold_train.plan.forward import trace_prediction, trace_validation
 from cpfold_train.plan.step import Trace, build, trace_step
-from cpfold_train.plan.trace import CATEGORIES, STEP, Moment
-from cpfold_train.predict.command import PRECISIONS
-from cpfold_train.training.config import TrainConfig
+from cpfold_train.predict import PRECISIONS
+from cpfold_train.simulate.batch import assumed_batch, feature_bytes
+from cpfold_train.simulate.trace import CATEGORIES, STEP, Moment
 
 GIB, MIB = 2**30, 2**20
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 from rich.console import Console
 from rich.progress import track
 
+from cpfold_train.config.memory_default import Room, keeps_on_host, tile_elements, z_width
+from cpfold_train.config.schema import TrainConfig
 from cpfold_train.devices import find_device, kernels_on
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.parallel.grid import Grid, squarest
 from cpfold_train.plan.estimate import MEMORY_MARGIN
 from cpfold_train.plan.plan import Plan, plan
-from cpfold_train.training.config import TrainConfig
-from cpfold_train.training.memory_default import Room, keeps_on_host, tile_elements, z_width
 
 LEAST_SIDE = 32
 """Tokens that a rank should have of a tile's side at least: below, a grid costs more than it helps."""

@@ -10,7 +10,7 @@ from cpfold_train.model.config import MemoryConfig
 from cpfold_train.plan.depth import by_category, by_module
 from cpfold_train.plan.estimate import ASSUMPTIONS, FLOOR, Costs
 from cpfold_train.plan.plan import GIB, MIB, Plan
-from cpfold_train.plan.trace import CATEGORIES, Moment
+from cpfold_train.simulate.trace import CATEGORIES, Moment
 
 _SHOWN, _DEAREST, _WIDE = 8, 24, 150
 """Modules and operations that are worth a line, of what is held and sent and of what takes time; columns of text."""

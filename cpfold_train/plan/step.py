@@ -16,14 +16,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
-from cpfold_train.data.batch import ON_HOST
+from cpfold_train.config.check_precision import IN_BF16
+from cpfold_train.config.schema import TrainConfig
+from cpfold_train.data.stream.batch import ON_HOST
 from cpfold_train.kernels.by_rows import set_block_bytes
 from cpfold_train.memory import LARGE_BYTES
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.parallel.context import ContextParallel, fake_world
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.plan.regions import regions_compiled
-from cpfold_train.plan.shortcuts import (
+from cpfold_train.simulate.regions import regions_compiled
+from cpfold_train.simulate.shortcuts import (
     fused_attention,
     host_is_elsewhere,
     messages_take_time,
@@ -31,10 +33,8 @@ from cpfold_train.plan.shortcuts import (
     two_blocks_for_all,
     weights_come_and_go,
 )
-from cpfold_train.plan.tally import Speed, Tallies, combined
-from cpfold_train.plan.trace import Moment, Phase, TracedLedger, Tracer
-from cpfold_train.training.check_precision import IN_BF16
-from cpfold_train.training.config import TrainConfig
+from cpfold_train.simulate.tally import Speed, Tallies, combined
+from cpfold_train.simulate.trace import Moment, Phase, TracedLedger, Tracer
 from cpfold_train.training.freeze import choose_trained
 from cpfold_train.training.fsdp import shard_model
 from cpfold_train.training.module import CoFoldingModule
@@ -76,7 +76,7 @@ def trace_step(
     Args:
         config: of the run; with kernels that are chosen, not ``auto``.
         grid: with the rank whose step it is.
-        batch: its features; see :mod:`cpfold_train.plan.batch`.
+        batch: its features; see :mod:`cpfold_train.simulate.batch`.
         speed: what kernels and messages take.
         on_host: whether it runs on CPU, where memory of small tensors is kept when they are freed.
         large_bytes: size from which on they are not small; see :mod:`cpfold_train.memory`.

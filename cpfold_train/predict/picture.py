@@ -13,9 +13,9 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from cpfold_train.data.batch import Crop
-from cpfold_train.data.queries.inputs import has_truth
-from cpfold_train.data.structure import Structure
+from cpfold_train.data.inputs.inputs import has_truth
+from cpfold_train.data.stream.batch import Crop
+from cpfold_train.data.structures.structure import Structure
 from cpfold_train.evaluate.match import match
 from cpfold_train.evaluate.superpose import rmsd, superposition
 

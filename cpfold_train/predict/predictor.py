@@ -8,19 +8,19 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from cpfold_train.data.batch import ON_HOST, Crop, collate
-from cpfold_train.data.padding import GPU_MULTIPLE, Padding
-from cpfold_train.data.queries.complex import crop_of
-from cpfold_train.data.queries.inputs import Query
+from cpfold_train.data.inputs.complex import crop_of
+from cpfold_train.data.inputs.inputs import Query
+from cpfold_train.data.stream.batch import ON_HOST, Crop, collate
+from cpfold_train.data.stream.padding import GPU_MULTIPLE, Padding
 from cpfold_train.errors import DataError
 from cpfold_train.parallel.context import Axis, ContextParallel
 from cpfold_train.parallel.gather import gather_tensor, gather_to_first
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.random import Draws
-from cpfold_train.training.strategy import GridStrategy
 
 RANKING = "confidence_score"
 """Figure of a sample that ranks the samples, if the model gives it."""
@@ -93,10 +93,10 @@ class Queries(Dataset):
     """This rank's tiles of each query.
 
     Args:
-        strategy: knows the rank once it has started.
+        strategy: with a ``grid``, which knows the rank once it has started.
     """
 
-    def __init__(self, queries: list[Query], strategy: GridStrategy, settings: Settings) -> None:
+    def __init__(self, queries: list[Query], strategy: Strategy, settings: Settings) -> None:
         self._queries, self._strategy, self._settings = queries, strategy, settings
 
     def __len__(self) -> int:

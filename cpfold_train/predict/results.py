@@ -11,8 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cpfold_train.data.batch import Crop
-from cpfold_train.data.queries.inputs import Query, has_truth
+from cpfold_train.data.inputs.inputs import Query, has_truth
+from cpfold_train.data.stream.batch import Crop
 from cpfold_train.predict.picture import draw_prediction
 from cpfold_train.predict.predictor import Prediction, Settings
 from cpfold_train.predict.write import write_arrays, write_structure

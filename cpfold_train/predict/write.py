@@ -9,11 +9,11 @@ from pathlib import Path
 import biotite.structure.io.pdbx as pdbx
 import numpy as np
 
-from cpfold_train.data.atoms import CropAtoms
-from cpfold_train.data.components import SYMBOLS
-from cpfold_train.data.parse import chain_letters
-from cpfold_train.data.residues import BOND_TYPES
-from cpfold_train.data.structure import Structure
+from cpfold_train.data.features.atoms import CropAtoms
+from cpfold_train.data.structures.components import SYMBOLS
+from cpfold_train.data.structures.parse import chain_letters
+from cpfold_train.data.structures.residues import BOND_TYPES
+from cpfold_train.data.structures.structure import Structure
 
 _POLYMERS = {"protein": "polypeptide(L)", "dna": "polydeoxyribonucleotide", "rna": "polyribonucleotide"}
 

@@ -8,17 +8,17 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from cpfold_train.config.compose import compose
+from cpfold_train.config.schema import CONFIDENCE, TrainConfig
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.redistribute import all_reduce
-from cpfold_train.plan.batch import batches_of_data
-from cpfold_train.plan.compose import compose
+from cpfold_train.paths import CHECKOUT
+from cpfold_train.simulate.batch import batches_of_data
 from cpfold_train.testing.parity import Case, to_device
-from cpfold_train.training.config import CONFIDENCE, TrainConfig
-from cpfold_train.training.entry import ROOT
 from cpfold_train.training.module import CoFoldingModule
 
 SETTINGS = (
-    f"data.train=[{ROOT}/data/shards/train-*.tar]",
+    f"data.train=[{CHECKOUT}/data/shards/train-*.tar]",
     "data.val=[]",
     "data.max_msa_rows=4",
     "crop_size=24",

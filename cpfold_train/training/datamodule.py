@@ -7,13 +7,13 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from cpfold_train.data.batch import PLACEMENTS, Augmentation
-from cpfold_train.data.loader import TileLoader
-from cpfold_train.data.padding import GPU_MULTIPLE
-from cpfold_train.data.sampling import Source
-from cpfold_train.training.config import DataConfig
+from cpfold_train.config.schema import DataConfig
+from cpfold_train.config.sources import training_sources, validation_source
+from cpfold_train.data.stream.batch import PLACEMENTS, Augmentation
+from cpfold_train.data.stream.loader import TileLoader
+from cpfold_train.data.stream.padding import GPU_MULTIPLE
+from cpfold_train.data.stream.sampling import Source
 from cpfold_train.training.same_samples import check_same_samples
-from cpfold_train.training.sources import training_sources, validation_source
 
 _PLAIN = ("sample_key", "num_tokens")
 """Figures of a sample, not features of the model: they stay plain tensors."""

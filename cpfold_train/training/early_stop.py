@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
-from cpfold_train.training.check_finetune import LOWER_IS_BETTER
+from cpfold_train.config.check_finetune import LOWER_IS_BETTER
 
 
 class EarlyStop(EarlyStopping):

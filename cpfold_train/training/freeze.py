@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cpfold_train.checkpoints.boltz import boltz_name
+from cpfold_train.config.schema import FinetuneConfig
 from cpfold_train.errors import ConfigError
-from cpfold_train.training.boltz_checkpoint import boltz_name
-from cpfold_train.training.config import FinetuneConfig
-from cpfold_train.training.lora import add_adapters
+from cpfold_train.model.lora import add_adapters
 from cpfold_train.training.patterns import matching
 
 

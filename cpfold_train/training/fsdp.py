@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cpfold_train.checkpoints.sharded import is_sharded_checkpoint, load_sharded, save_sharded
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.msa import MSALayer
 from cpfold_train.model.pairformer import PairformerLayer
 from cpfold_train.model.transformer import DiffusionTransformerLayer
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.parallel.sharded_checkpoint import is_sharded_checkpoint, load_sharded, save_sharded
 from cpfold_train.parallel.sharding import mesh_of, shard, shard_parameters
 from cpfold_train.training.strategy import GridStrategy
 
@@ -30,7 +30,7 @@ class ShardedGridStrategy(GridStrategy):
     """:class:`GridStrategy` with FSDP2 in the place of ``DistributedDataParallel``.
 
     Gradients are shared out after each micro-batch, also under accumulation: kept until the last one, each rank would
-    hold all of them. A checkpoint is a directory (:mod:`cpfold_train.parallel.sharded_checkpoint`).
+    hold all of them. A checkpoint is a directory (:mod:`cpfold_train.checkpoints.sharded`).
     """
 
     @property

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from cpfold_train.training.boltz_checkpoint import boltz_name
-from cpfold_train.training.lora import weight_name
+from cpfold_train.checkpoints.boltz import boltz_name
+from cpfold_train.model.lora import weight_name
 from cpfold_train.training.patterns import matching
 
 PAIRFORMER = "pairformer_module"

@@ -11,6 +11,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from cpfold_train.config.check_finetune import OF_CONFIDENCE
+from cpfold_train.config.schema import CONFIDENCE, DiffusionRunConfig, FinetuneConfig, LossConfig, OptimConfig
 from cpfold_train.losses.total import confidence_losses, structure_losses
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.config import MemoryConfig, ModelConfig
@@ -19,11 +21,9 @@ from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.gather import gather_figures
 from cpfold_train.parallel.random import Draws
 from cpfold_train.parallel.redistribute import all_reduce
-from cpfold_train.training.check_finetune import OF_CONFIDENCE
-from cpfold_train.training.config import CONFIDENCE, DiffusionRunConfig, FinetuneConfig, LossConfig, OptimConfig
+from cpfold_train.training.ema import MovingAverage
 from cpfold_train.training.freeze import require_fit, require_same
 from cpfold_train.training.learning_rates import learning_rate_factors
-from cpfold_train.training.moving_average import MovingAverage
 from cpfold_train.training.optim import adamw_with_schedule, warmup_then_steps
 from cpfold_train.training.validation import score_distances, score_structures
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from cpfold_train.config.schema import TrainerConfig
 from cpfold_train.kernels.linear import linear_by
-from cpfold_train.training.config import TrainerConfig
 
 WIDTHS = 16
 """Transformer Engine multiplies matrices in fp8 whose widths are multiples of this."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from cpfold_train.training.boltz_checkpoint import read_checkpoint
-from cpfold_train.training.config import TrainConfig
+from cpfold_train.checkpoints.boltz import read_checkpoint
+from cpfold_train.config.schema import TrainConfig
 
 
 def schedule_start(config: TrainConfig, run_dir: Path) -> int | None:

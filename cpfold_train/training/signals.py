@@ -11,8 +11,8 @@ from functools import partial
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from cpfold_train.faults.restart import StartAgain
 from cpfold_train.parallel.gather import barrier, on_any_rank
-from cpfold_train.training.restart import StartAgain
 from cpfold_train.training.save_last import SaveLast, between_steps
 
 

@@ -13,12 +13,12 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
+from cpfold_train.checkpoints.lightning_io import WholeCheckpointIO
+from cpfold_train.checkpoints.sharded import INDEX
+from cpfold_train.faults.watched import Watched
 from cpfold_train.kernels.choice import Choice, capability_of, choose_kernels
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.parallel.sharded_checkpoint import INDEX
-from cpfold_train.training.checkpoint_io import WholeCheckpointIO
-from cpfold_train.training.watched import Watched
 
 
 def leave_out(module: LightningModule, part: str) -> None:

@@ -12,7 +12,7 @@ from cpfold_train.ops.atoms_at import atoms_at
 from cpfold_train.parallel.context import ContextParallel, to_local
 from cpfold_train.parallel.gather import gather_tensor
 from cpfold_train.parallel.redistribute import all_reduce
-from cpfold_train.training import metrics
+from cpfold_train.training import validation_metrics as metrics
 
 OP = "metrics"
 

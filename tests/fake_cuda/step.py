@@ -82,14 +82,14 @@ def waits_of(settings: list[str]) -> list[list]:
     says."""
     import torch
 
-    from cpfold_train.data.padding import GPU_MULTIPLE
+    from cpfold_train.config.compose import compose
+    from cpfold_train.data.stream.padding import GPU_MULTIPLE
     from cpfold_train.losses import smooth_lddt
     from cpfold_train.parallel.grid import Grid
     from cpfold_train.plan import forward, step
-    from cpfold_train.plan.batch import assumed_batch
-    from cpfold_train.plan.compose import compose
-    from cpfold_train.plan.tally import MEMORY, Speed
-    from cpfold_train.plan.trace import Tracer
+    from cpfold_train.simulate.batch import assumed_batch
+    from cpfold_train.simulate.tally import MEMORY, Speed
+    from cpfold_train.simulate.trace import Tracer
 
     no_time = Speed(lambda kernel: (MEMORY, 0.0), lambda n_bytes, messages: 0.0)
     found: Counter[tuple[str, str]] = Counter()

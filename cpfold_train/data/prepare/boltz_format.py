@@ -15,13 +15,13 @@ from typing import Any
 import biotite.structure as struc
 import numpy as np
 
-from cpfold_train.data.a3m import file_key
-from cpfold_train.data.alignment import Alignment
-from cpfold_train.data.components import component
-from cpfold_train.data.entry import Chain, Entry, Site, is_backbone
-from cpfold_train.data.parse import build
-from cpfold_train.data.residues import NONPOLYMER
-from cpfold_train.data.structure import Structure
+from cpfold_train.data.alignments.a3m import file_key
+from cpfold_train.data.alignments.alignment import Alignment
+from cpfold_train.data.structures.components import component
+from cpfold_train.data.structures.entry import Chain, Entry, Site, is_backbone
+from cpfold_train.data.structures.parse import build
+from cpfold_train.data.structures.residues import NONPOLYMER
+from cpfold_train.data.structures.structure import Structure
 from cpfold_train.errors import DataError
 
 

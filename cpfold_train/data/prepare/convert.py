@@ -8,18 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cpfold_train.data.alignment import Alignment, pack_alignments
-from cpfold_train.data.contacts import interfaces
-from cpfold_train.data.parse import chain_letters, read_structure
+from cpfold_train.data.alignments.alignment import Alignment, pack_alignments
+from cpfold_train.data.features.contacts import interfaces
+from cpfold_train.data.features.templates import pack_templates
 from cpfold_train.data.prepare.boltz_format import read_boltz
 from cpfold_train.data.prepare.filters import Limits, fit_chains, unfit_entry
 from cpfold_train.data.prepare.msas import AlignmentFile, align_entities, boltz_entities
 from cpfold_train.data.prepare.sources import Source
 from cpfold_train.data.prepare.templates import TemplateFile, lay_templates
-from cpfold_train.data.shards import MAX_NAME
-from cpfold_train.data.structure import Structure, pack_arrays, pack_structure
-from cpfold_train.data.templates import pack_templates
-from cpfold_train.data.validate import check_sample
+from cpfold_train.data.stream.shards import MAX_NAME
+from cpfold_train.data.stream.validate import check_sample
+from cpfold_train.data.structures.parse import chain_letters, read_structure
+from cpfold_train.data.structures.structure import Structure, pack_arrays, pack_structure
 from cpfold_train.errors import DataError
 
 

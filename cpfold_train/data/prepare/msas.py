@@ -6,12 +6,12 @@ import csv
 from collections.abc import Collection
 from pathlib import Path
 
-from cpfold_train.data.a3m import SUFFIXES, chains_of, merge, read_alignment
-from cpfold_train.data.alignment import Alignment
-from cpfold_train.data.parse import chain_letters
+from cpfold_train.data.alignments.a3m import SUFFIXES, chains_of, merge, read_alignment
+from cpfold_train.data.alignments.alignment import Alignment
 from cpfold_train.data.prepare.boltz_format import read_boltz_alignment, read_record
-from cpfold_train.data.residues import MOL_TYPES
-from cpfold_train.data.structure import Structure
+from cpfold_train.data.structures.parse import chain_letters
+from cpfold_train.data.structures.residues import MOL_TYPES
+from cpfold_train.data.structures.structure import Structure
 from cpfold_train.errors import ConfigError, DataError
 
 AlignmentFile = tuple[Path, str]

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cpfold_train.data.prepare.convert import Result
-from cpfold_train.data.tables import make_console, make_table
+from cpfold_train.tables import make_console, make_table
 
 LONGEST_TABLE = 100
 """Entries up to which the terminal shows each."""

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpfold_train.data.parse import SUFFIXES, entry_id
 from cpfold_train.data.prepare.download import download
+from cpfold_train.data.structures.parse import SUFFIXES, entry_id
 from cpfold_train.errors import ConfigError
 
 _PDB_ID = re.compile(r"([0-9][a-z0-9]{3}|pdb_[a-z0-9]{8})", re.IGNORECASE)

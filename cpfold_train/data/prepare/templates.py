@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cpfold_train.data.make_template import make_template
-from cpfold_train.data.parse import read_structure
+from cpfold_train.data.features.make_template import make_template
+from cpfold_train.data.features.templates import Template
 from cpfold_train.data.prepare.msas import table_rows
-from cpfold_train.data.structure import Structure
-from cpfold_train.data.templates import Template
+from cpfold_train.data.structures.parse import read_structure
+from cpfold_train.data.structures.structure import Structure
 from cpfold_train.errors import DataError
 
 TemplateFile = tuple[Path, tuple[tuple[str, str], ...]]

@@ -23,8 +23,8 @@ from multiprocessing.connection import wait as wait_for_connection
 from pathlib import Path
 
 from cpfold_train.data.prepare.convert import Job, Options, Result, convert
-from cpfold_train.data.shards import MEMBERS
-from cpfold_train.data.structure import FORMAT_VERSION
+from cpfold_train.data.stream.shards import MEMBERS
+from cpfold_train.data.structures.structure import FORMAT_VERSION
 from cpfold_train.errors import DataError
 
 _AHEAD = 4

@@ -1,1 +1,0 @@
-"""The benchmark command: what an op costs, on real ranks or as one rank of a simulated world."""

@@ -1,7 +1,0 @@
-"""The ops that can be timed, at Boltz-2's widths, by name."""
-
-from cpfold_train.bench.loss_cases import LOSSES
-from cpfold_train.bench.structure_cases import STRUCTURE
-from cpfold_train.bench.trunk_cases import TRUNK
-
-CASES = TRUNK | STRUCTURE | LOSSES

@@ -1,0 +1,115 @@
+"""``python -m cpfold_train plan KEY=VALUE ...``: whether a run fits, and what it costs, before it is started."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from cpfold_train.config.compose import of_run, read_request
+from cpfold_train.config.memory_default import with_default_memory
+from cpfold_train.errors import ConfigError
+from cpfold_train.plan.estimate import ASSUMPTIONS, FLOOR
+from cpfold_train.plan.plan import GIB, Plan, plan, plan_prediction, validation_moment
+from cpfold_train.plan.propose import choose_memory, ladder, propose, room_of
+from cpfold_train.plan.report import show_plan, show_proposals, typed_levers
+from cpfold_train.simulate.trace import Moment
+
+PREDICTION = (
+    "diffusion.samples=5",
+    "diffusion.sampling_steps=200",
+    "model.recycling_steps=3",
+    "data.max_msa_rows=8192",
+)
+"""Defaults of the ``predict`` command, as keys of a run."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the subcommand."""
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="as for train.py; and device=NAME (default: h100-80gb), gpus=N, the most of a proposal (default: 256)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="run small configurations, or the one that is typed, and compare them with their plans",
+    )
+    parser.add_argument(
+        "--predict",
+        action="store_true",
+        help="plan the prediction of one query of crop_size tokens on cp.grid; diffusion.samples=5, "
+        "diffusion.sampling_steps=200, model.recycling_steps=3 and data.max_msa_rows=8192 are the defaults",
+    )
+    parser.add_argument("--levers", action="store_true", help="a table of what each memory lever saves and costs")
+    parser.add_argument("--measure", action="store_true", help="with --levers: run it on CPUs of this machine")
+    parser.add_argument(
+        "--table",
+        type=Path,
+        metavar="FILE",
+        help="plan 768 to 32,768 tokens on 1, 4, 16 ... gpus=N GPUs: cells to FILE.json, where it goes on if it was "
+        "interrupted, a picture to FILE.png, and the table, in Markdown, on the terminal",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Plan and print.
+
+    Raises:
+        ConfigError: for settings that cannot be planned.
+    """
+    if args.check:
+        from cpfold_train.plan.compare import compare
+
+        compare(args.settings, args.json)
+        return
+    request = read_request([*PREDICTION, *args.settings] if args.predict else args.settings)
+    config = request.config
+    if args.predict:
+        if request.grid is None:
+            raise ConfigError("a prediction is planned on one grid: type cp.grid=2x2, for example")
+        with Console(stderr=True).status("planning"):
+            _show(plan_prediction(config, request.grid, request.device), None, args.json)
+        return
+    if args.levers:
+        from cpfold_train.plan.levers import show_levers
+
+        show_levers(of_run(args.settings), request.grid, request.device, args.measure, args.json)
+        return
+    if args.table:
+        from cpfold_train.plan.capacity import as_markdown, capacity, draw
+
+        cells = capacity(config, request.device, request.gpus, args.table.with_suffix(".json"))
+        draw(cells, f"{request.device}, {config.trainer.precision}", args.table.with_suffix(".png"))
+        print(as_markdown(cells))
+        for i, memory in enumerate(ladder(config, request.device)):
+            print(f"({i}) {' '.join(typed_levers(memory))}")
+        return
+    if request.grid is None:
+        found = propose(config, request.device, request.gpus, request.dp, request.choose)
+        if args.json:
+            print(json.dumps({"proposals": [p.figures() for p in found], "assumptions": ASSUMPTIONS}, indent=1))
+        else:
+            show_proposals(found, request.device, config.crop_size, request.gpus)
+        return
+    with Console(stderr=True).status("planning"):
+        if request.choose:
+            config = replace(config, memory=choose_memory(config, request.grid, request.device))
+        config = with_default_memory(config, request.grid, room_of(config, request.grid, request.device))
+        found = plan(config, request.grid, request.device)
+        validation = validation_moment(config, request.grid, request.device) if config.data.val else None
+    _show(found, validation, args.json)
+
+
+def _show(found: Plan, validation: Moment | None, as_json: bool) -> None:
+    if as_json:
+        held = {} if validation is None else {"validation_peak_gib": sum(validation.values()) / GIB}
+        print(json.dumps({**found.figures(), **held, "assumptions": [*ASSUMPTIONS, FLOOR]}, indent=1))
+    else:
+        show_plan(found, validation)

@@ -1,0 +1,180 @@
+"""One run: from a configuration to a trained checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import Logger
+
+from cpfold_train.checkpoints.boltz import initialise
+from cpfold_train.config.check_finetune import require_metric
+from cpfold_train.config.check_precision import IN_BF16
+from cpfold_train.config.schema import TrainConfig, TrainerConfig
+from cpfold_train.config.world import World
+from cpfold_train.devices import DEVICES, called_alike, own_gpu_name
+from cpfold_train.errors import RunError
+from cpfold_train.faults.out_of_memory import MemorySnapshot
+from cpfold_train.faults.reporter import FAULTS, TellFaults, sentence_on
+from cpfold_train.faults.restart import StartAgain
+from cpfold_train.faults.skip import SkipBadSteps
+from cpfold_train.kernels.by_rows import set_block_bytes
+from cpfold_train.kernels.regions import compile_regions, compiled_by
+from cpfold_train.memory import return_large_tensors
+from cpfold_train.reports.metrics_csv import MetricsCSV
+from cpfold_train.reports.module_statistics import ModuleStatistics
+from cpfold_train.reports.plots import Pictures
+from cpfold_train.reports.result import Result
+from cpfold_train.reports.step_metrics import StepFigures
+from cpfold_train.reports.trace_steps import TraceSteps
+from cpfold_train.training.datamodule import TileData
+from cpfold_train.training.early_stop import EarlyStop
+from cpfold_train.training.ema import MovingAverage
+from cpfold_train.training.freeze import choose_trained
+from cpfold_train.training.fsdp import ShardedGridStrategy
+from cpfold_train.training.module import CoFoldingModule
+from cpfold_train.training.precision import precision_arguments
+from cpfold_train.training.quiet import quiet_lightning
+from cpfold_train.training.save_last import SaveLast
+from cpfold_train.training.schedule_start import StartSchedule, schedule_start
+from cpfold_train.training.signals import SaveOnSigterm
+from cpfold_train.training.strategy import GridStrategy, leave_out
+
+
+def run(
+    config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any], again: StartAgain | None = None
+) -> None:
+    """Train, on this rank and on those that it starts.
+
+    Args:
+        config: what the user asked for; ``ckpt_path`` is a path or None.
+        world: the ranks.
+        run_dir: receives checkpoints, figures and pictures.
+        record: the configuration as plain containers, for W&B.
+        again: what can start the run again after an error, where this process is the one to do so.
+
+    Raises:
+        RunError: the run could not go on.
+    """
+    quiet_lightning()
+    return_large_tensors()
+    chunk_mib = config.memory.chunk_mib
+    set_block_bytes(None if chunk_mib is None else int(chunk_mib * 2**20))
+    compile_regions(compiled_by("inductor") if config.compile else None)
+    pl.seed_everything(config.seed, verbose=False)
+    timeout = timedelta(seconds=config.cp.timeout_s)
+    module = CoFoldingModule(
+        config.model, config.memory, config.optim, config.loss, config.diffusion, config.seed, config.finetune
+    )
+    grid = world.grid
+    strategy = (ShardedGridStrategy if config.parallel.fsdp else GridStrategy)(
+        grid.rows,
+        grid.cols,
+        grid.dp,
+        timeout,
+        config.cp.algorithm,
+        config.kernels,
+    )
+    strategy.again, strategy.faults = again, run_dir / FAULTS
+    # What FSDP gathers in inference mode could not be used in training.
+    inference_mode = config.trainer.inference_mode and not config.parallel.fsdp
+    trainer = pl.Trainer(
+        **dataclasses.asdict(config.trainer)
+        | {"num_nodes": world.num_nodes, "inference_mode": inference_mode}
+        | precision_arguments(config.trainer),
+        strategy=strategy,
+        devices=world.devices,
+        logger=_loggers(config, run_dir, record),
+        callbacks=_callbacks(config, run_dir, again),
+        default_root_dir=run_dir,
+        # The loader divides the samples itself, over replicas only.
+        use_distributed_sampler=False,
+    )
+    if config.trainer.precision == "64-true":
+        # Lightning converts the module after it has read the checkpoint, whose weights would be rounded to fp32.
+        module.double()
+    if config.model.init_from and not config.ckpt_path:
+        initialise(module.model, Path(config.model.init_from), config.model.init_weights, config.model.init_skip)
+    module.judged = choose_trained(module.model, config.finetune, module.judged)
+    if not module.judged:
+        leave_out(module, "model.confidence_module")
+    require_metric(config.early_stop.monitor, module.judged)
+    accumulate = config.trainer.accumulate_grad_batches
+    quarantine = run_dir / "quarantine.jsonl"
+    data = TileData(config.data, config.crop_size, config.batch_size, accumulate, config.seed, quarantine)
+    try:
+        # Checkpoints hold optimizer, loops and loader beside tensors: read only those that you trust.
+        trainer.fit(module, data, ckpt_path=config.ckpt_path, weights_only=False)
+    except SystemExit as end:
+        if not isinstance(end.__context__, KeyboardInterrupt):
+            raise
+        raise RunError(
+            f"interrupted: ckpt_path=last with hydra.run.dir={run_dir} goes on from its last checkpoint"
+        ) from None
+    except Exception as error:
+        sentence = strategy.fault or sentence_on(error, run_dir)
+        if sentence is None:
+            raise
+        raise RunError(sentence) from error
+    finally:
+        if config.wandb.enabled:
+            import wandb
+
+            wandb.finish()
+
+
+def _callbacks(config: TrainConfig, run_dir: Path, again: StartAgain | None) -> list[Callback]:
+    folder = run_dir / "checkpoints"
+    last = SaveLast(folder / "last.ckpt", config.checkpoint.every_n_steps)
+    # First, so that the others see the average in validation. It holds the weights once more.
+    callbacks: list[Callback] = [MovingAverage(config.optim.ema_decay)] if config.optim.ema_decay else []
+    skip = SkipBadSteps(config.faults.max_skipped, run_dir)
+    figures = StepFigures(skip, peak_flops(config.trainer))
+    if config.faults.memory_snapshot:
+        callbacks.append(MemorySnapshot(run_dir / FAULTS))
+    callbacks.append(TellFaults(folder))
+    if every_n_steps := config.module_statistics.every_n_steps:
+        # Before the gradients of a step that is skipped are taken away.
+        callbacks.append(ModuleStatistics(run_dir / "modules.csv", every_n_steps))
+    callbacks += [
+        skip,
+        figures,
+        Pictures(run_dir),
+        Result(run_dir, config.seed, skip, figures),
+        SaveOnSigterm(last, again),
+        last,
+    ]
+    if config.data.val and config.trainer.limit_val_batches != 0:
+        callbacks.append(
+            ModelCheckpoint(folder, "best-{step}", monitor="val/loss", mode="min", enable_version_counter=False)
+        )
+    if config.early_stop.monitor:
+        callbacks.append(EarlyStop(**dataclasses.asdict(config.early_stop)))
+    if config.profile.steps:
+        callbacks.append(TraceSteps(run_dir / "profile", *config.profile.steps))
+    if (step := schedule_start(config, run_dir)) is not None:
+        callbacks.append(StartSchedule(step))
+    if config.trainer.enable_progress_bar:
+        callbacks.append(TQDMProgressBar(leave=True))
+    return callbacks
+
+
+def peak_flops(trainer: TrainerConfig) -> float | None:
+    """Operations a second of this machine's GPU at its best, in the dtype of most products; None of other devices."""
+    name = own_gpu_name()
+    if trainer.accelerator == "cpu" or name is None or (like := called_alike(name)) is None:
+        return None
+    return DEVICES[like].bf16 if trainer.precision in IN_BF16 else DEVICES[like].fp32
+
+
+def _loggers(config: TrainConfig, run_dir: Path, record: dict[str, Any]) -> list[Logger]:
+    loggers: list[Logger] = [MetricsCSV(run_dir / "metrics.csv")]
+    if config.wandb.enabled:
+        from cpfold_train.reports.dashboard import wandb_logger
+
+        loggers.append(wandb_logger(config.wandb, run_dir, record, resumes=config.ckpt_path is not None))
+    return loggers

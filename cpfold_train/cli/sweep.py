@@ -1,0 +1,117 @@
+"""Sweeps: each job of a Hydra multirun is a process tree of its own, and the sweep ends with a table."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from cpfold_train.reports.result_file import read_result
+
+_JOB = "job.json"
+_OF_A_WORLD = (
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "PL_GLOBAL_SEED",
+    "TORCHELASTIC_RUN_ID",
+    "SLURM_NTASKS",
+    "SLURM_PROCID",
+)
+"""Variables that would make a job believe that it is a rank of somebody else's world."""
+
+
+def run_job(train: list[str], overrides: list[str], job_dir: Path) -> float:
+    """Run one job to its end in processes of its own, its output going where the sweep's goes.
+
+    Args:
+        train: the command that starts a run.
+        overrides: what sets the job apart, as typed.
+        job_dir: its run directory.
+
+    Returns:
+        What an optimising sweeper minimises: the last validation loss, else the last training loss; infinity for a
+        job that failed. A failed job does not raise, so the others still run.
+    """
+    env = {name: value for name, value in os.environ.items() if name not in _OF_A_WORLD}
+    started = time.time()
+    print(f"job {job_dir.name}: {' '.join(overrides)}", flush=True)
+    # A recipe may itself ask for a sweep; the job must not start it again.
+    command = [*train, *overrides, "hydra.mode=RUN", f"hydra.run.dir='{job_dir}'"]
+    process = subprocess.Popen(command, env=env)
+    asked: list[int] = []
+
+    def end(signum: int, frame: object) -> None:
+        asked.append(signum)
+        process.send_signal(signum)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        code = process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if asked:
+        # The job has saved, and there is no next one.
+        sys.exit(128 + asked[0])
+    job = {"overrides": overrides, "exit_code": code, "seconds": round(time.time() - started, 1)}
+    job_dir.mkdir(parents=True, exist_ok=True)
+    (job_dir / _JOB).write_text(json.dumps(job) + "\n")
+    result = read_result(job_dir)
+    losses = (result.get("val/loss"), result.get("train/loss"))
+    return next((loss for loss in losses if code == 0 and loss is not None), float("inf"))
+
+
+class Summary(Callback):
+    """Hydra callback: a table of all jobs at the end of a sweep, and a failing exit code where one of them failed."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        for job in _jobs(config):
+            job.unlink()
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+
+        folder = Path(config.hydra.sweep.dir)
+        dirs = sorted((path.parent for path in _jobs(config)), key=lambda path: (len(path.name), str(path)))
+        jobs = [json.loads((job_dir / _JOB).read_text()) for job_dir in dirs]
+        shared = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
+        table = Table("job", "overrides", "status", "loss", "seconds", "peak MiB a rank", title=escape(str(folder)))
+        failed = 0
+        for job_dir, job in zip(dirs, jobs):
+            result = read_result(job_dir)
+            good = job["exit_code"] == 0
+            failed += not good
+            loss, peaks = result.get("train/loss"), result.get("peak_memory_mib")
+            table.add_row(
+                escape(str(job_dir.relative_to(folder))),
+                escape(" ".join(override for override in job["overrides"] if override not in shared)),
+                "[green]completed" if good else f"[red]failed ({job['exit_code']})",
+                "" if loss is None else f"{loss:.4f}",
+                f"{job['seconds']:.0f}",
+                f"{max(peaks):.0f}" if peaks else "",
+            )
+        Console().print(table)
+        if failed:
+            print(f"{failed} of {len(dirs)} jobs failed", file=sys.stderr)
+            sys.exit(1)
+
+
+def _jobs(config: DictConfig) -> list[Path]:
+    """What the jobs of a sweep have left: in the sweep's directory, as deep as ``hydra.sweep.subdir`` says."""
+    subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]
+    return list(Path(config.hydra.sweep.dir).glob("/".join(["*"] * len(Path(subdir).parts) + [_JOB])))

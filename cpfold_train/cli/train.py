@@ -1,0 +1,150 @@
+"""The command line: Hydra composes the configuration, then a run or a sweep starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from cpfold_train.cli import sweep
+from cpfold_train.config.check import check
+from cpfold_train.config.check_checkpoint import checkpoint_to_resume
+from cpfold_train.config.composition import explain, register, typed_config
+from cpfold_train.config.memory_default import Room, with_default_memory
+from cpfold_train.config.schema import TrainConfig
+from cpfold_train.config.world import World, device_here, is_first_rank, plan_world, started_by_slurm, starts_ranks
+from cpfold_train.errors import ConfigError, DataError, RunError
+from cpfold_train.faults.restart import StartAgain
+from cpfold_train.kernels.choice import choose_kernels
+from cpfold_train.model.config import MemoryConfig
+from cpfold_train.parallel.grid import Grid
+from cpfold_train.paths import CONF, train_command
+
+CHOSEN_MEMORY = "CPFOLD_TRAIN_MEMORY"
+"""Variable of the environment with what ``memory=auto`` has come to, for ranks that this process starts."""
+
+
+def main() -> None:
+    """Run what the command line asks for. Input that cannot work ends with one sentence and exit code 2."""
+    # Let Hydra raise its errors instead of printing them, so that they are told like all others.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    register()
+    try:
+        _composed()
+    except (HydraException, OmegaConfBaseException) as error:
+        _refuse(explain(error))
+    except KeyboardInterrupt:
+        _refuse("interrupted", code=128 + signal.SIGINT)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
+def _composed(config: DictConfig) -> float | None:
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode is RunMode.MULTIRUN:
+        if "TORCHELASTIC_RUN_ID" in os.environ or (started_by_slurm() and int(os.environ["SLURM_NTASKS"]) > 1):
+            _refuse("each rank would run the whole sweep: type python train.py -m alone, which starts the ranks")
+        job_dir = Path(hydra_config.runtime.output_dir)
+        return sweep.run_job(train_command(), list(hydra_config.overrides.task), job_dir)
+    try:
+        start(config, Path(hydra_config.runtime.output_dir))
+    except (ConfigError, DataError) as error:
+        _refuse(str(error))
+    except RunError as error:
+        _refuse(str(error), code=1)
+    return None
+
+
+def start(config: DictConfig, run_dir: Path) -> None:
+    """Check a composed configuration and run it.
+
+    Raises:
+        ConfigError, DataError: before any other process is started, where it cannot work.
+        RunError: the run has ended early, and does not start again by itself.
+    """
+    typed = typed_config(config)
+    typed.ckpt_path = checkpoint_to_resume(typed.ckpt_path, run_dir)
+    check(typed)
+    world = plan_world(typed.cp.grid, typed.dp, typed.trainer.num_nodes, typed.trainer.accelerator)
+    room = _room(typed, world.grid)
+    if typed.memory.auto:
+        typed.memory = _chosen_memory(typed, world)
+    typed.memory = with_default_memory(typed, world.grid, room).memory
+    config.memory = OmegaConf.structured(typed.memory)
+    if is_first_rank():
+        if note := world.note():
+            print(f"note: {note}", file=sys.stderr)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(config, run_dir / "resolved.yaml", resolve=True)
+        except OSError as error:
+            raise ConfigError(
+                f"hydra.run.dir={run_dir} cannot be written ({error.strerror}): type another hydra.run.dir"
+            ) from error
+    again = StartAgain(run_dir) if starts_ranks(world) else None
+    # Lightning takes seconds to import; a wrong key is to be told at once.
+    from cpfold_train.cli.run import run
+
+    try:
+        run(typed, world, run_dir, OmegaConf.to_container(config, resolve=True), again)
+    except RunError:
+        if again is not None:
+            again.after_out_of_memory()
+        raise
+
+
+def _room(config: TrainConfig, grid: Grid) -> Room | None:
+    """Memory for a rank on this machine's GPU, which is told first what it is to be told; None where the run is on
+    CPU."""
+    if device_here(config.trainer.accelerator) == "cpu":
+        return None
+    import torch
+
+    from cpfold_train.memory import host_bytes_in_all
+    from cpfold_train.training.gpus import set_up_gpus
+
+    # Before anything asks the device: its allocator reads the environment once.
+    set_up_gpus(config.tf32)
+    capability, precision = torch.cuda.get_device_capability(0), config.trainer.precision
+    kernels = choose_kernels(config.kernels, "cuda", precision, capability).name
+    host_bytes = host_bytes_in_all() * config.trainer.num_nodes / grid.world_size
+    return Room(torch.cuda.get_device_properties(0).total_memory, host_bytes, kernels)
+
+
+def _chosen_memory(config: TrainConfig, world: World) -> MemoryConfig:
+    """The levers that the planner chooses. Ranks that this process starts take its choice from the environment; those
+    of a launcher all come to the same."""
+    if chosen := os.environ.get(CHOSEN_MEMORY):
+        return MemoryConfig(**json.loads(chosen))
+    from cpfold_train.plan.propose import choose_memory
+    from cpfold_train.plan.report import typed_levers
+
+    with Console(stderr=True).status("memory=auto: planning") if is_first_rank() else nullcontext():
+        largest = replace(config, crop_size=config.largest_crop)
+        memory = choose_memory(largest, world.grid, device_here(config.trainer.accelerator))
+    if is_first_rank():
+        print(f"memory=auto: {' '.join(typed_levers(memory))}", file=sys.stderr)
+    os.environ[CHOSEN_MEMORY] = json.dumps(asdict(memory))
+    return memory
+
+
+def _refuse(sentence: str, code: int = 2) -> NoReturn:
+    if is_first_rank():
+        print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

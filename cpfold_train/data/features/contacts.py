@@ -1,0 +1,72 @@
+"""Which chains lie close to which: clashes and interfaces, from a cell list and never from all pairs of atoms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from biotite.structure import CellList
+
+from cpfold_train.data.structures.structure import Structure
+
+CLASH_DISTANCE = 1.7
+"""Angstrom."""
+
+CLASH_SHARE = 0.3
+INTERFACE_DISTANCE = 5.0
+"""Angstrom between the nearest heavy atoms of two chains that have an interface (AlphaFold 3, supplement 2.5.1)."""
+
+_BLOCK = 16384
+
+
+def interfaces(structure: Structure) -> list[list[int]]:
+    """Pairs [i, j], i < j, of chains with resolved atoms less than ``INTERFACE_DISTANCE`` apart, in ascending order."""
+    chain, coords = _resolved(structure)
+    pairs: set[tuple[int, int]] = set()
+    for atom, other in _neighbours(chain, coords, INTERFACE_DISTANCE):
+        both = np.stack([chain[atom], chain[other]], axis=1)
+        pairs.update(map(tuple, np.unique(both[both[:, 0] < both[:, 1]], axis=0).tolist()))
+    return [list(pair) for pair in sorted(pairs)]
+
+
+def clashing_chains(structure: Structure) -> list[int]:
+    """Chains to remove because they lie within others (AlphaFold 3, supplement 2.5.4).
+
+    A chain clashes with another if more than ``CLASH_SHARE`` of its resolved atoms are within ``CLASH_DISTANCE`` of an
+    atom of that one. Where each clashes with the other, the one with the greater share goes; at equal shares the one
+    with fewer atoms, and then the later one.
+    """
+    chain, coords = _resolved(structure)
+    size = np.bincount(chain, minlength=len(structure.meta["chains"]))
+    clashing: dict[tuple[int, int], int] = {}
+    for atom, other in _neighbours(chain, coords, CLASH_DISTANCE):
+        touched = np.unique(np.stack([atom, chain[other]], axis=1), axis=0)
+        pairs, counts = np.unique(np.stack([chain[touched[:, 0]], touched[:, 1]], axis=1), axis=0, return_counts=True)
+        for pair, count in zip(map(tuple, pairs.tolist()), counts.tolist()):
+            clashing[pair] = clashing.get(pair, 0) + count
+    share = {(a, b): count / size[a] for (a, b), count in clashing.items() if count > CLASH_SHARE * size[a]}
+    removed: set[int] = set()
+    for a, b in sorted(share):
+        if a in removed or b in removed:
+            continue
+        removed.add(max((share[pair], -size[pair[0]], pair[0]) for pair in ((a, b), (b, a)) if pair in share)[2])
+    return sorted(removed)
+
+
+def _resolved(structure: Structure) -> tuple[np.ndarray, np.ndarray]:
+    """Chain and coordinates of the resolved atoms."""
+    chain = structure.asym_id[structure.atom_token]
+    return chain[structure.resolved].astype(np.int64), structure.coords[structure.resolved]
+
+
+def _neighbours(chain: np.ndarray, coords: np.ndarray, distance: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of atoms of different chains less than ``distance`` apart, each pair both ways, by blocks of atoms."""
+    if not len(coords):
+        return
+    cells = CellList(coords, cell_size=distance)
+    for start in range(0, len(coords), _BLOCK):
+        near = cells.get_atoms(coords[start : start + _BLOCK], distance)
+        row, column = np.nonzero(near >= 0)
+        atom, other = start + row, near[row, column]
+        apart = chain[atom] != chain[other]
+        yield atom[apart], other[apart]

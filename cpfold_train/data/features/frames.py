@@ -1,0 +1,77 @@
+"""Three atoms of each token that span a local frame, for the confidence head's aligned error.
+
+AlphaFold 3, supplement 4.3.2, as in ``boltz/data/feature/featurizerv2.py`` (``compute_frames_nonpolymer``), except that
+modified and unknown residues have their backbone's frame too.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cpfold_train.data.features.atoms import CropAtoms
+from cpfold_train.data.structures.residues import PROTEIN
+from cpfold_train.data.structures.structure import Structure
+
+BACKBONE = ((b"N", b"CA", b"C"), (b"C1'", b"C3'", b"C4'"))
+"""Atoms of the frame of an amino acid and of a nucleotide; the second is the origin."""
+
+_MAX_COSINE = 0.9063
+"""Atoms are in line where the angle at the origin is within 25 degrees of 0 or 180."""
+_MIN_LENGTH = 0.01
+_BLOCK_ATOMS = 256
+
+
+def backbone_atoms(structure: Structure) -> np.ndarray:
+    """(L, 3) int64 atoms that span the frame of each residue of a polymer, -1 where it has no such atom."""
+    names, token = structure.comp_atom_name[structure.ref_atom], structure.atom_token
+    protein = structure.chains["mol_type"][structure.asym_id] == PROTEIN
+    found = np.full((2, 3, len(structure)), -1)
+    for kind, triple in enumerate(BACKBONE):
+        for place, name in enumerate(triple):
+            atom = np.flatnonzero((names == name) & structure.polymer[token])
+            found[kind, place, token[atom]] = atom
+    return np.where(protein, found[0], found[1]).T
+
+
+def frame_features(structure: Structure, tokens: np.ndarray, atoms: CropAtoms) -> dict[str, np.ndarray]:
+    """Frames of the tokens of a crop.
+
+    Returns:
+        ``frames_idx`` (n, 3) int32 atoms of the crop, the origin in the middle; and ``frame_resolved_mask`` (n,)
+        float32, 1 where all three are resolved and not in line. A token without a frame has its first atom three times.
+    """
+    chosen = backbone_atoms(structure)[tokens]
+    inside = chosen - structure.atom_start[tokens][:, None] + atoms.start[:-1, None]
+    has_frame = (chosen >= 0).all(axis=1)
+    index = np.where(has_frame[:, None], inside, atoms.start[:-1, None])
+    coords, resolved = structure.coords[atoms.atom], structure.resolved[atoms.atom]
+    ligand = ~structure.polymer[tokens]
+    asym_id = structure.asym_id[tokens]
+    for chain in np.unique(asym_id[ligand]):
+        own = np.flatnonzero(asym_id == chain)
+        if len(own) >= 3:
+            place = atoms.start[own]
+            index[own], has_frame[own] = place[_nearest(coords[place], resolved[place])], True
+    mask = has_frame & resolved[index].all(axis=1) & _spanning(coords[index])
+    return {"frames_idx": index.astype(np.int32), "frame_resolved_mask": mask.astype(np.float32)}
+
+
+def _nearest(coords: np.ndarray, resolved: np.ndarray) -> np.ndarray:
+    """(m, 3) of m atoms: the nearest resolved atom, the atom itself and the next nearest one."""
+    frames = np.empty((len(coords), 3), dtype=np.int64)
+    for start in range(0, len(coords), _BLOCK_ATOMS):
+        stop = min(start + _BLOCK_ATOMS, len(coords))
+        square = ((coords[start:stop, None] - coords) ** 2).sum(axis=-1)
+        square[:, ~resolved] = np.inf
+        square[np.arange(stop - start), np.arange(start, stop)] = -1
+        order = np.argsort(square, axis=1, kind="stable")
+        frames[start:stop] = order[:, [1, 0, 2]]
+    return frames
+
+
+def _spanning(points: np.ndarray) -> np.ndarray:
+    """(n,) bool of (n, 3, 3) points: the two around the middle one are apart from it and not in line with it."""
+    first, second = points[:, 1] - points[:, 0], points[:, 1] - points[:, 2]
+    lengths = np.linalg.norm(first, axis=1), np.linalg.norm(second, axis=1)
+    product = (first * second).sum(axis=1) / ((lengths[0] + 1e-6) * (lengths[1] + 1e-6))
+    return (np.abs(product) < _MAX_COSINE) & (np.minimum(*lengths) > _MIN_LENGTH)

@@ -1,1 +1,0 @@
-"""What a user asks to predict: structure files, sequences and hints."""

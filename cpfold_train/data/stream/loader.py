@@ -1,0 +1,324 @@
+"""Stream batches of tiles from shards, the same on any grid and with any number of workers.
+
+What a batch holds is a pure function of (seed, epoch, its number, the replica). Epoch e visits positions 0, 1, 2, ...
+of the stream (``sampling.py``). Replica d of dp takes positions d, d + dp, d + 2 dp, ... and all ranks of its grid take
+the same ones. The number of positions is rounded up to fill a batch on every replica, so that all replicas have equally
+many batches and no sample is left out.
+
+A sample that cannot be used is replaced by the next attempt at its position. All ranks of a replica read the same bytes
+and judge the whole sample, so they replace alike without asking each other.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import webdataset as wds
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from cpfold_train.data.stream.batch import Augmentation, Crop, collate, make_crop
+from cpfold_train.data.stream.padding import in_buckets
+from cpfold_train.data.stream.quarantine import note
+from cpfold_train.data.stream.sampling import Source, Stream, open_source
+from cpfold_train.data.stream.shards import read_sample
+from cpfold_train.data.stream.transfer import Layout, pack, unpack
+from cpfold_train.errors import ConfigError, DataError
+from cpfold_train.parallel.grid import Grid
+
+NO_AUGMENTATION = Augmentation()
+
+MOST_ATTEMPTS = 64
+"""Samples in a row that may be unusable: a data set of which nothing can be read is told at once."""
+
+Prepared = tuple[tuple[Tensor, Layout, dict[str, Any]] | None, list[str]]
+"""A packed batch, and why samples could not be used; None where more were bad than an epoch, or one place in it, may
+have."""
+
+
+class Slot(NamedTuple):
+    """A batch before it is made: its epoch, its positions, and the most tokens of a sample."""
+
+    epoch: int
+    positions: list[int]
+    crop_size: int
+
+
+@dataclass(frozen=True)
+class Making:
+    """How samples are made, beside what a slot says; see :class:`TileLoader`."""
+
+    stream: Stream
+    grid: Grid
+    settings: dict[str, Any]
+    max_bad: int
+    quarantine: Path | None
+    side: int
+    buckets: int | None
+
+
+class TileLoader:
+    """Iterates over the batches of one epoch: dicts of this rank's tensors, with the batch dim first.
+
+    Args:
+        sources: data sets.
+        grid: this rank's place.
+        seed: of order, crops and all other draws.
+        crop_size: most tokens of a sample.
+        crop_schedule: other sizes of crops, each from an optimizer step on.
+        accumulate: batches of an optimizer step, for ``crop_schedule``.
+        max_atoms: most atoms of a sample, None for no limit.
+        max_msa_rows: most MSA rows of a sample.
+        max_templates: most templates of a sample.
+        augmentation: what else is drawn.
+        batch_size: samples a batch and replica.
+        num_workers: processes that prepare batches, 0 for none.
+        shuffle: draw other samples and crops in each epoch; without it every epoch is the same.
+        samples_per_epoch: positions of an epoch over all replicas; by default the number of samples.
+        side: tokens along each side of a tile are padded to a multiple of this.
+        buckets: numbers of tokens and MSA rows that samples are padded to; None pads no more than needed.
+        max_bad_share: share of an epoch's samples that may be unusable before iterating raises DataError.
+        quarantine: file that receives the samples which could not be used.
+        pin_memory: put batches in page-locked memory, for faster copies to a GPU.
+        prefetch_factor: batches that each worker prepares ahead.
+        start_method: how workers start, ``fork``, ``spawn`` or ``forkserver``; the platform's default if None.
+
+    Iterating again begins the next epoch, also where the last one was left early. ``state_dict`` taken between two
+    batches resumes exactly there, also on another grid or with another number of workers or replicas. Workers live on
+    from one epoch to the next and prepare its first batches while the last ones are used.
+
+    Attributes:
+        waited_s: seconds spent waiting for batches since the start.
+        quarantined: samples of this replica that could not be used since the start.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        grid: Grid,
+        *,
+        seed: int = 0,
+        crop_size: int = 256,
+        crop_schedule: Mapping[int, int] | None = None,
+        accumulate: int = 1,
+        max_atoms: int | None = None,
+        max_msa_rows: int = 256,
+        max_templates: int = 4,
+        augmentation: Augmentation = NO_AUGMENTATION,
+        batch_size: int = 1,
+        num_workers: int = 0,
+        shuffle: bool = True,
+        samples_per_epoch: int | None = None,
+        side: int = 1,
+        buckets: int | None = None,
+        max_bad_share: float = 0.05,
+        quarantine: Path | None = None,
+        pin_memory: bool = False,
+        prefetch_factor: int = 2,
+        start_method: str | None = None,
+    ) -> None:
+        pools = tuple(open_source(source) for source in sources)
+        samples = sum(int(pool.first[-1]) for pool in pools) if samples_per_epoch is None else samples_per_epoch
+        if min(crop_size, max_msa_rows, batch_size, samples) < 1 or num_workers < 0:
+            raise ConfigError("crop_size, max_msa_rows, batch_size and samples_per_epoch start at 1, num_workers at 0")
+        self.grid, self.batch_size, self.max_bad_share, self.accumulate = grid, batch_size, max_bad_share, accumulate
+        self.batches = -(-samples // (grid.dp * batch_size))
+        self.sizes = {0: crop_size, **(crop_schedule or {})}
+        settings = {"max_atoms": max_atoms, "max_msa_rows": max_msa_rows, "max_templates": max_templates}
+        settings["augmentation"] = augmentation
+        max_bad = int(max_bad_share * self.batches * batch_size)
+        stream = Stream(pools, samples, seed, shuffle)
+        self._making = Making(stream, grid, settings, max_bad, quarantine, side, buckets)
+        self._workers = {"num_workers": num_workers, "pin_memory": pin_memory}
+        if num_workers:
+            self._workers |= {"multiprocessing_context": start_method, "prefetch_factor": prefetch_factor}
+            self._workers["worker_init_fn"] = _obey_own_rank_only
+        self.epoch = 0
+        self.position = 0
+        """Batch of the epoch that comes next."""
+        self.resumed = False
+        self.waited_s, self.quarantined = 0.0, 0
+        self._steps_before = 0
+        """Optimizer steps before this epoch."""
+        self._bad_in_epoch = 0
+        self._prepared: Iterator[Prepared] | None = None
+        self._prepared_for: tuple[int, int, int] | None = None
+        """Epoch, batch and steps before the epoch, of what ``_prepared`` gives next."""
+
+    def __len__(self) -> int:
+        """Batches of an epoch, equal on all replicas."""
+        return self.batches
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch; no effect while in it, so that a resumed one is not lost."""
+        if epoch != self.epoch:
+            self._begin(epoch)
+
+    def state_dict(self) -> dict[str, int | bool]:
+        """Epoch, position of the next sample over all replicas, the optimizer steps made so far, and whether the next
+        batch is the first of one."""
+        position = self.position * self.batch_size * self.grid.dp
+        return {
+            "epoch": self.epoch,
+            "position": position,
+            "step": self._steps_before + self.position // self.accumulate,
+            "between_steps": self.position % self.accumulate == 0,
+        }
+
+    def load_state_dict(self, state: dict[str, int | bool]) -> None:
+        """Let the next iteration continue where :meth:`state_dict` was taken; samples before it are not read.
+
+        Between two optimizer steps of other replicas or batches may be amidst one, which is then made as a whole.
+        """
+        self.epoch = state["epoch"]
+        self.position = min(state["position"] // (self.batch_size * self.grid.dp), self.batches)
+        if state.get("between_steps") and self.position < self.batches:
+            self.position -= self.position % self.accumulate
+        self._steps_before = state["step"] - self.position // self.accumulate
+        self._bad_in_epoch = 0
+        self.resumed = True
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.position >= self.batches or (self.position and not self.resumed):
+            self._begin(self.epoch + 1)
+        self.resumed = False
+        while self.position < self.batches:
+            batch = self._next()
+            self.position += 1
+            yield batch
+
+    def _begin(self, epoch: int) -> None:
+        # Lightning makes a step of what has been accumulated when an epoch ends.
+        self._steps_before += -(-self.position // self.accumulate)
+        self.epoch, self.position, self.resumed, self._bad_in_epoch = epoch, 0, False, 0
+
+    def _next(self) -> dict[str, Any]:
+        began = time.perf_counter()
+        if self._prepared_for != (self.epoch, self.position, self._steps_before):
+            self._prepared = self._prepare()
+        self._prepared_for = None
+        packed, reasons = next(self._prepared)
+        self.waited_s += time.perf_counter() - began
+        self.quarantined += len(reasons)
+        self._bad_in_epoch += len(reasons)
+        if packed is None or self._bad_in_epoch > self._making.max_bad:
+            raise DataError(
+                f"{self._bad_in_epoch} of the {self.batches * self.batch_size} samples of an epoch could not be used, "
+                f"the last because {reasons[-1]}: make the shards again with python -m cpfold_train prepare, or type a "
+                f"larger data.max_bad_share than {self.max_bad_share}"
+            )
+        following = next_batch(self.epoch, self.position, self.batches)
+        steps = self._steps_before + (-(-self.batches // self.accumulate) if following[1] == 0 else 0)
+        self._prepared_for = (*following, steps)
+        return unpack(*packed)
+
+    def _prepare(self) -> Iterator[Prepared]:
+        """Start to prepare batches from here on, without an end."""
+        start = (self.epoch, self.position, self._steps_before)
+        slots = partial(
+            _slots, start, self.batches, self.batch_size, self.accumulate, self.sizes, self.grid.dp, self.grid.dp_index
+        )
+        pipeline = wds.DataPipeline(slots, partial(_batches, making=self._making))
+        return iter(wds.WebLoader(pipeline, batch_size=None, **self._workers))
+
+
+def _obey_own_rank_only(worker: int) -> None:
+    """Let SIGTERM end this worker only where it comes from the rank that started it.
+
+    A scheduler sends it to all processes of a job; the rank needs its workers for the step after which it saves.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def obey() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=obey, daemon=True, name="sigterm").start()
+
+
+def next_batch(epoch: int, batch: int, batches: int) -> tuple[int, int]:
+    """Epoch and number of the batch after this one."""
+    return (epoch, batch + 1) if batch + 1 < batches else (epoch + 1, 0)
+
+
+def crop_size_at(sizes: Mapping[int, int], step: int) -> int:
+    """Most tokens of a sample in an optimizer step. ``sizes`` are those from a step on, the first of them from 0."""
+    return sizes[max(start for start in sizes if start <= step)]
+
+
+def _slots(
+    start: tuple[int, int, int],
+    batches: int,
+    batch_size: int,
+    accumulate: int,
+    sizes: Mapping[int, int],
+    dp: int,
+    dp_index: int,
+) -> Iterator[Slot]:
+    """First stage: the batches that this worker prepares, every W-th from the start on and into the next epochs.
+
+    The DataLoader takes batches from its workers in turn, so the batches come out in order.
+    """
+    worker = get_worker_info()
+    first, every = (worker.id, worker.num_workers) if worker else (0, 1)
+    first_epoch, first_batch, steps_before = start
+    for number in itertools.count(first_batch + first, every):
+        later, batch = divmod(number, batches)
+        step = steps_before + later * -(-batches // accumulate) + batch // accumulate
+        places = range(batch * batch_size, (batch + 1) * batch_size)
+        yield Slot(first_epoch + later, [place * dp + dp_index for place in places], crop_size_at(sizes, step))
+
+
+def _batches(slots: Iterable[Slot], making: Making) -> Iterator[Prepared]:
+    """Second stage. A slot's arrays are let go before the next one is made: they would be in memory twice."""
+    for slot in slots:
+        yield make_batch(making, slot)
+
+
+def make_batch(making: Making, slot: Slot) -> Prepared:
+    """Read, crop, tile and stack; and say which samples could not be used and why.
+
+    ``filler`` (B,) marks samples that a mean over the epoch must not count: those that fill up the last batch, and
+    those that stand in for another.
+    """
+    crops, filler, bad = [], [], []
+    for position in slot.positions:
+        reasons, crop = make_sample(making, slot, position)
+        crops.append(crop)
+        filler.append(position >= making.stream.samples or bool(reasons))
+        bad += reasons
+    if None in crops:
+        return None, bad
+    padding = in_buckets(making.buckets, making.side, slot.crop_size, making.settings["max_msa_rows"])
+    batch = collate(crops, making.grid, padding)
+    return pack({**batch, "filler": torch.tensor(filler), "crop_size": slot.crop_size}), bad
+
+
+def make_sample(making: Making, slot: Slot, position: int) -> tuple[list[str], Crop | None]:
+    """The crop at a position of the stream, and why samples drawn before it could not be used."""
+    stream, grid, reasons = making.stream, making.grid, []
+    # Without shuffling, every epoch is the first.
+    epoch = slot.epoch if stream.shuffle else 0
+    while len(reasons) <= min(making.max_bad, MOST_ATTEMPTS - 1):
+        place, focus, crop = stream.draw(epoch, position, len(reasons))
+        try:
+            sample = read_sample(place)
+            draw = (stream.seed, epoch, position)
+            settings = making.settings | {"crop_size": slot.crop_size, "crop": crop, "focus": focus}
+            return reasons, make_crop(*sample, draw=draw, **settings)
+        except DataError as error:
+            reasons.append(str(error))
+            if making.quarantine is not None and grid.cp_index == 0:
+                note(making.quarantine, place, str(error), slot.epoch, position, grid.rank)
+    return reasons, None

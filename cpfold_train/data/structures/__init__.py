@@ -1,0 +1,1 @@
+"""Structure files and what is read from them."""

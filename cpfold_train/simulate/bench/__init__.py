@@ -1,0 +1,1 @@
+"""Single ops as benchmark cases."""
