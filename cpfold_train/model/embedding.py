@@ -98,9 +98,10 @@ class RelativePositionEncoder(nn.Module):
         same_residue = same_chain & (i["residue_index"] == j["residue_index"])
         same_entity = i["entity_id"] == j["entity_id"]
 
-        period = torch.where(j["cyclic_period"] > 0, j["cyclic_period"], 10000)
+        period = j["cyclic_period"]  # 0 where a chain is not cyclic: its offsets never wrap, however long it is
         offset = i["residue_index"] - j["residue_index"]
-        offset = (offset - period * torch.round(offset / period)).long()
+        turns = torch.round(offset / period.clamp(min=1))
+        offset = torch.where(period > 0, offset - period * turns, offset).long()
         residue = _bin(offset, self.R_MAX, same_chain)
         token = _bin(i["token_index"] - j["token_index"], self.R_MAX, same_residue)
         chain = _bin(i["sym_id"] - j["sym_id"], self.S_MAX, same_entity)
