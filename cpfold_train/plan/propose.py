@@ -88,12 +88,12 @@ def ladder(config: TrainConfig, device: str) -> list[MemoryConfig]:
     blocks, multiplicity = config.model.pairformer.num_blocks, config.diffusion.multiplicity
     grouped = {"blocks_at_once": group_size(blocks)}
     smaller = {"samples_at_once": max(1, multiplicity // 4), "chunk_mib": 64.0}
-    plain = MemoryConfig(offload=False, keep_attention=False)
-    rungs = [replace(plain, recompute=False)]
+    rungs = [MemoryConfig(recompute=False)]
     if find_device(device, 1).capability is None:
-        rungs.append(plain)
+        rungs.append(MemoryConfig())
         added = grouped, smaller, {"offload": True}
     else:
+        plain = MemoryConfig(offload=False, keep_attention=False)
         rungs += [replace(plain, keep_attention=True), plain, MemoryConfig(offload=True, keep_attention=True)]
         added = {"keep_attention": False}, smaller, grouped
     # The last is the only one that rounds.

@@ -147,7 +147,7 @@ def caller() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT / "cpfold_train") and path.parent.name != "plan":
+        if path.is_relative_to(ROOT / "cpfold_train") and path.parent.name not in ("plan", "simulate"):
             return f"{path.relative_to(ROOT)}:{frame.f_lineno}"
         frame = frame.f_back
     return "the backward pass"
