@@ -17,6 +17,8 @@ import tempfile
 import traceback
 from pathlib import Path
 
+from cpfold_train.processes import end_process
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -107,10 +109,8 @@ def _rank(arguments: list[str], main: str, env: dict[str, object], out: int, err
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
         # Not the server's own clean-up.
-        os._exit(code)
+        end_process(code)
 
 
 if __name__ == "__main__":

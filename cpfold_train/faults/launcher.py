@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from cpfold_train.parallel.rendezvous import listen
+from cpfold_train.processes import end_process
 
 _PATIENCE = 25.0
 """Seconds after the end of a failed rank in which the others are to end by themselves."""
@@ -68,4 +69,4 @@ def _guard(processes: list[subprocess.Popen], ending: threading.Event) -> None:
     print(f"error: rank {rank} ended with exit code {code}, and rank 0 did not notice", file=sys.stderr, flush=True)
     for process in processes:
         process.kill()
-    os._exit(1)
+    end_process(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from pathlib import Path
@@ -14,6 +13,7 @@ from cpfold_train.faults.out_of_memory import is_out_of_memory, out_of_memory_se
 from cpfold_train.faults.restart import StartAgain
 from cpfold_train.parallel.flight_recorder import keep_dumps_in
 from cpfold_train.parallel.watch import GRACE, Watch, abort_exchanges
+from cpfold_train.processes import end_process
 from cpfold_train.whole_file import is_disk_full
 
 
@@ -76,7 +76,7 @@ class Watched:
             if self.again is not None:
                 self.again.after_out_of_memory()
         finally:
-            os._exit(1)
+            end_process(1)
 
 
 def describe(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cpfold_train.gpu_check.record import Record, sentence_of
+from cpfold_train.processes import end_process
 
 GRACE_S = 5.0
 """What a phase gets beyond its time before it is ended."""
@@ -74,6 +75,5 @@ def _serve(work: Callable[[Record], None], file: Path, log: Path, limit_s: float
     except BaseException:
         traceback.print_exc()
         code = 1
-    sys.stdout.flush()
     # What process groups and CUDA do at exit may hang, and is none of the phase's results.
-    os._exit(code)
+    end_process(code)

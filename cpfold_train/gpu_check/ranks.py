@@ -30,6 +30,7 @@ from cpfold_train.parallel.exchange import Exchange
 from cpfold_train.parallel.grid import Grid, squarest
 from cpfold_train.parallel.ledger import Ledger
 from cpfold_train.parallel.rendezvous import meet_in
+from cpfold_train.processes import end_process
 from cpfold_train.testing.cases import CASES
 from cpfold_train.testing.parity import run
 
@@ -143,7 +144,7 @@ def _rank(way: Way, rank: int, names: tuple[str, ...], folder: Path, limit_s: fl
         (folder / f"fault{rank}").write_text(f"rank {rank}: {type(error).__name__}: {error}"[:500])
     finally:
         # Not through destructors, which may wait for ranks that are gone.
-        os._exit(int((folder / f"fault{rank}").exists()))
+        end_process(int((folder / f"fault{rank}").exists()))
 
 
 def _compare(record: Record, way: Way, names: tuple[str, ...], folder: Path) -> None:
