@@ -41,7 +41,7 @@ MARKED = {
     "frame_resolved_mask",
 }
 """Features that are followed, by name."""
-NO_POINTS = ("_embed_rows", "_refined", "training/metrics.py", "block_gradients")
+NO_POINTS = ("_embed_rows", "_refined", "training/validation_metrics.py", "block_gradients")
 """Where matrix products are none of points: of signs, which TF32 knows; of activations that travelled in one
 tensor with positions; of probabilities and centres of bins, for a score; of gradients."""
 
@@ -54,11 +54,12 @@ def batch() -> dict:
     return collate([replace(crop, templates=[template])], Grid()) | {"filler": torch.zeros(1, dtype=torch.bool)}
 
 
-def steps(cp, precision: str) -> dict[str, tuple[list[str], list[str], int]]:
-    """What is found in a training step, a validation step and a prediction: numbers in half precision, matrix products
-    of numbers, and how many were followed."""
-    module = CoFoldingModule(
-        replace(SMALL, recycling_steps=1, pairformer=ONE_BLOCK, confidence=ConfidenceConfig(ONE_BLOCK)),
+def small_module(sigma_data: float) -> CoFoldingModule:
+    diffusion = replace(SMALL.diffusion, sigma_data=sigma_data)
+    return CoFoldingModule(
+        replace(
+            SMALL, recycling_steps=1, pairformer=ONE_BLOCK, confidence=ConfidenceConfig(ONE_BLOCK), diffusion=diffusion
+        ),
         MemoryConfig(samples_at_once=1),
         OptimConfig(1e-3, 1, 0.9, 1, (0.9, 0.95), 1e-8, 0.0),
         LossConfig(*[1.0] * 8),
@@ -66,6 +67,12 @@ def steps(cp, precision: str) -> dict[str, tuple[list[str], list[str], int]]:
         seed=0,
         finetune=FinetuneConfig(),
     )
+
+
+def steps(cp, precision: str) -> dict[str, tuple[list[str], list[str], int]]:
+    """What is found in a training step, a validation step and a prediction: numbers in half precision, matrix products
+    of numbers, and how many were followed."""
+    module = small_module(SMALL.diffusion.sigma_data)
     randomise(module)
     for parameter in module.parameters():
         parameter.data *= 0.3
@@ -137,7 +144,7 @@ def placed(cp, coords: list[Tensor]) -> list[tuple[float, float, float]]:
         with torch.autocast("cpu", BF16):
             out = unit(cp)(None, None, feats, None, 1, Draws(torch.tensor([0])), cp)
         truth = out["aligned_true_atom_coords"]
-        loss = diffusion_loss(x[None], truth, sigmas, feats, cp)
+        loss = diffusion_loss(x[None], truth, sigmas, feats, cp, SMALL.diffusion.sigma_data)
         error = weighted_rigid_align(x[None].double(), truth.double(), mask, mask, cp) - truth
         error = error.square().sum(-1)
         found.append((float(error.mean().sqrt()), float(error.max().sqrt()), float(loss)))
@@ -164,12 +171,30 @@ def perfect(cp) -> Tensor:
         out = unit(cp)(None, None, feats, None, samples, Draws(feats["sample_key"]), cp)
         out |= {"sigmas": torch.full((samples,), 0.05), "denoised_atom_coords": feats["coords"].expand(samples, -1, -1)}
         out |= {"pdistogram": torch.zeros(1, n, n, 1, 64), "pbfactor": torch.zeros(1, n, 64)}
-        return structure_losses(out, feats, cp)["diffusion"]
+        return structure_losses(out, feats, cp, SMALL.diffusion.sigma_data)["diffusion"]
 
 
 def test_a_perfect_prediction_has_no_loss(ranks):
     (loss,) = ranks.run(perfect, 1, 1)
     assert loss.dtype == torch.float32 and 0 <= loss.item() < 1e-5
+
+
+def loss_of_a_run(cp, sigma_data: float) -> Tensor:
+    """Diffusion loss of a structure that is 1 Angstrom off, at a noise level of 2 Angstrom, as a run has it."""
+    feats, module = dict(batch()), small_module(sigma_data)
+    module.trainer = SimpleNamespace(strategy=SimpleNamespace(cp=cp))
+    n, x = feats["asym_id"].shape[1], feats["coords"]
+    turn = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    out = {"sigmas": torch.tensor([2.0]), "denoised_atom_coords": x + turn, "aligned_true_atom_coords": x}
+    out |= {"pdistogram": torch.zeros(1, n, n, 1, 64), "pbfactor": torch.zeros(1, n, 64)}
+    module.model.forward = lambda *_, **__: out
+    return module._losses(feats, 0, Draws(feats["sample_key"]))[1]["diffusion"]
+
+
+def test_the_deviation_of_the_data_weighs_the_loss(ranks):
+    """``(sigma^2 + sigma_data^2) / (sigma sigma_data)^2`` of what the configuration says."""
+    (wide,), (narrow,) = (ranks.run(loss_of_a_run, 1, 1, sigma_data) for sigma_data in (16.0, 4.0))
+    torch.testing.assert_close(narrow / wide, torch.tensor([((4 + 16) / 64) / ((4 + 256) / 1024)]))
 
 
 def calculated(cp, mixed: bool) -> dict[str, Tensor]:
@@ -191,7 +216,7 @@ def calculated(cp, mixed: bool) -> dict[str, Tensor]:
     heads = {"pdistogram": cp.tiled(normal(1, n, n, 1, 64)), "pbfactor": normal(1, n, 64)}
     with torch.autocast("cpu", BF16, enabled=mixed):
         out = model.structure_module(s_inputs, s, feats, conditioning, samples, draws, cp)
-        losses = structure_losses(out | heads, feats, cp)
+        losses = structure_losses(out | heads, feats, cp, config.diffusion.sigma_data)
         coords = model.structure_module.sample(s_inputs, s, feats, conditioning, 2, samples, draws, cp)
         losses |= confidence_losses(logits, coords, feats, cp)
         scores = confidence_scores(logits, coords, to_local(heads)["pdistogram"], feats, samples, cp)

@@ -19,6 +19,8 @@ from tests import complexes
 from tests.complexes import SAMPLES
 
 ORACLE = Path(__file__).parent / "oracle" / "boltz_losses.py"
+SIGMA_DATA = 16.0
+"""Of the stock package's configuration."""
 SHAPES = [(1, 1), (2, 3), (3, 3)]
 USES = {"diffusion": "pred_coords", "smooth_lddt": "pred_coords"}
 """What a loss has a gradient of, if not of logits of its own name."""
@@ -27,7 +29,7 @@ USES = {"diffusion": "pred_coords", "smooth_lddt": "pred_coords"}
 def one_loss(name, feats, given, cp):
     """This rank's share, (B*M,) or (B,)."""
     if name == "diffusion":
-        return diffusion_loss(given["pred_coords"], given["turned_coords"], given["sigmas"], feats, cp)
+        return diffusion_loss(given["pred_coords"], given["turned_coords"], given["sigmas"], feats, cp, SIGMA_DATA)
     if name == "smooth_lddt":
         return smooth_lddt_loss(given["pred_coords"], feats, cp)
     if name == "bfactor":

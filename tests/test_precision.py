@@ -71,7 +71,7 @@ def step(cp, precision: str) -> dict[str, Tensor]:
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x)
     with hooks, torch.autocast("cpu", BF16, enabled=precision != "32-true"):
         out = model(feats, cp, recycling_steps=1, multiplicity=2, draws=draws())
-        losses = structure_losses(out, feats, cp)
+        losses = structure_losses(out, feats, cp, SMALL.diffusion.sigma_data)
     out = to_local(out)
     sum(loss.sum() for loss in losses.values()).backward()
     return {

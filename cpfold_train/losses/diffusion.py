@@ -22,7 +22,7 @@ def diffusion_loss(
     sigmas: Tensor,
     feats: dict[str, Tensor],
     cp: ContextParallel,
-    sigma_data: float = 16.0,
+    sigma_data: float,
     nucleotide_loss_weight: float = 5.0,
     ligand_loss_weight: float = 10.0,
 ) -> Tensor:
@@ -38,7 +38,7 @@ def diffusion_loss(
         feats: ``atom_resolved_mask`` and ``atom_to_token`` (B, A/P), shares of atoms, and ``mol_type`` (B, N),
             replicated.
         cp: the running grid.
-        sigma_data: standard deviation of coordinates in the data.
+        sigma_data: standard deviation of coordinates in the data, in Angstrom: that of the diffusion process.
         nucleotide_loss_weight: what an atom of DNA or RNA counts more than one of a protein.
         ligand_loss_weight: the same of ligands.
 

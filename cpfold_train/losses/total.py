@@ -24,20 +24,21 @@ from cpfold_train.parallel.context import ContextParallel, to_local
 Values = dict[str, Tensor | DTensor]
 
 
-def structure_losses(out: Values, feats: Values, cp: ContextParallel) -> dict[str, Tensor]:
+def structure_losses(out: Values, feats: Values, cp: ContextParallel, sigma_data: float) -> dict[str, Tensor]:
     """``diffusion``, ``smooth_lddt``, ``distogram`` and ``bfactor``.
 
     Args:
         out: what :meth:`cpfold_train.model.cofolding.CoFolding.forward` returned.
         feats: what it was given.
         cp: the running grid.
+        sigma_data: of the diffusion process, in Angstrom.
     """
     with without_autocast(feats["coords"]):
         out, feats = to_local(out), to_local(feats)
         denoised, truth = out["denoised_atom_coords"], out["aligned_true_atom_coords"]
         samples = len(feats["coords"]), -1
         return {
-            "diffusion": diffusion_loss(denoised, truth, out["sigmas"], feats, cp).view(samples).mean(1),
+            "diffusion": diffusion_loss(denoised, truth, out["sigmas"], feats, cp, sigma_data).view(samples).mean(1),
             "smooth_lddt": smooth_lddt_loss(denoised, feats, cp).view(samples).mean(1),
             "distogram": distogram_loss(out["pdistogram"], feats, cp),
             "bfactor": bfactor_loss(out["pbfactor"], feats, cp),

@@ -196,7 +196,7 @@ class CoFoldingModule(LightningModule):
         out = self.model(
             batch, self.cp, recycling_steps=recycling, multiplicity=self._diffusion.multiplicity, draws=draws
         )
-        return out, structure_losses(out, batch, self.cp)
+        return out, structure_losses(out, batch, self.cp, self._sizes.diffusion.sigma_data)
 
     def _weighted(self, losses: dict[str, Tensor]) -> Tensor:
         return sum(self._weights[name] * loss for name, loss in losses.items())

@@ -7,15 +7,17 @@ from torch import nn
 from cpfold_train.losses.diffusion import diffusion_loss
 from cpfold_train.losses.smooth_lddt import smooth_lddt_loss
 from cpfold_train.losses.total import confidence_losses
+from cpfold_train.model.config import DiffusionConfig
 from cpfold_train.simulate.bench.case import Case
 
 LOGITS = ("plddt_logits", "resolved_logits", "pde_logits", "pae_logits")
+SIGMA_DATA = DiffusionConfig().sigma_data
 
 LOSSES = {
     "diffusion_loss": Case(
         lambda c: nn.Module(),
         ("denoised_coords",),
-        lambda f, x, cp: (diffusion_loss(x["denoised_coords"], x["noisy_coords"], x["sigmas"], x, cp),),
+        lambda f, x, cp: (diffusion_loss(x["denoised_coords"], x["noisy_coords"], x["sigmas"], x, cp, SIGMA_DATA),),
     ),
     "smooth_lddt": Case(
         lambda c: nn.Module(),
