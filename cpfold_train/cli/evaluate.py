@@ -19,6 +19,7 @@ from cpfold_train.data.structures.structure import Structure
 from cpfold_train.errors import ConfigError, DataError
 from cpfold_train.evaluate.scores import Scores, score
 from cpfold_train.tables import make_console, make_table
+from cpfold_train.whole_file import whole_file
 
 _SAMPLE = re.compile(r"(.+)_model_(\d+)")
 _COLUMNS = {
@@ -74,7 +75,8 @@ def run(args: argparse.Namespace) -> None:
     for name in sorted({name for name, _, _ in files} - set(truths)):
         console.print(f"no truth for {name}")
     if args.json:
-        args.json.write_text(json.dumps(_as_json(rows), indent=1) + "\n")
+        with whole_file(args.json) as file:
+            file.write(json.dumps(_as_json(rows), indent=1) + "\n")
     if args.csv:
         _write_csv(args.csv, rows)
     if problems:

@@ -15,6 +15,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from cpfold_train.reports.result_file import read_result
+from cpfold_train.whole_file import whole_file
 
 _JOB = "job.json"
 _OF_A_WORLD = (
@@ -67,8 +68,8 @@ def run_job(train: list[str], overrides: list[str], job_dir: Path) -> float:
         # The job has saved, and there is no next one.
         sys.exit(128 + asked[0])
     job = {"overrides": overrides, "exit_code": code, "seconds": round(time.time() - started, 1)}
-    job_dir.mkdir(parents=True, exist_ok=True)
-    (job_dir / _JOB).write_text(json.dumps(job) + "\n")
+    with whole_file(job_dir / _JOB) as file:
+        file.write(json.dumps(job) + "\n")
     result = read_result(job_dir)
     losses = (result.get("val/loss"), result.get("train/loss"))
     return next((loss for loss in losses if code == 0 and loss is not None), float("inf"))

@@ -16,14 +16,20 @@ from cpfold_train.data.stream.batch import Crop
 from cpfold_train.predict.picture import draw_prediction
 from cpfold_train.predict.predictor import Prediction, Settings
 from cpfold_train.predict.write import write_arrays, write_structure
+from cpfold_train.whole_file import whole_file
 
 _TOLD = ("confidence_score", "complex_plddt", "ptm", "iptm")
 """Scores in the title of the picture."""
 
 
 def is_done(out: Path, name: str) -> bool:
-    """Whether the results of a query are complete."""
-    return (out / name / f"{name}.json").exists()
+    """Whether the results of a query are complete: what is written last is there, and all that it lists."""
+    folder = out / name
+    try:
+        files = [sample["file"] for sample in json.loads((folder / f"{name}.json").read_text())["samples"]]
+        return bool(files) and all((folder / file).stat().st_size for file in files)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 class Results:
@@ -75,7 +81,8 @@ class Results:
             "settings": asdict(self._settings),
             "samples": self._samples,
         }
-        (folder / f"{query.id}.json").write_text(json.dumps(about, indent=1) + "\n")
+        with whole_file(folder / f"{query.id}.json") as file:
+            file.write(json.dumps(about, indent=1) + "\n")
 
     def fail(self, query: Query, reason: str) -> None:
         """Note a query that cannot be used."""

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from cpfold_train.data.prepare.convert import Result
 from cpfold_train.tables import make_console, make_table
+from cpfold_train.whole_file import whole_file
 
 LONGEST_TABLE = 100
 """Entries up to which the terminal shows each."""
@@ -55,7 +56,8 @@ def write_report(
         "unused_files": unused,
         "entries": [_described(result, chosen) for result in results],
     }
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    with whole_file(out / "report.json") as file:
+        file.write(json.dumps(report, indent=1) + "\n")
     if kept:
         draw(out / "report.png", kept)
     console = make_console()
