@@ -180,7 +180,7 @@ def test_the_package_runs_where_we_run(monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, path, MagicMock())
     for layer in layers.split():
         monkeypatch.setitem(sys.modules, f"boltz.model.layers.{layer}", MagicMock())
-    stock = runpy.run_path(command.__file__.replace("command.py", "stock.py"))
+    stock = runpy.run_module("cpfold_train.simulate.bench.stock")
     module = StandIn(8, 32)
     stock["CASES"]["transition"] = (lambda widths: module), stock["CASES"]["transition"][1]
     widths = {"token_s": 4, "token_z": 8, "msa_s": 4}
@@ -189,8 +189,8 @@ def test_the_package_runs_where_we_run(monkeypatch, tmp_path):
     given = {}
 
     def run(arguments, **_):
-        given.update(torch.load(arguments[2], weights_only=True))
-        torch.save({"wall_s": 1.0, "cpu_s": 1.0, "peak_mib": 1.0}, arguments[3])
+        given.update(torch.load(arguments[3], weights_only=True))
+        torch.save({"wall_s": 1.0, "cpu_s": 1.0, "peak_mib": 1.0}, arguments[4])
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(command.subprocess, "run", run)

@@ -169,6 +169,7 @@ def test_out_of_memory_on_one_rank(run, tmp_path):
     assert moments_of(last_checkpoint(tmp_path)) == {3.0}, "three of four steps were made"
 
 
+@pytest.mark.slow
 def test_out_of_memory_starts_again_by_itself(run, tmp_path):
     """One command, which ends as a run that skips this step from its beginning on one rank; nothing of the failed ranks
     is left to the new ones."""
@@ -439,6 +440,8 @@ ENDS = {
     ),
 }
 
+BY_DEFAULT = ("with an epoch that is cut short", "with an epoch that is validated", "amidst an epoch")
+
 
 SHORT_EPOCHS = (
     *("data.samples_per_epoch=3", "checkpoint.every_n_steps=100", "ckpt_path=last", "data.val=[]"),
@@ -461,7 +464,9 @@ def whole_of(forked_runs, tmp_path_factory):
     return rows
 
 
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize(
+    "end", [end if end in BY_DEFAULT else pytest.param(end, marks=pytest.mark.slow) for end in ENDS]
+)
 def test_a_run_that_has_ended_goes_on_where_more_is_asked_for(run, whole_of, tmp_path, end):
     both = tuple(setting for setting in ENDS[end] if setting.startswith(("data.", "trainer.val", "trainer.limit")))
     first = run(1, None, *SHORT_EPOCHS, *ENDS[end])

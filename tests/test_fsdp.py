@@ -91,6 +91,7 @@ def test_replicas_and_untrained_parts(forked, tmp_path):
     assert 0 < len(optimizer["state"]) < sum(len(group["params"]) for group in optimizer["param_groups"])
 
 
+@pytest.mark.slow
 def test_replicas_with_different_numbers_of_templates(forked, tmp_path):
     """They gather equally often nevertheless: one sample of two has three templates, the other none."""
     draw = np.random.default_rng(0)

@@ -127,7 +127,7 @@ def test_what_runs_without_gradients_sends_what_is_planned(ranks, kind, trace):
     assert bool(held["gradients"] and held["optimizer"]) == (kind == "validation")
 
 
-@pytest.mark.parametrize("algorithm", ["alltoall", "ring"])
+@pytest.mark.parametrize("algorithm", ["alltoall", pytest.param("ring", marks=pytest.mark.slow)])
 def test_one_message_stands_for_all_of_its_shape(monkeypatch, algorithm):
     settings = (f"cp.algorithm={algorithm}", "crop_size=26", "model.recycling_steps=0")
     short = traced(Grid(3, 3), settings)
@@ -273,7 +273,7 @@ def test_what_would_fit_with_fsdp_is_told(monkeypatch):
     ("precision", "lever"),
     [
         ("32-true", "memory.recompute=true"),
-        ("32-true", "memory.recompute_updates=true"),
+        pytest.param("32-true", "memory.recompute_updates=true", marks=pytest.mark.slow),
         pytest.param("bf16-true", "memory.recompute=true", marks=pytest.mark.slow),
         pytest.param("32-true", "memory.recompute=false", marks=pytest.mark.slow),
         pytest.param("bf16-true", "memory.recompute=false", marks=pytest.mark.slow),

@@ -257,6 +257,7 @@ def test_the_model_itself(forked_runs, checkpoint, folder, tmp_path):
             assert all(np.allclose(x[score], y[score]) for score in x)
 
 
+@pytest.mark.slow
 def test_the_command_starts_its_ranks(checkpoint, folder, tmp_path):
     """As a user does it: ``python -m``, which starts the second rank by itself."""
     options = ["--sampling-steps", 2, "--samples", 1, "--recycling-steps", 0, "--grid", "1x2", "--accelerator", "cpu"]

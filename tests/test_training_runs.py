@@ -153,7 +153,7 @@ def test_profiled_step_has_a_trace_of_each_rank(rows_1x2, run_dir_1x2):
         assert {"aten::mm", "Optimizer.step#AdamW.step"} <= names
 
 
-@pytest.mark.parametrize(("grid", "ranks"), [("1x1", 1), ("2x2", 4)])
+@pytest.mark.parametrize(("grid", "ranks"), [pytest.param("1x1", 1, marks=pytest.mark.slow), ("2x2", 4)])
 def test_grid_does_not_change_the_curve(rows_1x2, forked, tmp_path, grid, ranks):
     rows = forked(ranks, f"cp.grid={grid}", "trainer.max_steps=2", run_dir=tmp_path)
     losses = [name for name in COLUMNS if name.startswith("train/")]
@@ -170,6 +170,7 @@ def test_resume_on_another_grid_gives_the_uninterrupted_curve(rows_1x2, forked, 
     assert_same_curve(rows, rows_1x2, "train/loss", "grad_norm", "lr", "val/loss", "val/distance_lddt")
 
 
+@pytest.mark.slow
 def test_torchrun_with_replicas_equals_accumulation(rows_1x2, tmp_path):
     """Two replicas with one micro-batch each see what one replica sees in two micro-batches."""
     rows = finished(

@@ -29,6 +29,7 @@ from cpfold_train.parallel.cost import ALGORITHMS
 from cpfold_train.parallel.gather import barrier
 from cpfold_train.parallel.grid import Grid, parse_grid, squarest
 from cpfold_train.parallel.rendezvous import meet_in
+from cpfold_train.paths import CHECKOUT
 from cpfold_train.simulate.bench.case import ATOMS_PER_TOKEN, Sizes
 from cpfold_train.simulate.bench.cases import CASES
 from cpfold_train.simulate.bench.inputs import allocate_gradients, make_features, make_inputs, precision, randomise
@@ -234,11 +235,11 @@ def _stock(args: argparse.Namespace, folder: str, sizes: Sizes) -> dict:
     given = {"op": args.op, "n": sizes.n, "depth": sizes.msa_depth, "widths": widths, "repeats": args.repeats}
     given |= {"threads": args.boltz_threads, "dtype": DTYPES[args.dtype], "device": args.device}
     torch.save({**given, "state": torch.load(Path(folder) / "state.pt", weights_only=True)}, source)
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(args.boltz_threads)}
-    script = Path(__file__).with_name("stock.py")
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": str(args.boltz_threads)}
     done = subprocess.run(
-        [args.boltz_python, str(script), str(source), str(target)], env=environment, stdout=sys.stderr
+        [args.boltz_python, "-m", "cpfold_train.simulate.bench.stock", str(source), str(target)],
+        env=environment,
+        stdout=sys.stderr,
     )
     if done.returncode:
         raise ConfigError(f"{args.boltz_python} could not run the stock module: type --boltz-python with boltz in it")
