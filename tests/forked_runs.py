@@ -70,10 +70,10 @@ def serve() -> None:
 
 
 def _run(ranks: int, arguments: list[str], main: str, out: int, err: int) -> int:
-    from cpfold_train.parallel.rendezvous import listen
+    from cpfold_train.parallel.rendezvous import open_rendezvous
 
     # A port that is only looked for can be taken by others before the ranks come to it.
-    store = listen()
+    store = open_rendezvous()
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
     common |= {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "TORCHELASTIC_RUN_ID": store.port, "GROUP_RANK": 0}
     processes = set()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cpfold_train.cli.bench import boltz_python
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.parallel.random import Draws
+from cpfold_train.parallel.random import RandomStreams
 from cpfold_train.testing.diffusion_cases import (
     ATOMS,
     CONFIG,
@@ -32,7 +32,7 @@ from tests.atoms import dense
 from tests.parity import TOTALS, cut, join, pad, randomise, real
 
 ORACLE = Path(__file__).parent / "oracle" / "boltz_diffusion.py"
-OF_ONE = Draws(torch.arange(1) + 5)
+OF_ONE = RandomStreams(torch.arange(1) + 5)
 """Draws of the first complex."""
 LAYERS = ("token_transformer_depth", "token_transformer_heads", "conditioning_transition_layers", "dim_fourier")
 NAMES = ("s_inputs", "s_trunk", "z", "rel_pos")
@@ -85,7 +85,7 @@ def our_sample(cp):
     return ours.structure_module.sample(x["s_inputs"], x["s_trunk"], feats, conditioning, STEPS, M, OF_ONE, cp)
 
 
-def placements_and_noise(samples: Draws, atoms: int) -> list[Tensor]:
+def placements_and_noise(samples: RandomStreams, atoms: int) -> list[Tensor]:
     """What one random placement and the noise after it draw, in the package's order."""
     sizes = {"rotation": 4, "translation": 3, "noise": 3 * atoms}
     return [samples.at(site).normal(0, size).double() for site, size in sizes.items()]

@@ -52,7 +52,7 @@ from cpfold_train.model.config import (
 )
 from cpfold_train.parallel.context import to_local
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.parallel.random import Draws
+from cpfold_train.parallel.random import RandomStreams
 from cpfold_train.training.module import CoFoldingModule
 from tests.atoms import dense
 
@@ -166,7 +166,7 @@ def our_step(cp, state: dict[str, Tensor], dtype: torch.dtype) -> dict:
 
 def normals_of(crop: Crop, dtype: torch.dtype) -> list[Tensor]:
     """Every normal deviate that ours draws, in the package's order."""
-    draws, deviates = Draws(torch.tensor([crop.sample_key])), 3 * len(crop.atoms.atom)
+    draws, deviates = RandomStreams(torch.tensor([crop.sample_key])), 3 * len(crop.atoms.atom)
     sampled, noised = draws.at("sampling").copies(STRUCTURES), draws.at("diffusion").copies(COPIES)
     found = [sampled.at("start").at("noise").normal(0, deviates)]
     for step in range(STEPS):
@@ -175,7 +175,7 @@ def normals_of(crop: Crop, dtype: torch.dtype) -> list[Tensor]:
     return [x.to(dtype) for x in found]
 
 
-def placement_and_noise(draws: Draws, deviates: int) -> list[Tensor]:
+def placement_and_noise(draws: RandomStreams, deviates: int) -> list[Tensor]:
     sizes = {"rotation": 4, "translation": 3, "noise": deviates}
     return [draws.at(site).normal(0, size) for site, size in sizes.items()]
 
@@ -274,7 +274,7 @@ def our_outputs(cp, checkpoint: Path, given: dict) -> dict[str, Tensor]:
         s_inputs, s, z = (trunk[name] for name in ("s_inputs", "s", "z"))
         conditioning = model.diffusion_conditioning(s, z, model.trunk.rel_pos(feats, cp), feats, cp)
         denoised = model.structure_module.denoise(given["noisy"], given["sigmas"], s_inputs, s, feats, conditioning, cp)
-        heads = model.judge(trunk, denoised, feats, cp, None)
+        heads = model.predict_confidence(trunk, denoised, feats, cp, None)
         return {**trunk, **heads, "pbfactor": model.bfactor_module(s), "sample_atom_coords": denoised}
 
 

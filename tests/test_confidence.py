@@ -16,7 +16,7 @@ from cpfold_train.model.confidence_scores import confidence_scores
 from cpfold_train.model.config import ConfidenceConfig, MemoryConfig, ModelConfig, PairformerConfig
 from cpfold_train.model.constants import DNA, NONPOLYMER, PROTEIN
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.parallel.random import Draws
+from cpfold_train.parallel.random import RandomStreams
 from cpfold_train.testing.trunk_cases import features
 from tests.parity import LENGTHS, cut, join, pad, randomise, real
 
@@ -90,7 +90,7 @@ def our_step(cp, dropout: bool) -> tuple[dict, dict, dict]:
     for name in ("s_inputs", "s", "z"):
         given[name] = given[name].requires_grad_()
     inputs = given["s_inputs"], given["s"], given["z"], given["x"], feats
-    draws = Draws(torch.tensor([3, 4])) if dropout else None
+    draws = RandomStreams(torch.tensor([3, 4])) if dropout else None
     out = modules["confidence_module"](*inputs, M, cp, draws)
     scores = confidence_scores(out, given["x"], given["pdistogram"], feats, M, cp)
     out["pbfactor"] = modules["bfactor_module"](given["s"]).repeat_interleave(M, 0)

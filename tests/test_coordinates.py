@@ -24,7 +24,7 @@ from cpfold_train.model.edm import AtomDiffusion
 from cpfold_train.ops.rigid_align import weighted_rigid_align
 from cpfold_train.parallel.context import to_local
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.parallel.random import Draws
+from cpfold_train.parallel.random import RandomStreams
 from cpfold_train.training import validation_metrics as metrics
 from cpfold_train.training.module import CoFoldingModule
 from cpfold_train.training.validation import score_distances, score_structures
@@ -79,7 +79,7 @@ def steps(cp, precision: str) -> dict[str, tuple[list[str], list[str], int]]:
     module.trainer = SimpleNamespace(strategy=SimpleNamespace(cp=cp), global_step=0)
     if precision == "bf16-true":
         module.model.trunk.pair_dtype = BF16
-    sampling = {"recycling_steps": 1, "sampling_steps": 2, "samples": 2, "draws": Draws(batch()["sample_key"])}
+    sampling = {"recycling_steps": 1, "sampling_steps": 2, "samples": 2, "draws": RandomStreams(batch()["sample_key"])}
     runs = {
         "training": lambda: module.training_step(batch(), 0)["loss"],
         "validation": lambda: module.validation_step(batch(), 0),
@@ -90,14 +90,14 @@ def steps(cp, precision: str) -> dict[str, tuple[list[str], list[str], int]]:
 
 
 def followed(run, module, backward: bool, precision: str) -> tuple[list[str], list[str], int]:
-    mode, normal = HalfPrecision(), Draws.normal
+    mode, normal = HalfPrecision(), RandomStreams.normal
     for parameter in module.parameters():
         mode.mark(parameter, Kind.WEIGHT)
     for kind, names in MARKED.items():
         for name in names.split():
             mode.mark(batch()[name], kind)
     mode.mark(metrics.BOUNDARIES, Kind.NUMBER)
-    Draws.normal = lambda *args: mode.mark(normal(*args), Kind.NUMBER)
+    RandomStreams.normal = lambda *args: mode.mark(normal(*args), Kind.NUMBER)
     try:
         with mode:
             with torch.set_grad_enabled(backward), torch.autocast("cpu", BF16, precision != "32-true"):
@@ -105,7 +105,7 @@ def followed(run, module, backward: bool, precision: str) -> tuple[list[str], li
             if backward:
                 out.backward()
     finally:
-        Draws.normal = normal
+        RandomStreams.normal = normal
     return mode.found, mode.products, mode.numbers
 
 
@@ -142,7 +142,7 @@ def placed(cp, coords: list[Tensor]) -> list[tuple[float, float, float]]:
         feats = {"coords": x[None], "atom_pad_mask": mask, "atom_resolved_mask": mask}
         feats |= {"atom_to_token": torch.zeros_like(mask).long(), "mol_type": torch.zeros(1, 1).long()}
         with torch.autocast("cpu", BF16):
-            out = unit(cp)(None, None, feats, None, 1, Draws(torch.tensor([0])), cp)
+            out = unit(cp)(None, None, feats, None, 1, RandomStreams(torch.tensor([0])), cp)
         truth = out["aligned_true_atom_coords"]
         loss = diffusion_loss(x[None], truth, sigmas, feats, cp, SMALL.diffusion.sigma_data)
         error = weighted_rigid_align(x[None].double(), truth.double(), mask, mask, cp) - truth
@@ -168,7 +168,7 @@ def perfect(cp) -> Tensor:
     feats["coords"] = x * 300 / (2 * x.norm(dim=-1).masked_fill(feats["atom_resolved_mask"] == 0, 0).max())
     n, samples = feats["asym_id"].shape[1], 4
     with torch.autocast("cpu", BF16):
-        out = unit(cp)(None, None, feats, None, samples, Draws(feats["sample_key"]), cp)
+        out = unit(cp)(None, None, feats, None, samples, RandomStreams(feats["sample_key"]), cp)
         out |= {"sigmas": torch.full((samples,), 0.05), "denoised_atom_coords": feats["coords"].expand(samples, -1, -1)}
         out |= {"pdistogram": torch.zeros(1, n, n, 1, 64), "pbfactor": torch.zeros(1, n, 64)}
         return structure_losses(out, feats, cp, SMALL.diffusion.sigma_data)["diffusion"]
@@ -188,7 +188,7 @@ def loss_of_a_run(cp, sigma_data: float) -> Tensor:
     out = {"sigmas": torch.tensor([2.0]), "denoised_atom_coords": x + turn, "aligned_true_atom_coords": x}
     out |= {"pdistogram": torch.zeros(1, n, n, 1, 64), "pbfactor": torch.zeros(1, n, 64)}
     module.model.forward = lambda *_, **__: out
-    return module._losses(feats, 0, Draws(feats["sample_key"]))[1]["diffusion"]
+    return module._losses(feats, 0, RandomStreams(feats["sample_key"]))[1]["diffusion"]
 
 
 def test_the_deviation_of_the_data_weighs_the_loss(ranks):
@@ -200,7 +200,7 @@ def test_the_deviation_of_the_data_weighs_the_loss(ranks):
 def calculated(cp, mixed: bool) -> dict[str, Tensor]:
     """What the diffusion process, all losses and all scores make of the same random representations and logits."""
     generator, feats, config = torch.Generator().manual_seed(0), to_local(batch()), SMALL
-    draws, n, samples = Draws(feats["sample_key"]), feats["asym_id"].shape[1], 2
+    draws, n, samples = RandomStreams(feats["sample_key"]), feats["asym_id"].shape[1], 2
     model = CoFolding(config, MemoryConfig())
     randomise(model)
 

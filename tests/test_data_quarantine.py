@@ -15,7 +15,7 @@ import pytest
 from cpfold_train.data.stream.loader import TileLoader
 from cpfold_train.data.stream.quarantine import note, read_quarantine
 from cpfold_train.data.stream.sampling import Source
-from cpfold_train.data.stream.shards import Place, open_shards
+from cpfold_train.data.stream.shards import SampleLocation, open_shards
 from cpfold_train.errors import DataError
 from cpfold_train.parallel.grid import Grid
 
@@ -135,7 +135,7 @@ def test_many_writers(tmp_path):
     path = tmp_path / "quarantine.jsonl"
     with ThreadPoolExecutor(8) as pool:
         for i in range(200):
-            pool.submit(note, path, Place("a.tar", f"s{i}", {}), "x" * 500, 0, i, 0)
+            pool.submit(note, path, SampleLocation("a.tar", f"s{i}", {}), "x" * 500, 0, i, 0)
     assert sorted(line["position"] for line in read_quarantine(path)) == list(range(200))
 
 

@@ -15,18 +15,18 @@ from cpfold_train.model.msa import MSALayer, MSAModule
 from cpfold_train.model.pair_stack import SITES, PairStack
 from cpfold_train.model.pairformer import PairformerModule
 from cpfold_train.model.templates import TemplateV2Module
-from cpfold_train.parallel.random import Draws
+from cpfold_train.parallel.random import RandomStreams
 from cpfold_train.simulate.bench.case import Sizes
 from cpfold_train.simulate.bench.inputs import make_features
 
 P, P_MSA = 0.25, 0.15
 N, S, C_Z, TEMPLATES = 6, 4, 8, 2
-DRAWS = Draws(torch.tensor([3]))
+DRAWS = RandomStreams(torch.tensor([3]))
 MEMORY = MemoryConfig(blocks_at_once=2)
 
 
 def test_several_sites_at_once_draw_what_each_draws():
-    draws = Draws(torch.tensor([3, -4]))
+    draws = RandomStreams(torch.tensor([3, -4]))
     found = draws.each("block", last=range(3)).each(last=SITES)
     assert found.keys.shape == (3, 4, 2)
     for i in range(3):
@@ -37,7 +37,7 @@ def test_several_sites_at_once_draw_what_each_draws():
 
 
 def test_of_no_site_there_is_nothing_to_draw():
-    assert Draws(torch.tensor([3, -4])).each("block", last=range(0)).each(last=SITES).uniform(5, 9).shape == (
+    assert RandomStreams(torch.tensor([3, -4])).each("block", last=range(0)).each(last=SITES).uniform(5, 9).shape == (
         0,
         4,
         2,
@@ -46,12 +46,12 @@ def test_of_no_site_there_is_nothing_to_draw():
 
 
 def test_copies_are_in_the_order_of_repeat_interleave():
-    draws = Draws(torch.tensor([3, -4]))
+    draws = RandomStreams(torch.tensor([3, -4]))
     found = draws.copies(3).keys.view(2, 3)
     assert all(torch.equal(found[:, k], draws.at("copy", k).keys) for k in range(3))
 
 
-Built = tuple[nn.Module, Callable[..., Tensor], dict[str, list[Draws]]]
+Built = tuple[nn.Module, Callable[..., Tensor], dict[str, list[RandomStreams]]]
 """A module, its call with the grid and z, and the streams of each of its layers by name; of templates several."""
 
 
@@ -108,7 +108,7 @@ def given(cp, build: Callable) -> tuple[dict[str, list[Tensor]], dict[str, list[
     return found
 
 
-def factors(draws: Draws, p: float, count: int) -> Tensor:
+def factors(draws: RandomStreams, p: float, count: int) -> Tensor:
     return (draws.uniform(0, count) >= p).float() / (1 - p)
 
 

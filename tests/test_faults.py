@@ -26,7 +26,7 @@ from cpfold_train.checkpoints.sharded import INDEX, load_sharded, remove_unfinis
 from cpfold_train.cli.sweep import run_job
 from cpfold_train.errors import DiskFullError
 from cpfold_train.faults.launcher import RankLauncher
-from cpfold_train.faults.restart import StartAgain
+from cpfold_train.faults.restart import AutoRestart
 from cpfold_train.training.save_last import SaveLast
 from cpfold_train.training.signals import SaveOnSigterm
 from cpfold_train.whole_file import PARTIAL, remove_partial_files
@@ -304,12 +304,12 @@ def typed_again(tmp_path, monkeypatch):
     """What would be typed after an event in a run in ``tmp_path``: arguments and environment, or None."""
     monkeypatch.setattr("os.execve", lambda program, command, env: typed.append((command[1:], env)))
     monkeypatch.setattr("sys.orig_argv", ["python", "train.py", "crop_size=16", "--config-name", "train"])
-    monkeypatch.setattr(StartAgain, "_end_children", lambda self: None)
+    monkeypatch.setattr(AutoRestart, "_end_children", lambda self: None)
     typed: list[tuple[list[str], dict[str, str]]] = []
 
-    def after(event: Callable[[StartAgain], object]) -> tuple[list[str], dict[str, str]] | None:
+    def after(event: Callable[[AutoRestart], object]) -> tuple[list[str], dict[str, str]] | None:
         typed.clear()
-        again = StartAgain(tmp_path)
+        again = AutoRestart(tmp_path)
         event(again)
         again.after_out_of_memory()
         return typed[0] if typed else None
@@ -331,7 +331,7 @@ def test_what_starts_again(typed_again, tmp_path, monkeypatch):
     assert command == [*anew, f"ckpt_path='{last}'", *options]
     asked = SaveOnSigterm(SaveLast(last, 1), None)
 
-    def sigterm(again: StartAgain) -> None:
+    def sigterm(again: AutoRestart) -> None:
         asked._again = again
         asked._note(signal.SIGTERM, None)
         noted.write_text("3\n5\n7\n")
@@ -345,7 +345,7 @@ def test_cleaning_a_sharded_checkpoint_does_not_make_it_one_of_this_start(typed_
     (last / "shards-0").mkdir(parents=True)
     torch.save({"shards": "shards-1"}, last / INDEX)
 
-    def out_of_memory(again: StartAgain) -> None:
+    def out_of_memory(again: AutoRestart) -> None:
         remove_unfinished(last.parent)
         (tmp_path / "out_of_memory.txt").write_text("3\n")
 

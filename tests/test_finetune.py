@@ -301,10 +301,10 @@ def test_wrong_input_gets_one_sentence(monkeypatch, capsys, argument, words):
 
 
 def test_a_frozen_confidence_module_cannot_be_watched():
-    require_metric("val/plddt", judged=True)
-    require_metric("val/loss", judged=False)
+    require_metric("val/plddt", trains_confidence=True)
+    require_metric("val/loss", trains_confidence=False)
     with pytest.raises(ConfigError, match=r"early_stop\.monitor=val/plddt .* do not freeze it"):
-        require_metric("val/plddt", judged=False)
+        require_metric("val/plddt", trains_confidence=False)
 
 
 def test_patience_is_that_which_is_typed():

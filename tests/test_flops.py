@@ -34,7 +34,7 @@ def counted(cp) -> tuple[flops.SampleSizes, float, tuple[float, float]]:
             sampled = {"sampling_steps": SAMPLING_STEPS, "samples": SAMPLES}
             coords = model.sample(out, feats, cp, draws=draws(), **sampled)
         with FlopCounterMode(display=False) as confidence:
-            model.judge(out, coords, feats, cp, None)
+            model.predict_confidence(out, coords, feats, cp, None)
     return sizes, forward.get_total_flops(), (sampling.get_total_flops(), confidence.get_total_flops())
 
 

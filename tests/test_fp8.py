@@ -17,7 +17,7 @@ from cpfold_train.config.schema import TrainerConfig
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.config import MemoryConfig, PairformerConfig
 from cpfold_train.model.pairformer import PairformerModule
-from cpfold_train.parallel.random import Draws
+from cpfold_train.parallel.random import RandomStreams
 from cpfold_train.training.precision import Fp8Precision
 from tests import fp8_stand_in
 from tests.parity import randomise
@@ -39,7 +39,7 @@ def gradients(cp, fp8: bool):
     s, z = torch.randn(1, N, C_S, generator=generator), torch.randn(1, N, N, C_Z, generator=generator)
     with precision.forward_context() if fp8 else torch.autocast("cpu", torch.bfloat16):
         for cycle in range(2):
-            draws = Draws(torch.tensor([3])).at("cycle", cycle)
+            draws = RandomStreams(torch.tensor([3])).at("cycle", cycle)
             s, z = module(s, z, torch.ones(1, N), cp, draws)
         loss = z.float().square().mean() + s.square().mean()
     forward = len(fp8_stand_in.calls)

@@ -28,7 +28,7 @@ from cpfold_train.ops.points import by_component, linear_of_points, turned
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.gather import on_any_rank
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.parallel.random import Draws
+from cpfold_train.parallel.random import RandomStreams
 from cpfold_train.training import gpus
 from cpfold_train.training.optim import adamw_with_schedule
 from cpfold_train.training.same_samples import check_same_samples
@@ -37,7 +37,7 @@ from cpfold_train.training.strategy import leave_out
 
 def test_normal_draws_are_those_of_another_library():
     """CUDA has logarithms and cosines of its own, as numpy has: in fp64, and the same once rounded to fp32."""
-    draws = Draws(torch.tensor([5]))
+    draws = RandomStreams(torch.tensor([5]))
     first, second = draws.uniform(0, 1 << 19).double().view(-1, 2).unbind(1)
     assert torch.equal(first * 2**24, (first * 2**24).round())
     expected = np.sqrt(-2 * np.log1p(-first.numpy())) * np.cos(2 * np.pi * second.numpy())

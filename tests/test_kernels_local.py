@@ -34,7 +34,7 @@ from cpfold_train.model.pair_stack import (
 from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.parallel.random import Draws
+from cpfold_train.parallel.random import RandomStreams
 from cpfold_train.testing.parity import Case, run
 from tests.parity import LENGTHS, join, real
 
@@ -146,7 +146,7 @@ def multiplied(module: nn.Module, x: dict[str, Tensor], cp: ContextParallel) -> 
 
 
 def updated(module: nn.Module, x: dict[str, Tensor], cp: ContextParallel) -> Tensor:
-    dropout = pair_dropout(0.25, x["token_mask"].shape[1], Draws(torch.tensor([3, 4])))
+    dropout = pair_dropout(0.25, x["token_mask"].shape[1], RandomStreams(torch.tensor([3, 4])))
     return module.update_pairs(x["z"], x["token_mask"], cp, dropout)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from cpfold_train.cli.bench import boltz_python
 from cpfold_train.losses.bfactor import bfactor_loss
-from cpfold_train.losses.confidence import judge, pae_loss, pde_loss, plddt_loss, resolved_loss
+from cpfold_train.losses.confidence import confidence_targets, pae_loss, pde_loss, plddt_loss, resolved_loss
 from cpfold_train.losses.diffusion import diffusion_loss
 from cpfold_train.losses.smooth_lddt import smooth_lddt_loss
 from cpfold_train.losses.token_frames import token_frames
@@ -34,9 +34,9 @@ def one_loss(name, feats, given, cp):
         return smooth_lddt_loss(given["pred_coords"], feats, cp)
     if name == "bfactor":
         return bfactor_loss(given["bfactor"], feats, cp)
-    judged = judge(given["pred_coords"], given["true_coords"], given["true_resolved"], cp)
+    targets = confidence_targets(given["pred_coords"], given["true_coords"], given["true_resolved"], cp)
     loss = {"plddt": plddt_loss, "resolved": resolved_loss, "pde": pde_loss, "pae": pae_loss}[name]
-    return loss(given[name], judged, feats, cp)
+    return loss(given[name], targets, feats, cp)
 
 
 def losses_and_gradients(cp, feats, given):

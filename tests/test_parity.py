@@ -228,10 +228,10 @@ def test_what_is_kept_on_the_host_comes_back_once_and_one_boundary_ahead(monkeyp
     fetched, on_the_way = [], []
 
     class Kept(offload._Kept):
-        def fetch(self):
+        def prefetch(self):
             if self._coming is None:
                 fetched.append(self)
-            super().fetch()
+            super().prefetch()
 
     monkeypatch.setattr(offload, "_Kept", Kept)
     z, m = (torch.ones(1, 2, 2, 2, dtype=torch.float64).requires_grad_() for _ in range(2))

@@ -34,8 +34,8 @@ from cpfold_train.plan.plan import Plan, fullest_moment, weight_bytes
 from cpfold_train.plan.step import Trace, build, trace_step
 from cpfold_train.predict.predictor import Predictor, Settings
 from cpfold_train.simulate.batch import assumed_batch, batches_of_data, feature_bytes
-from cpfold_train.simulate.tally import MEMORY, Speed, Tally, totals
 from cpfold_train.simulate.trace import Tracer
+from cpfold_train.simulate.work_counter import MEMORY, Speed, WorkCounter, totals
 from cpfold_train.training.fsdp import BLOCKS, shard_model
 from cpfold_train.training.module import CoFoldingModule
 from tests.test_training_runs import SMALL
@@ -219,7 +219,7 @@ def test_the_host_keeps_what_goes_there(monkeypatch):
     monkeypatch.setattr(offload._Kept, "__init__", counted)
     config = compose([*TINY, "memory.offload=true", "trainer.accumulate_grad_batches=3"])
     work = totals(traced(Grid(1, 2), ("memory.offload=true",)).tallies)
-    costs = SimpleNamespace(work=Tally().plus(work, 3))
+    costs = SimpleNamespace(work=WorkCounter().plus(work, 3))
     assert kept and Plan(config, Grid(), "x", 1, {}, "trunk", costs, 1, CHOSEN).host_memory == sum(kept)
 
 
@@ -392,7 +392,7 @@ def test_the_table_goes_on_where_it_was_interrupted(monkeypatch, tmp_path, capsy
             raise KeyboardInterrupt
         size = (config.crop_size / 768) ** 2 / grid.cp_size
         held = {("activations", "trunk"): size * 2**30 * (1 if config.memory.offload else 4)}
-        costs = Costs(Tally(), {}, 0, 0, 0, 0, 0, step_s=size)
+        costs = Costs(WorkCounter(), {}, 0, 0, 0, 0, 0, step_s=size)
         return Plan(config, grid, device, 1, held, "trunk", costs, 80e9, CHOSEN)
 
     monkeypatch.setattr(propose, "plan", counted)

@@ -20,8 +20,8 @@ from cpfold_train.kernels.regions import REGIONS
 from cpfold_train.model import transformer
 from cpfold_train.simulate.fusion import fused, is_product
 from cpfold_train.simulate.regions import regions_compiled
-from cpfold_train.simulate.tally import MEMORY, Speed, Tally, totals
 from cpfold_train.simulate.trace import Tracer
+from cpfold_train.simulate.work_counter import MEMORY, Speed, WorkCounter, totals
 from tests.test_regions import COND, DIM, HEADS, INPUTS, B, N, found
 
 Counts = list[tuple[int, int]]
@@ -88,7 +88,7 @@ def test_kernels_of_a_region_are_those_of_inductor(name):
         assert 0 <= theirs - ours <= 2
 
 
-def layer_tally(compiled: bool) -> tuple[Tally, list[torch.Size], int]:
+def layer_tally(compiled: bool) -> tuple[WorkCounter, list[torch.Size], int]:
     """Of a layer of the diffusion transformer under recomputation, forward and backward; gradients; what is left."""
     tracer = Tracer(Speed(lambda kernel: (MEMORY, 1.0), lambda *_: 0.0), 0)
     with FakeTensorMode(), tracer:

@@ -21,7 +21,8 @@ from cpfold_train.parallel.layouts import tiles, whole_rows
 from cpfold_train.parallel.redistribute import all_reduce, finish, start
 from cpfold_train.plan.estimate import LAUNCH_S, kernel_seconds, part_costs
 from cpfold_train.simulate.shortcuts import messages_take_time
-from cpfold_train.simulate.tally import (
+from cpfold_train.simulate.trace import STEP, TracedLedger, Tracer
+from cpfold_train.simulate.work_counter import (
     EXPONENTIALS,
     L2,
     LAUNCHES,
@@ -31,11 +32,10 @@ from cpfold_train.simulate.tally import (
     Kernel,
     Part,
     Speed,
-    Tally,
+    WorkCounter,
     combined,
     totals,
 )
-from cpfold_train.simulate.trace import STEP, TracedLedger, Tracer
 
 H100 = DEVICES["h100-80gb"]
 
@@ -161,7 +161,7 @@ def test_what_takes_longest_bounds_a_kernel(kernel, bound, seconds):
 
 
 def test_an_operation_takes_as_long_as_its_kernels_or_their_launches():
-    tally = Tally(kernels=1000, seconds=Counter({MATRIX: 0.02, MEMORY: 0.01}))
+    tally = WorkCounter(kernels=1000, seconds=Counter({MATRIX: 0.02, MEMORY: 0.01}))
     assert part_costs(tally, H100).compute_s == pytest.approx(0.03)
     assert part_costs(tally, H100).bound == MATRIX
     small = replace(tally, kernels=10_000)
@@ -174,7 +174,10 @@ def test_an_operation_takes_as_long_as_its_kernels_or_their_launches():
 
 
 def test_parts_add_up():
-    a, b = {Part("a"): Tally(kernels=1, exps=2)}, {Part("a"): Tally(kernels=3), Part("b"): Tally(exps=5)}
+    a, b = (
+        {Part("a"): WorkCounter(kernels=1, exps=2)},
+        {Part("a"): WorkCounter(kernels=3), Part("b"): WorkCounter(exps=5)},
+    )
     both = combined(a, b, 2)
     assert (both[Part("a")].kernels, both[Part("b")].exps, totals(both).exps) == (7, 10, 12)
 

@@ -9,7 +9,7 @@ from cpfold_train.parallel import redistribute
 from cpfold_train.parallel.context import fake_world
 from cpfold_train.parallel.exchange import Exchange
 from cpfold_train.parallel.grid import Grid, split
-from cpfold_train.parallel.random import Draws
+from cpfold_train.parallel.random import RandomStreams
 from cpfold_train.parallel.redistribute import Route, finish, finish_added, start, sum_to_owners
 
 N = 20
@@ -86,27 +86,27 @@ def test_what_is_contiguous_there_is_received_where_it_belongs(monkeypatch, batc
     """Rows of one sample are, those of several are not; forward and for the gradient."""
     received = []
 
-    class Watched(Exchange):
+    class FaultMixin(Exchange):
         def __init__(self, axis, op, ledger, sends, receives):
             received.append(list(receives.values()))
             super().__init__(axis, op, ledger, sends, receives)
 
-    monkeypatch.setattr(redistribute, "Exchange", Watched)
+    monkeypatch.setattr(redistribute, "Exchange", FaultMixin)
     rows = (((0, 4),), ((4, 8),))
     with fake_world(Grid(2, 1)) as cp:
         route = Route(cp, cp.all, (1,), rows, (((0, 8),), ((8, 8),)), "rows")
-        out = route.arrive(route.fetch(torch.zeros(batch, 4, 3)))
+        out = route.wait_forward(route.send_forward(torch.zeros(batch, 4, 3)))
         there = Route(cp, cp.all, (1,), (((0, 8),), ((8, 8),)), rows, "rows")
-        there.fetch(torch.zeros(batch, 8, 3))
-        there.give_back(grad := torch.zeros(batch, 4, 3))
-        back = there.collect(grad)
+        there.send_forward(torch.zeros(batch, 8, 3))
+        there.send_grad(grad := torch.zeros(batch, 4, 3))
+        back = there.wait_grad(grad)
     (forward,), _, (gradient,) = received
     assert (forward.data_ptr() == out[:, 4:].data_ptr()) is in_place
     assert (gradient.data_ptr() == back[:, 4:].data_ptr()) is in_place
 
 
 def test_normal_draws_are_positioned_and_normal():
-    draws = Draws(torch.tensor([5, 6])).at("noise")
+    draws = RandomStreams(torch.tensor([5, 6])).at("noise")
     x = draws.normal(0, 100_000)
     assert torch.equal(x[:, 700:900], draws.normal(700, 900))
     assert x.mean(1).abs().max() < 0.015

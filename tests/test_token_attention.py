@@ -12,7 +12,7 @@ from cpfold_train.kernels import attention as blocks
 from cpfold_train.ops.token_attention import OP, token_attention
 from cpfold_train.parallel.context import fake_world
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.parallel.ledger import Entry
+from cpfold_train.parallel.ledger import LedgerEntry
 from cpfold_train.simulate.bench.simulate import LiveMemory
 
 B, M, HEADS, WIDTH, LENGTHS = 2, 5, 3, 4, (13, 9)
@@ -43,7 +43,7 @@ def attend(cp) -> tuple[list[Tensor], int]:
     original, blocks.rows_per_block = blocks.rows_per_block, lambda *_: 2
     try:
         out = token_attention(*local, cp)
-        sent = cp.ledger.by_op().get(OP, Entry()).sent_bytes
+        sent = cp.ledger.by_op().get(OP, LedgerEntry()).sent_bytes
         return [out.detach(), *torch.autograd.grad((out * weight[:, own]).sum(), local)], sent
     finally:
         blocks.rows_per_block = original

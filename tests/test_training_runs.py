@@ -221,10 +221,10 @@ from cpfold_train.cli import train as entry
 
 make = loader.make_sample
 
-def fail(making, slot, position):
+def fail(sample_spec, batch_spec, position):
     if os.environ["LOCAL_RANK"] == "1" and position == 3 and get_worker_info():
         FAULT
-    return make(making, slot, position)
+    return make(sample_spec, batch_spec, position)
 
 loader.make_sample = fail
 entry.main()

@@ -16,14 +16,14 @@ import torch.distributed as dist
 from torch.distributed.flight_recorder.components.loader import read_dir
 
 from cpfold_train.faults import out_of_memory
+from cpfold_train.faults.mixin import FaultMixin
 from cpfold_train.faults.out_of_memory import OUT_OF_MEMORY, MemorySnapshot, is_out_of_memory
 from cpfold_train.faults.reporter import sentence_on
-from cpfold_train.faults.watched import Watched
 from cpfold_train.parallel import flight_recorder, watch
 from cpfold_train.parallel.context import Axis, ContextParallel
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.ledger import Ledger
-from cpfold_train.parallel.rendezvous import listen
+from cpfold_train.parallel.rendezvous import open_rendezvous
 from tests.cuda_events import Stream
 from tests.test_config import refusal
 from tests.test_training_runs import TINY
@@ -64,7 +64,7 @@ def a_collective_that_the_ledger_does_not_know(cp, rank: int) -> None:
 
 @pytest.mark.parametrize("stands_in", [a_wait_on_the_device, a_collective_that_the_ledger_does_not_know])
 def test_a_rank_that_waits_on_its_device_for_too_long(tmp_path, stands_in):
-    store, told = listen(), mp.get_context("fork").Queue()
+    store, told = open_rendezvous(), mp.get_context("fork").Queue()
     folder = tmp_path / "faults"
     arguments = [(rank, store.port, folder, stands_in, told) for rank in range(2)]
     ranks = [mp.get_context("fork").Process(target=rank_of_two, args=a, daemon=True) for a in arguments]
@@ -215,7 +215,7 @@ def over_nccl(monkeypatch):
 
 
 class Strategy:
-    """What comes after :class:`Watched` in a strategy."""
+    """What comes after :class:`FaultMixin` in a strategy."""
 
     root_device = torch.device("cpu")
     global_rank = 1
@@ -233,7 +233,7 @@ class Strategy:
         pass
 
 
-class WatchedStrategy(Watched, Strategy):
+class WatchedStrategy(FaultMixin, Strategy):
     watch = None
 
 
@@ -250,7 +250,7 @@ def test_a_rank_that_fails_gives_up_its_exchanges_before_anything_waits_for_them
 def test_a_rank_that_cannot_give_up_its_exchanges_leaves_them_as_they_are(over_nccl, monkeypatch, capfd):
     log = []
     over_nccl(lambda: time.sleep(60))
-    monkeypatch.setattr("cpfold_train.faults.watched.GRACE", 0.1)
+    monkeypatch.setattr("cpfold_train.faults.mixin.GRACE", 0.1)
     monkeypatch.setattr(os, "_exit", lambda code: log.append(f"exit {code}"))
     WatchedStrategy(log).on_exception(RuntimeError("a fault"))
     assert log[:3] == ["watch stopped", "ranks ended in 0.0 s", "exit 1"]

@@ -28,7 +28,7 @@ from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.cost import ALGORITHMS
 from cpfold_train.parallel.gather import barrier
 from cpfold_train.parallel.grid import Grid, parse_grid, squarest
-from cpfold_train.parallel.rendezvous import meet_in
+from cpfold_train.parallel.rendezvous import join_rendezvous
 from cpfold_train.paths import CHECKOUT
 from cpfold_train.simulate.bench.case import ATOMS_PER_TOKEN, Sizes
 from cpfold_train.simulate.bench.cases import CASES
@@ -167,7 +167,7 @@ def _rank(rank: int, rows: int, cols: int, job: dict) -> None:
     torch.set_num_threads(job["threads"])
     return_large_tensors()
     device = torch.device(job["device"], rank) if job["device"] == "cuda" else torch.device("cpu")
-    meet_in(Path(job["folder"]), rank, rows * cols, device)
+    join_rendezvous(Path(job["folder"]), rank, rows * cols, device)
     cp = ContextParallel(Grid(rows, cols, 1, rank), device.type, algorithm=job["algorithm"], kernels=job["kernels"])
 
     torch.manual_seed(rank)

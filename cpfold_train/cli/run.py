@@ -19,8 +19,8 @@ from cpfold_train.config.world import World
 from cpfold_train.devices import DEVICES, called_alike, own_gpu_name
 from cpfold_train.errors import RunError
 from cpfold_train.faults.out_of_memory import MemorySnapshot
-from cpfold_train.faults.reporter import FAULTS, TellFaults, sentence_on
-from cpfold_train.faults.restart import StartAgain
+from cpfold_train.faults.reporter import FAULTS, FaultReporter, sentence_on
+from cpfold_train.faults.restart import AutoRestart
 from cpfold_train.faults.skip import SkipBadSteps
 from cpfold_train.kernels.by_rows import set_block_bytes
 from cpfold_train.kernels.regions import compile_regions, compiled_by
@@ -46,7 +46,7 @@ from cpfold_train.training.strategy import GridStrategy, leave_out
 
 
 def run(
-    config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any], again: StartAgain | None = None
+    config: TrainConfig, world: World, run_dir: Path, record: dict[str, Any], again: AutoRestart | None = None
 ) -> None:
     """Train, on this rank and on those that it starts.
 
@@ -99,10 +99,10 @@ def run(
         module.double()
     if config.model.init_from and not config.ckpt_path:
         initialise(module.model, Path(config.model.init_from), config.model.init_weights, config.model.init_skip)
-    module.judged = choose_trained(module.model, config.finetune, module.judged)
-    if not module.judged:
+    module.trains_confidence = choose_trained(module.model, config.finetune, module.trains_confidence)
+    if not module.trains_confidence:
         leave_out(module, "model.confidence_module")
-    require_metric(config.early_stop.monitor, module.judged)
+    require_metric(config.early_stop.monitor, module.trains_confidence)
     accumulate = config.trainer.accumulate_grad_batches
     quarantine = run_dir / "quarantine.jsonl"
     data = TileData(config.data, config.crop_size, config.batch_size, accumulate, config.seed, quarantine)
@@ -127,7 +127,7 @@ def run(
             wandb.finish()
 
 
-def _callbacks(config: TrainConfig, run_dir: Path, again: StartAgain | None) -> list[Callback]:
+def _callbacks(config: TrainConfig, run_dir: Path, again: AutoRestart | None) -> list[Callback]:
     folder = run_dir / "checkpoints"
     last = SaveLast(folder / "last.ckpt", config.checkpoint.every_n_steps)
     # First, so that the others see the average in validation. It holds the weights once more.
@@ -136,7 +136,7 @@ def _callbacks(config: TrainConfig, run_dir: Path, again: StartAgain | None) -> 
     figures = StepFigures(skip, peak_flops(config.trainer))
     if config.faults.memory_snapshot:
         callbacks.append(MemorySnapshot(run_dir / FAULTS))
-    callbacks.append(TellFaults(folder))
+    callbacks.append(FaultReporter(folder))
     if every_n_steps := config.module_statistics.every_n_steps:
         # Before the gradients of a step that is skipped are taken away.
         callbacks.append(ModuleStatistics(run_dir / "modules.csv", every_n_steps))

@@ -27,7 +27,7 @@ from cpfold_train.config.memory_default import Room, with_default_memory
 from cpfold_train.config.schema import TrainConfig
 from cpfold_train.config.world import World, device_here, is_first_rank, plan_world, started_by_slurm, starts_ranks
 from cpfold_train.errors import ConfigError, DataError, RunError
-from cpfold_train.faults.restart import StartAgain
+from cpfold_train.faults.restart import AutoRestart
 from cpfold_train.kernels.choice import choose_kernels
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.parallel.grid import Grid
@@ -93,7 +93,7 @@ def start(config: DictConfig, run_dir: Path) -> None:
             raise ConfigError(
                 f"hydra.run.dir={run_dir} cannot be written ({error.strerror}): type another hydra.run.dir"
             ) from error
-    again = StartAgain(run_dir) if starts_ranks(world) else None
+    again = AutoRestart(run_dir) if starts_ranks(world) else None
     # Lightning takes seconds to import; a wrong key is to be told at once.
     from cpfold_train.cli.run import run
 

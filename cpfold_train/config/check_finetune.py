@@ -65,14 +65,14 @@ def _early_stop(config: TrainConfig) -> None:
     require_metric(monitor, config.loss.of_confidence)
 
 
-def require_metric(monitor: str | None, judged: bool) -> None:
+def require_metric(monitor: str | None, trains_confidence: bool) -> None:
     """Raise ConfigError where a metric of the confidence module is watched, and the module has no loss or is frozen.
 
     Args:
         monitor: the metric.
-        judged: whether the confidence module is trained.
+        trains_confidence: whether the confidence module is trained.
     """
-    if monitor in OF_CONFIDENCE and not judged:
+    if monitor in OF_CONFIDENCE and not trains_confidence:
         raise ConfigError(
             f"early_stop.monitor={monitor} is of the confidence module, which is not trained: type loss.plddt=1e-4 "
             "loss.resolved=1e-4 loss.pde=1e-4 loss.pae=1e-4 and do not freeze it, or watch val/loss"

@@ -14,7 +14,7 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from cpfold_train.parallel.rendezvous import listen
+from cpfold_train.parallel.rendezvous import open_rendezvous
 from cpfold_train.processes import end_process
 
 _PATIENCE = 25.0
@@ -38,7 +38,7 @@ class RankLauncher(_SubprocessScriptLauncher):
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally:
             if "MASTER_PORT" not in os.environ:
-                self._meeting_point = listen()
+                self._meeting_point = open_rendezvous()
                 os.environ["MASTER_PORT"] = str(self._meeting_point.port)
             self._call_children_scripts()
             threading.Thread(target=_guard, args=(self.procs, self._ending), daemon=True, name="ranks").start()

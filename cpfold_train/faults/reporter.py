@@ -15,7 +15,7 @@ FAULTS = "faults"
 """In the run directory: what ranks have written that failed or waited for too long."""
 
 
-class TellFaults(Callback):
+class FaultReporter(Callback):
     """Before the other callbacks that care for errors, so that the others know whose fault it was: an error goes to all
     ranks.
 

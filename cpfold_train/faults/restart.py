@@ -23,7 +23,7 @@ def steps_out_of_memory(run_dir: Path) -> set[int]:
     return {int(step) for step in noted.read_text().split()} if noted.exists() else set()
 
 
-class StartAgain:
+class AutoRestart:
     """Lets the process that started the ranks begin anew, as if its command were typed again in the same run directory.
 
     The process replaces itself: whoever started it and waits for it, or sends it signals, sees one run, while memory,

@@ -8,7 +8,7 @@ from cpfold_train.gpu_check.record import Record
 from cpfold_train.gpu_check.scope import Scope
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.parallel.random import Draws
+from cpfold_train.parallel.random import RandomStreams
 from cpfold_train.testing.cases import CASES
 from cpfold_train.testing.parity import Case, compared, relative_error, run
 
@@ -46,7 +46,7 @@ def compare_draws(record: Record, scope: Scope) -> None:
     each device has its own: they may differ in the last bit of fp32.
     """
     keys = torch.tensor([3, 5 - 2**62])
-    here, there = Draws(keys).at("check", 1), Draws(keys.to(scope.device)).at("check", 1)
+    here, there = RandomStreams(keys).at("check", 1), RandomStreams(keys.to(scope.device)).at("check", 1)
     uniform = (here.uniform(0, COUNT) != there.uniform(0, COUNT).cpu()).sum().item()
     whole = there.normal(0, COUNT)
     apart = (whole[:, 1000:2000] != there.normal(1000, 2000)).sum().item()

@@ -29,7 +29,7 @@ from cpfold_train.parallel.context import Axis, ContextParallel
 from cpfold_train.parallel.exchange import Exchange
 from cpfold_train.parallel.grid import Grid, squarest
 from cpfold_train.parallel.ledger import Ledger
-from cpfold_train.parallel.rendezvous import meet_in
+from cpfold_train.parallel.rendezvous import join_rendezvous
 from cpfold_train.processes import end_process
 from cpfold_train.testing.cases import CASES
 from cpfold_train.testing.parity import run
@@ -134,7 +134,7 @@ def _rank(way: Way, rank: int, names: tuple[str, ...], folder: Path, limit_s: fl
             torch.cuda.set_device(device)
         if way.device != way.backend_of:
             redistribute.Exchange = ThroughHost
-        meet_in(folder, rank, way.grid.world_size, device if way.backend_of == "cuda" else torch.device("cpu"))
+        join_rendezvous(folder, rank, way.grid.world_size, device if way.backend_of == "cuda" else torch.device("cpu"))
         grid = Grid(way.grid.rows, way.grid.cols, 1, rank)
         cp = ContextParallel(grid, way.device, timedelta(seconds=max(1.0, limit_s)))
         for name in names:

@@ -17,7 +17,7 @@ from cpfold_train.config.check_precision import IN_BF16
 from cpfold_train.config.compose import compose
 from cpfold_train.config.schema import TrainConfig
 from cpfold_train.errors import ConfigError
-from cpfold_train.faults.watched import is_out_of_memory
+from cpfold_train.faults.mixin import is_out_of_memory
 from cpfold_train.gpu_check.record import Record, release
 from cpfold_train.gpu_check.scope import Scope
 from cpfold_train.gpu_check.timing import seconds_of

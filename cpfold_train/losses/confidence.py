@@ -32,7 +32,7 @@ THRESHOLDS = (0.5, 1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True)
-class Judged:
+class ConfidenceTargets:
     """Predicted structures and the truth that they are measured by, whole on every rank.
 
     Attributes:
@@ -51,7 +51,9 @@ class Judged:
         return self.pred.gather(1, places), self.truth.gather(1, places), self.resolved.gather(1, atom)
 
 
-def judge(pred_coords: Tensor, true_coords: Tensor, true_coords_resolved_mask: Tensor, cp: ContextParallel) -> Judged:
+def confidence_targets(
+    pred_coords: Tensor, true_coords: Tensor, true_coords_resolved_mask: Tensor, cp: ContextParallel
+) -> ConfidenceTargets:
     """Gather what the losses compare.
 
     Args:
@@ -63,25 +65,25 @@ def judge(pred_coords: Tensor, true_coords: Tensor, true_coords_resolved_mask: T
     dtype = torch.promote_types(pred_coords.dtype, torch.float32)
     parts = pred_coords.detach().to(dtype), true_coords.to(dtype), true_coords_resolved_mask[..., None].to(dtype)
     pred, truth, resolved = gather_shares(torch.cat(parts, 2), cp, OP).split((3, 3, 1), 2)
-    return Judged(pred, truth, resolved.squeeze(2) > 0)
+    return ConfidenceTargets(pred, truth, resolved.squeeze(2) > 0)
 
 
-def plddt_loss(pred_lddt: Tensor, judged: Judged, feats: dict[str, Tensor], cp: ContextParallel) -> Tensor:
+def plddt_loss(pred_lddt: Tensor, targets: ConfidenceTargets, feats: dict[str, Tensor], cp: ContextParallel) -> Tensor:
     """Cross-entropy of the lDDT of each token's representative atom to the resolved residues' centres around it.
 
     Args:
         pred_lddt: logits (B*M, N, bins), replicated.
-        judged: what :func:`judge` returns.
+        targets: what :func:`confidence_targets` returns.
         feats: ``token_to_rep_atom``, ``token_to_center_atom``, ``token_resolved_mask``, ``mol_type`` and
             ``token_pad_mask`` (B, N), replicated.
         cp: the running grid.
     """
     rep, centre, mol_type, centre_known, real = _repeated(
-        judged, feats, "token_to_rep_atom token_to_center_atom mol_type token_resolved_mask token_pad_mask"
+        targets, feats, "token_to_rep_atom token_to_center_atom mol_type token_resolved_mask token_pad_mask"
     )
-    pred, truth, known = judged.at(rep)
+    pred, truth, known = targets.at(rep)
     known &= real > 0
-    centre_pred, centre_truth, resolved = judged.at(centre)
+    centre_pred, centre_truth, resolved = targets.at(centre)
     partner = resolved & (centre_known > 0) & (mol_type != NONPOLYMER)
     cutoff = torch.where((mol_type == DNA) | (mol_type == RNA), 30.0, 15.0).to(pred)
     rows = rows_per_block(8 * cutoff.nbytes, pred.device)
@@ -94,33 +96,35 @@ def plddt_loss(pred_lddt: Tensor, judged: Judged, feats: dict[str, Tensor], cp: 
     return (errors * mask).sum(1) / (1e-7 + all_reduce(mask.sum(1), cp, cp.all, OP))
 
 
-def resolved_loss(pred_resolved: Tensor, judged: Judged, feats: dict[str, Tensor], cp: ContextParallel) -> Tensor:
+def resolved_loss(
+    pred_resolved: Tensor, targets: ConfidenceTargets, feats: dict[str, Tensor], cp: ContextParallel
+) -> Tensor:
     """Cross-entropy of whether each token's representative atom is resolved, over all tokens.
 
     Args:
         pred_resolved: logits (B*M, N, 2), replicated; the first is of resolved ones.
-        judged: what :func:`judge` returns.
+        targets: what :func:`confidence_targets` returns.
         feats: ``token_to_rep_atom`` and ``token_pad_mask`` (B, N), replicated.
         cp: the running grid.
     """
-    rep, real = _repeated(judged, feats, "token_to_rep_atom token_pad_mask")
-    target = (~judged.resolved.gather(1, rep)).long()
+    rep, real = _repeated(targets, feats, "token_to_rep_atom token_pad_mask")
+    target = (~targets.resolved.gather(1, rep)).long()
     errors = _cross_entropy(own_share(pred_resolved, cp), own_share(target, cp))
     return (errors * own_share(real, cp)).sum(1) / (1e-7 + real.sum(1))
 
 
-def pde_loss(pred_pde: Tensor, judged: Judged, feats: dict[str, Tensor], cp: ContextParallel) -> Tensor:
+def pde_loss(pred_pde: Tensor, targets: ConfidenceTargets, feats: dict[str, Tensor], cp: ContextParallel) -> Tensor:
     """Cross-entropy of the errors of the distances between representative atoms, over all ordered pairs of resolved
     ones, with themselves too.
 
     Args:
         pred_pde: logits (B*M, N/R, N/C, bins), tile.
-        judged: what :func:`judge` returns.
+        targets: what :func:`confidence_targets` returns.
         feats: ``token_to_rep_atom`` and ``token_pad_mask`` (B, N), replicated.
         cp: the running grid.
     """
-    rep, real = _repeated(judged, feats, "token_to_rep_atom token_pad_mask")
-    pred, truth, known = judged.at(rep)
+    rep, real = _repeated(targets, feats, "token_to_rep_atom token_pad_mask")
+    pred, truth, known = targets.at(rep)
     known = (known & (real > 0)).to(pred)
     rows, columns = _tile_tokens(rep.shape[1], cp)
     inputs = pred_pde, *(x[:, rows] for x in (pred, truth, known))
@@ -129,7 +133,7 @@ def pde_loss(pred_pde: Tensor, judged: Judged, feats: dict[str, Tensor], cp: Con
     return errors / (1e-7 + known.sum(1).square())
 
 
-def pae_loss(pred_pae: Tensor, judged: Judged, feats: dict[str, Tensor], cp: ContextParallel) -> Tensor:
+def pae_loss(pred_pae: Tensor, targets: ConfidenceTargets, feats: dict[str, Tensor], cp: ContextParallel) -> Tensor:
     """Cross-entropy of the error of each token's place as seen from each token's frame.
 
     Over all pairs of a token whose frame is resolved and not in a line, in truth and in the prediction, and a token
@@ -137,19 +141,19 @@ def pae_loss(pred_pae: Tensor, judged: Judged, feats: dict[str, Tensor], cp: Con
 
     Args:
         pred_pae: logits (B*M, N/R, N/C, bins), tile; frames are rows.
-        judged: what :func:`judge` returns.
+        targets: what :func:`confidence_targets` returns.
         feats: ``frames_idx`` (B, N, 3), ``token_to_rep_atom``, ``asym_id``, ``mol_type`` and ``token_pad_mask`` (B, N),
             replicated.
         cp: the running grid.
     """
-    (real,) = _repeated(judged, feats, "token_pad_mask")
+    (real,) = _repeated(targets, feats, "token_pad_mask")
     rows, columns = _tile_tokens(real.shape[1], cp)
     spans, seen_from, seen = real > 0, [], []
-    for coords in (judged.truth, judged.pred):
-        frames = token_frames(coords, judged.resolved, feats, cp, OP)
+    for coords in (targets.truth, targets.pred):
+        frames = token_frames(coords, targets.resolved, feats, cp, OP)
         points = coords.gather(1, frames.flatten(1)[..., None].expand(-1, -1, 3)).unflatten(1, frames.shape[1:])
         if not seen:
-            resolved = judged.resolved.gather(1, frames.flatten(1)).view_as(frames)
+            resolved = targets.resolved.gather(1, frames.flatten(1)).view_as(frames)
             spans, known = spans & resolved.all(2), (resolved[..., 1] & (real > 0)).to(coords)
         spans = spans & spanning(points)
         origins = points[..., 1, :]
@@ -161,10 +165,10 @@ def pae_loss(pred_pae: Tensor, judged: Judged, feats: dict[str, Tensor], cp: Con
     return errors / (1e-7 + spans.sum(1) * known.sum(1))
 
 
-def _repeated(judged: Judged, feats: dict[str, Tensor], names: str) -> list[Tensor]:
+def _repeated(targets: ConfidenceTargets, feats: dict[str, Tensor], names: str) -> list[Tensor]:
     """Features (B, N) for each sample, (B*M, N): whole numbers as int64, masks as the coordinates' dtype."""
-    found = (feats[name].repeat_interleave(len(judged.pred) // len(feats[name]), 0) for name in names.split())
-    return [x.to(judged.pred) if x.is_floating_point() else x.long() for x in found]
+    found = (feats[name].repeat_interleave(len(targets.pred) // len(feats[name]), 0) for name in names.split())
+    return [x.to(targets.pred) if x.is_floating_point() else x.long() for x in found]
 
 
 def _tile_tokens(n: int, cp: ContextParallel) -> tuple[slice, slice]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from cpfold_train.losses.bfactor import bfactor_loss
-from cpfold_train.losses.confidence import judge, pae_loss, pde_loss, plddt_loss, resolved_loss
+from cpfold_train.losses.confidence import confidence_targets, pae_loss, pde_loss, plddt_loss, resolved_loss
 from cpfold_train.losses.diffusion import diffusion_loss
 from cpfold_train.losses.distogram import distogram_loss
 from cpfold_train.losses.smooth_lddt import smooth_lddt_loss
@@ -50,7 +50,7 @@ def confidence_losses(logits: Values, coords: Tensor, feats: Values, cp: Context
     structure has them.
 
     Args:
-        logits: what :meth:`cpfold_train.model.cofolding.CoFolding.judge` returned.
+        logits: what :meth:`cpfold_train.model.cofolding.CoFolding.predict_confidence` returned.
         coords: (B M, A/P, 3), the sampled structures that it was given.
         feats: what the trunk was given.
         cp: the running grid.
@@ -58,11 +58,11 @@ def confidence_losses(logits: Values, coords: Tensor, feats: Values, cp: Context
     with without_autocast(coords):
         feats = to_local(feats)
         samples = len(feats["coords"]), -1
-        judged = judge(coords, *matched_truth(coords, feats, cp), cp)
+        targets = confidence_targets(coords, *matched_truth(coords, feats, cp), cp)
         losses = {
-            "plddt": plddt_loss(logits["plddt_logits"], judged, feats, cp),
-            "resolved": resolved_loss(logits["resolved_logits"], judged, feats, cp),
-            "pde": pde_loss(logits["pde_logits"], judged, feats, cp),
-            "pae": pae_loss(logits["pae_logits"], judged, feats, cp),
+            "plddt": plddt_loss(logits["plddt_logits"], targets, feats, cp),
+            "resolved": resolved_loss(logits["resolved_logits"], targets, feats, cp),
+            "pde": pde_loss(logits["pde_logits"], targets, feats, cp),
+            "pae": pae_loss(logits["pae_logits"], targets, feats, cp),
         }
         return {name: loss.view(samples).mean(1) for name, loss in losses.items()}

@@ -18,7 +18,7 @@ from cpfold_train.model.diffusion_conditioning import Conditioning, DiffusionCon
 from cpfold_train.model.edm import AtomDiffusion
 from cpfold_train.model.trunk import Trunk
 from cpfold_train.parallel.context import ContextParallel, to_local
-from cpfold_train.parallel.random import Draws
+from cpfold_train.parallel.random import RandomStreams
 
 Feats = dict[str, Tensor | DTensor]
 
@@ -47,7 +47,7 @@ class CoFolding(nn.Module):
         self.confidence_module = ConfidenceModule(config, memory)
 
     def forward(
-        self, feats: Feats, cp: ContextParallel, *, recycling_steps: int, multiplicity: int, draws: Draws
+        self, feats: Feats, cp: ContextParallel, *, recycling_steps: int, multiplicity: int, draws: RandomStreams
     ) -> dict[str, DTensor]:
         """Denoise M = ``multiplicity`` noised copies of each true structure.
 
@@ -80,7 +80,14 @@ class CoFolding(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, trunk: Feats, feats: Feats, cp: ContextParallel, *, sampling_steps: int, samples: int, draws: Draws
+        self,
+        trunk: Feats,
+        feats: Feats,
+        cp: ContextParallel,
+        *,
+        sampling_steps: int,
+        samples: int,
+        draws: RandomStreams,
     ) -> Tensor:
         """Structures (B M, A/P, 3) in Angstrom, M = ``samples`` of each complex.
 
@@ -98,7 +105,9 @@ class CoFolding(nn.Module):
             trunk["s_inputs"], trunk["s"], feats, conditioning, sampling_steps, samples, draws.at("sampling"), cp
         )
 
-    def judge(self, trunk: Feats, coords: Tensor, feats: Feats, cp: ContextParallel, draws: Draws | None) -> Feats:
+    def predict_confidence(
+        self, trunk: Feats, coords: Tensor, feats: Feats, cp: ContextParallel, draws: RandomStreams | None
+    ) -> Feats:
         """Confidence logits of sampled structures; see :class:`~cpfold_train.model.confidence.ConfidenceModule`.
 
         Args:
@@ -121,7 +130,7 @@ class CoFolding(nn.Module):
         recycling_steps: int,
         sampling_steps: int,
         samples: int,
-        draws: Draws,
+        draws: RandomStreams,
     ) -> Feats:
         """Sampled structures, and how sure the model is of each; arguments as of :meth:`forward` and :meth:`sample`.
 
@@ -133,7 +142,7 @@ class CoFolding(nn.Module):
         feats = to_local(feats)
         trunk = to_local(self.trunk(feats, cp, recycling_steps, None))
         coords = self.sample(trunk, feats, cp, sampling_steps=sampling_steps, samples=samples, draws=draws)
-        logits = self.judge(trunk, coords, feats, cp, None)
+        logits = self.predict_confidence(trunk, coords, feats, cp, None)
         scores = confidence_scores(logits, coords, trunk["pdistogram"], feats, samples, cp)
         tm = torch.where(scores["iptm"] > 0, scores["iptm"], scores["ptm"])
         return {"coords": coords, **scores, "confidence_score": 0.8 * scores["complex_plddt"] + 0.2 * tm}

@@ -20,7 +20,7 @@ from cpfold_train.ops.atoms_at import atoms_at
 from cpfold_train.ops.distances import distances
 from cpfold_train.ops.transpose import transpose
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.parallel.random import Draws
+from cpfold_train.parallel.random import RandomStreams
 
 
 class ConfidenceHeads(nn.Module):
@@ -102,7 +102,7 @@ class ConfidenceModule(nn.Module):
         feats: dict[str, Tensor],
         multiplicity: int,
         cp: ContextParallel,
-        draws: Draws | None,
+        draws: RandomStreams | None,
     ) -> dict[str, Tensor]:
         """Logits of M samples of each complex, stacked as ``repeat_interleave(M, 0)``; or of some of them at a time.
 

@@ -28,7 +28,7 @@ from cpfold_train.ops.recompute import recompute
 from cpfold_train.ops.rigid_align import weighted_rigid_align
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import split
-from cpfold_train.parallel.random import Draws
+from cpfold_train.parallel.random import RandomStreams
 from cpfold_train.parallel.redistribute import all_reduce
 
 OP = "diffusion"
@@ -56,7 +56,7 @@ class AtomDiffusion(nn.Module):
         feats: dict[str, Tensor],
         conditioning: Conditioning,
         multiplicity: int,
-        draws: Draws,
+        draws: RandomStreams,
         cp: ContextParallel,
     ) -> dict[str, Tensor]:
         """Add noise to the true structure and take it away again, in M = ``multiplicity`` samples of each complex.
@@ -125,7 +125,7 @@ class AtomDiffusion(nn.Module):
         conditioning: Conditioning,
         num_sampling_steps: int,
         multiplicity: int,
-        draws: Draws,
+        draws: RandomStreams,
         cp: ContextParallel,
     ) -> Tensor:
         """Structures from noise, (B*M, A/P, 3) in Angstrom, each somewhere in space.
@@ -155,7 +155,7 @@ class AtomDiffusion(nn.Module):
                 raised = before * (1 + (config.gamma_0 if after > config.gamma_min else 0))
                 coords = randomly_placed(coords, mask, turns[step], shifts[step], cp)
                 amplitude = config.noise_scale * (raised**2 - before**2) ** 0.5
-                noisy = coords + amplitude * noise(coords, Draws(noises[step]), cp)
+                noisy = coords + amplitude * noise(coords, RandomStreams(noises[step]), cp)
                 sigmas = coords.new_full(coords.shape[:1], raised)
                 denoised = self.denoise(noisy, sigmas, s_inputs, s_trunk, feats, conditioning, cp)
                 noisy = weighted_rigid_align(noisy, denoised, mask, mask, cp)
@@ -170,13 +170,13 @@ def noise_levels(config: DiffusionConfig, num_sampling_steps: int) -> list[float
     return [config.sigma_data * (first + part * (last - first)) ** config.rho for part in parts] + [0.0]
 
 
-def noise(coords: Tensor, draws: Draws, cp: ContextParallel) -> Tensor:
+def noise(coords: Tensor, draws: RandomStreams, cp: ContextParallel) -> Tensor:
     """Standard normal deviates like the share ``coords`` (B, A/P, 3), one stream of ``draws`` a sample."""
     first, stop = split(coords.shape[1] * cp.all.size, cp.all.size)[cp.all.index]
     return draws.normal(3 * first, 3 * stop).unflatten(1, (-1, 3)).to(coords.dtype)
 
 
-def placements(draws: Draws, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def placements(draws: RandomStreams, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Random rotations (..., B, 3, 3) and shifts (..., B, 3), for streams (..., B)."""
     turns = rotations(draws.at("rotation").normal(0, 4).to(dtype))
     return turns, draws.at("translation").normal(0, 3).to(dtype)

@@ -18,7 +18,7 @@ from cpfold_train.ops.dropout import drop_rows, row_factors
 from cpfold_train.ops.pair_weighted_averaging import pair_weighted_averaging
 from cpfold_train.ops.recompute import call, recompute
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.parallel.random import Draws
+from cpfold_train.parallel.random import RandomStreams
 
 PWA_HEADS, PWA_WIDTH, OPM_WIDTH = 8, 32, 32
 """Sizes that Boltz-2 fixes in code."""
@@ -127,7 +127,7 @@ class MSAModule(nn.Module):
         )
 
     def forward(
-        self, z: Tensor, s_inputs: Tensor, feats: dict[str, Tensor], cp: ContextParallel, draws: Draws | None
+        self, z: Tensor, s_inputs: Tensor, feats: dict[str, Tensor], cp: ContextParallel, draws: RandomStreams | None
     ) -> Tensor:
         """New z, all of it and not the change: the trunk adds it to z once more, as Boltz-2 was trained.
 

@@ -17,13 +17,13 @@ from cpfold_train.ops.dropout import row_factors
 from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.ops.recompute import call, recompute
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.parallel.random import Draws
+from cpfold_train.parallel.random import RandomStreams
 
 SITES = ("tri_mul_out", "tri_mul_in", "tri_att_start", "tri_att_end")
 """Names of the triangle updates in their order, and of the streams of their dropout."""
 
 
-def pair_dropout(p: float, n: int, draws: Draws | None) -> Tensor | None:
+def pair_dropout(p: float, n: int, draws: RandomStreams | None) -> Tensor | None:
     """Dropout of the triangle updates of a layer, or at once of all layers of a stack.
 
     Args:

@@ -10,7 +10,7 @@ from cpfold_train.model.layers import Transition, linear, normed_linear, without
 from cpfold_train.model.pair_stack import PairStack, pair_dropout
 from cpfold_train.ops.attention_pair_bias import all_tokens, attention_pair_bias
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.parallel.random import Draws
+from cpfold_train.parallel.random import RandomStreams
 
 
 class AttentionPairBias(nn.Module):
@@ -109,7 +109,7 @@ class PairformerModule(nn.Module):
         )
 
     def forward(
-        self, s: Tensor, z: Tensor, token_mask: Tensor, cp: ContextParallel, draws: Draws | None
+        self, s: Tensor, z: Tensor, token_mask: Tensor, cp: ContextParallel, draws: RandomStreams | None
     ) -> tuple[Tensor, Tensor]:
         """New s and z; shapes as :meth:`PairformerLayer.forward`. ``draws`` are those of all blocks; None in
         evaluation."""

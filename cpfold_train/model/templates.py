@@ -22,7 +22,7 @@ from cpfold_train.model.pair_stack import PairStack, pair_dropout
 from cpfold_train.ops.offload import Boundary
 from cpfold_train.ops.recompute import call, recompute
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.parallel.random import Draws
+from cpfold_train.parallel.random import RandomStreams
 
 
 class TemplateStack(nn.Module):
@@ -57,7 +57,7 @@ class TemplateV2Module(nn.Module):
         self.u_proj = linear(dim, token_z, "default")
         self.pairformer = TemplateStack(config, memory.recompute_updates)
 
-    def forward(self, z: Tensor, feats: dict[str, Tensor], cp: ContextParallel, draws: Draws | None) -> Tensor:
+    def forward(self, z: Tensor, feats: dict[str, Tensor], cp: ContextParallel, draws: RandomStreams | None) -> Tensor:
         """The change of z.
 
         Templates go one after the other, so that only one of them is held beside the sum.

@@ -22,7 +22,7 @@ from cpfold_train.model.templates import TemplateV2Module
 from cpfold_train.ops.offload import kept_on_host
 from cpfold_train.ops.transpose import transpose
 from cpfold_train.parallel.context import ContextParallel, to_local
-from cpfold_train.parallel.random import Draws
+from cpfold_train.parallel.random import RandomStreams
 
 
 class DistogramModule(nn.Module):
@@ -73,7 +73,7 @@ class Trunk(nn.Module):
         self.distogram_module = DistogramModule(token_z, config.num_bins)
 
     def forward(
-        self, feats: dict[str, Tensor | DTensor], cp: ContextParallel, recycling_steps: int, draws: Draws | None
+        self, feats: dict[str, Tensor | DTensor], cp: ContextParallel, recycling_steps: int, draws: RandomStreams | None
     ) -> dict[str, DTensor]:
         """Run the trunk ``recycling_steps + 1`` times, the last time with gradients.
 

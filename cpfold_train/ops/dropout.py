@@ -8,10 +8,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from cpfold_train.parallel.grid import Interval
-from cpfold_train.parallel.random import Draws
+from cpfold_train.parallel.random import RandomStreams
 
 
-def row_factors(p: float, rows: Interval, draws: Draws | None) -> Tensor | None:
+def row_factors(p: float, rows: Interval, draws: RandomStreams | None) -> Tensor | None:
     """With what each row is multiplied: 0 with probability ``p``, else 1 / (1 - p).
 
     Args:

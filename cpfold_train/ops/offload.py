@@ -32,10 +32,10 @@ class Boundary:
         self.kept.append(_Kept(x, self.before))
         return self.kept[-1]
 
-    def fetch(self) -> None:
+    def prefetch(self) -> None:
         """Start the way back of all of it."""
         for kept in self.kept:
-            kept.fetch()
+            kept.prefetch()
 
 
 @contextmanager
@@ -85,7 +85,7 @@ class _Kept:
             # Its memory must not be given to others before it has been read.
             x.record_stream(_stream(x.device))
 
-    def fetch(self) -> None:
+    def prefetch(self) -> None:
         """Start the way back, if it has not been started."""
         if self._coming is None:
             with _beside(self._device, waits=False):
@@ -99,13 +99,13 @@ class _Kept:
 
     def take(self) -> Tensor:
         """The tensor on its device, and those of the boundary before it started on their way."""
-        self.fetch()
+        self.prefetch()
         x, self._coming = self._coming, None
         if x.is_cuda:
             torch.cuda.current_stream(x.device).wait_event(self._arrived)
             x.record_stream(torch.cuda.current_stream(x.device))
         if self._before is not None:
-            self._before.fetch()
+            self._before.prefetch()
         return x
 
 

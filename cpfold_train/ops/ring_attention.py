@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cpfold_train.kernels.attention import is_fused, score_blocks
 from cpfold_train.kernels.partial_attention import partial_attention, partial_gradients
-from cpfold_train.ops.stream import Returning, collect, give_back, pieces_in_turn
+from cpfold_train.ops.stream import Returning, pieces_in_turn, send_grads, wait_grads
 from cpfold_train.parallel.redistribute import Route
 
 RingStep = tuple[Route, Route]
@@ -58,10 +58,10 @@ class _RingAttention(torch.autograd.Function):
             k, v = kv_k.unbind(-2)
             dbias_k = torch.zeros_like(bias_k, dtype=wide)
             dk, dv = partial_gradients(q, k, v, bias_k, grad, log_total, shift, dq, dbias_k, ctx.kernels)
-            collect(returning)
+            wait_grads(returning)
             returning = [(kv_route, torch.stack([dk, dv], -2), dkv), (bias_route, dbias_k, dbias)]
-            give_back(returning)
-        collect(returning)
+            send_grads(returning)
+        wait_grads(returning)
         return dq.to(q.dtype), dkv.to(kv.dtype), dbias.to(bias.dtype), None, None
 
 

@@ -125,13 +125,13 @@ class _Stream(torch.autograd.Function):
                     else:
                         # Of one block it is the whole, of several the first addend.
                         back[i] = g if inputs == () else g.to(torch.promote_types(g.dtype, torch.float32))
-            collect(returning)
+            wait_grads(returning)
             part = slice(None) if ctx.parts is None else ctx.parts[k]
             returning = [(here[i - local], g.to(tensors[i].dtype), wide[i][:, part]) for i, g in back.items()]
-            give_back(returning)
+            send_grads(returning)
             # None of it may live on beside the next step's.
             del pieces, blocks, back
-        collect(returning)
+        wait_grads(returning)
         return *(None,) * 7, *(g if g is None else g.to(x.dtype) for g, x in zip(wide, tensors))
 
 
@@ -150,11 +150,11 @@ def pieces_in_turn(
 
     def fetch(k: int) -> list[Tensor]:
         here = routes[k] if k < len(routes) else ()
-        return [route.fetch(x if parts is None else x[:, parts[k]]) for route, x in zip(here, sources)]
+        return [route.send_forward(x if parts is None else x[:, parts[k]]) for route, x in zip(here, sources)]
 
     coming = fetch(0)
     for k, here in enumerate(routes):
-        pieces = [route.arrive(piece) for route, piece in zip(here, coming)]
+        pieces = [route.wait_forward(piece) for route, piece in zip(here, coming)]
         coming = fetch(k + 1)
         yield pieces
         pieces.clear()
@@ -164,13 +164,13 @@ Returning = tuple[Route, Tensor, Tensor]
 """How a piece came, its gradient, and the gradient of its source, to which the ranks that have it add."""
 
 
-def give_back(returning: Sequence[Returning]) -> None:
+def send_grads(returning: Sequence[Returning]) -> None:
     """Send the gradients of pieces on their way back."""
     for route, grad, _ in returning:
-        route.give_back(grad)
+        route.send_grad(grad)
 
 
-def collect(returning: Sequence[Returning]) -> None:
+def wait_grads(returning: Sequence[Returning]) -> None:
     """Wait for the gradients of pieces and add them to those of the sources."""
     for route, grad, into in returning:
-        into += route.collect(grad)
+        into += route.wait_grad(grad)

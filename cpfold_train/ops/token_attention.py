@@ -62,10 +62,13 @@ class _TokenAttention(torch.autograd.Function):
 
         def fetch(some: slice) -> list[Coming]:
             rows, cols = _rows(cp, n), _cols(cp, n)
-            return [(rows, rows.fetch(q[None, :, some])), (cols, cols.fetch(torch.stack([k[:, some], v[:, some]])))]
+            return [
+                (rows, rows.send_forward(q[None, :, some])),
+                (cols, cols.send_forward(torch.stack([k[:, some], v[:, some]]))),
+            ]
 
         def merge(some: slice, going: Sequence[Coming]) -> None:
-            parts, logs = (route.arrive(x) for route, x in going)
+            parts, logs = (route.wait_forward(x) for route, x in going)
             out[:, some], log_total[:, some] = _merged(parts, logs)
 
         before: tuple[slice, list[Coming]] | None = None
@@ -74,7 +77,7 @@ class _TokenAttention(torch.autograd.Function):
             if before:
                 merge(*before)
             routes = _merges(cp, n), _merges(cp, n)
-            before = some, [(route, route.fetch(x[None])) for route, x in zip(routes, found)]
+            before = some, [(route, route.send_forward(x[None])) for route, x in zip(routes, found)]
             del rows, k_g, v_g, found
         merge(*before)
         ctx.save_for_backward(q, k, v, bias, out, log_total)
@@ -92,26 +95,26 @@ class _TokenAttention(torch.autograd.Function):
             rows, cols = _rows(cp, n), _cols(cp, n)
             shift = (g * out[:, some]).sum(-1, dtype=wide)
             return [
-                (rows, rows.fetch(torch.stack([q[:, some], g]))),
-                (of, of.fetch(torch.stack([log_total[:, some], shift]))),
-                (cols, cols.fetch(torch.stack([k[:, some], v[:, some]]))),
+                (rows, rows.send_forward(torch.stack([q[:, some], g]))),
+                (of, of.send_forward(torch.stack([log_total[:, some], shift]))),
+                (cols, cols.send_forward(torch.stack([k[:, some], v[:, some]]))),
             ]
 
-        def collect(some: slice, rows: Route, dq_g: Tensor, cols: Route, dkv_g: Tensor) -> None:
-            dq[:, some] = rows.collect(dq_g)[0]
-            dk[:, some], dv[:, some] = cols.collect(dkv_g)
+        def add_grads(some: slice, rows: Route, dq_g: Tensor, cols: Route, dkv_g: Tensor) -> None:
+            dq[:, some] = rows.wait_grad(dq_g)[0]
+            dk[:, some], dv[:, some] = cols.wait_grad(dkv_g)
 
         before: tuple[slice, Route, Tensor, Route, Tensor] | None = None
         for some, ((q_g, g), (log_total_g, shift), (k_g, v_g)) in _in_turn(_groups(q, cp), fetch):
             dq_g = torch.zeros_like(q_g, dtype=wide)
             dkv_g = partial_gradients(q_g, k_g, v_g, bias, g, log_total_g, shift, dq_g, dbias, cp.kernels)
             if before:
-                collect(*before)
+                add_grads(*before)
             before = some, _rows(cp, n), dq_g[None].to(q.dtype), _cols(cp, n), torch.stack(dkv_g).to(k.dtype)
-            before[1].give_back(before[2])
-            before[3].give_back(before[4])
+            before[1].send_grad(before[2])
+            before[3].send_grad(before[4])
             del q_g, g, k_g, v_g, dq_g, dkv_g
-        collect(*before)
+        add_grads(*before)
         return dq, dk, dv, dbias.to(bias.dtype), None
 
 
@@ -133,7 +136,7 @@ def _in_turn(groups: Sequence[slice], fetch: Callable[[slice], list[Coming]]) ->
     """Each group with what ``fetch`` brings, handed out when the next group's is on its way."""
     coming = fetch(groups[0])
     for i, group in enumerate(groups):
-        arrived = [route.arrive(x) for route, x in coming]
+        arrived = [route.wait_forward(x) for route, x in coming]
         coming = fetch(groups[i + 1]) if i + 1 < len(groups) else []
         yield group, arrived
         # Else, as where whoever loops over it kept them, three groups would be held.

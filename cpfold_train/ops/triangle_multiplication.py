@@ -163,14 +163,14 @@ class _ByChannels(torch.autograd.Function):
     def forward(ctx, a_and_b: Tensor, groups: list[_Group], product: Product, incoming: bool) -> Tensor:
         ctx.groups, ctx.incoming = groups, incoming
         a, b = a_and_b.chunk(2, 1)
-        coming = [(g.of_a.fetch(a[:, g.channels]), g.of_b.fetch(b[:, g.channels])) for g in groups]
+        coming = [(g.of_a.send_forward(a[:, g.channels]), g.of_b.send_forward(b[:, g.channels])) for g in groups]
         out = None
         for g, (a_g, b_g) in zip(groups, coming):
-            x = product(g.of_a.arrive(a_g), g.of_b.arrive(b_g))
+            x = product(g.of_a.wait_forward(a_g), g.of_b.wait_forward(b_g))
             out = x.new_empty(a.shape) if out is None else out
-            g.back.fetch(x, out[:, g.channels])
+            g.back.send_forward(x, out[:, g.channels])
         for g in groups:
-            g.back.arrive(out[:, g.channels])
+            g.back.wait_forward(out[:, g.channels])
         ctx.save_for_backward(*(x for pair in coming for x in pair))
         return out
 
@@ -178,15 +178,15 @@ class _ByChannels(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         for g in ctx.groups:
-            g.back.give_back(grad[:, g.channels])
+            g.back.send_grad(grad[:, g.channels])
         found = grad.new_empty(grad.shape[0], 2 * grad.shape[1], *grad.shape[2:], dtype=saved[0].dtype)
         going = []
         for g, a, b in zip(ctx.groups, saved[::2], saved[1::2]):
-            dx = g.back.collect(grad[:, g.channels])
+            dx = g.back.wait_grad(grad[:, g.channels])
             da, db = ((dx @ b.mT).mT, a @ dx) if ctx.incoming else (dx @ b, (a.mT @ dx).mT)
             for route, dy, whole in zip((g.of_a, g.of_b), (da, db), found.chunk(2, 1)):
-                route.give_back(dy, whole[:, g.channels])
+                route.send_grad(dy, whole[:, g.channels])
                 going.append((route, dy))
         for route, dy in going:
-            route.collect(dy)
+            route.wait_grad(dy)
         return found, None, None, None

@@ -14,7 +14,7 @@ import torch
 
 
 @dataclass
-class Entry:
+class LedgerEntry:
     """Totals of one operation."""
 
     sent_bytes: int = 0
@@ -22,7 +22,7 @@ class Entry:
     waited_s: float = 0.0
 
 
-class Place(NamedTuple):
+class LedgerPosition(NamedTuple):
     """Where this rank is: waiting for others in an operation, or at work after it, and since when."""
 
     op: str
@@ -54,15 +54,15 @@ class Ledger:
 
     def __init__(self) -> None:
         self.posted = self.completed = 0
-        self._host = self._device = Place("the start", False, time.monotonic())
-        self._entries: defaultdict[str, Entry] = defaultdict(Entry)
+        self._host = self._device = LedgerPosition("the start", False, time.monotonic())
+        self._entries: defaultdict[str, LedgerEntry] = defaultdict(LedgerEntry)
         self._queued: deque[_Wait] = deque()
         self._spare: list[torch.cuda.Event] = []
         # The watch polls from a thread of its own.
         self._polling = threading.Lock()
 
     @property
-    def place(self) -> Place:
+    def place(self) -> LedgerPosition:
         """Where this rank is now, for whoever wants to know why it does not answer.
 
         While waits are queued on the device it is where the last :meth:`poll` has found the device: the host is ahead
@@ -107,16 +107,16 @@ class Ledger:
     @contextmanager
     def standing(self, op: str) -> Iterator[None]:
         """Say where this rank waits, without booking it. An error leaves :attr:`place` as it is: it happened there."""
-        self._host = Place(op, True, time.monotonic())
+        self._host = LedgerPosition(op, True, time.monotonic())
         yield
-        self._host = Place(op, False, time.monotonic())
+        self._host = LedgerPosition(op, False, time.monotonic())
 
     def poll(self) -> None:
         """See how far the device has come. Asks the driver and waits for nothing."""
         with self._polling:
             self._advance()
 
-    def by_op(self) -> dict[str, Entry]:
+    def by_op(self) -> dict[str, LedgerEntry]:
         """Totals since the start, per operation."""
         for wait in list(self._queued)[-1:]:
             # Not under the lock: should the device never come there, the watch must be able to see it.
@@ -124,10 +124,10 @@ class Ledger:
         self.poll()
         return dict(self._entries)
 
-    def total(self) -> Entry:
+    def total(self) -> LedgerEntry:
         """Totals since the start, over all operations."""
         entries = self.by_op().values()
-        return Entry(
+        return LedgerEntry(
             sum(e.sent_bytes for e in entries), sum(e.messages for e in entries), sum(e.waited_s for e in entries)
         )
 
@@ -149,6 +149,6 @@ class Ledger:
             self._entries[wait.op].waited_s += wait.before.elapsed_time(wait.after) / 1000
             self._spare += [wait.before, wait.after]
             self.completed += 1
-            self._device = Place(wait.op, False, time.monotonic())
+            self._device = LedgerPosition(wait.op, False, time.monotonic())
         if self._queued and not self._device.waiting and self._queued[0].before.query():
-            self._device = Place(self._queued[0].op, True, time.monotonic())
+            self._device = LedgerPosition(self._queued[0].op, True, time.monotonic())

@@ -49,7 +49,7 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-class Draws:
+class RandomStreams:
     """A family of random streams, one for each sample of the batch; or those of several sites at once.
 
     A draw takes some twenty small operations, however many sites and positions there are: what many layers draw is
@@ -62,20 +62,20 @@ class Draws:
     def __init__(self, keys: Tensor) -> None:
         self.keys = keys
 
-    def at(self, *site: int | str) -> Draws:
+    def at(self, *site: int | str) -> RandomStreams:
         """The independent family that belongs to a site: ``draws.at("msa_module", 3)``."""
-        return Draws(_mix(self.keys ^ key_of(*site)))
+        return RandomStreams(_mix(self.keys ^ key_of(*site)))
 
-    def each(self, *site: int | str, last: Sequence[int | str]) -> Draws:
+    def each(self, *site: int | str, last: Sequence[int | str]) -> RandomStreams:
         """The families ``at(*site, x)`` of all x of ``last``, keys (..., len(last), B)."""
         if not last:
-            return Draws(self.keys[..., None, :][..., :0, :])
+            return RandomStreams(self.keys[..., None, :][..., :0, :])
         # Not from a tensor of the sites' keys: the copy of that to a GPU would wait for it.
-        return Draws(_mix(torch.stack([self.keys ^ key_of(*site, x) for x in last], -2)))
+        return RandomStreams(_mix(torch.stack([self.keys ^ key_of(*site, x) for x in last], -2)))
 
-    def copies(self, count: int) -> Draws:
+    def copies(self, count: int) -> RandomStreams:
         """Independent families for ``count`` copies of each sample, in the order of ``repeat_interleave(count, 0)``."""
-        return Draws(self.each("copy", last=range(count)).keys.mT.flatten(-2))
+        return RandomStreams(self.each("copy", last=range(count)).keys.mT.flatten(-2))
 
     def uniform(self, start: int, stop: int) -> Tensor:
         """Positions ``start ... stop - 1`` of each stream, (..., B, stop - start) float32 in [0, 1)."""

@@ -136,9 +136,9 @@ class Route:
         self._exchange: Exchange | None = None
         self._back: Tensor | None = None
 
-    def fetch(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def send_forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Post the messages; return the box that this rank wants with its own part filled in, and those of the others
-        at any time until :meth:`arrive`. It is made, unless ``out`` is to become it."""
+        at any time until :meth:`wait_forward`. It is made, unless ``out`` is to become it."""
         out = x.new_empty(self._shape(x, self._wants)) if out is None else out
         self._post(x, self._has, self._outgoing, self._incoming, out)
         if self._me in self._outgoing:
@@ -146,7 +146,7 @@ class Route:
             self._view(out, self._wants, box).copy_(self._view(x, self._has, box))
         return out
 
-    def arrive(self, out: Tensor) -> Tensor:
+    def wait_forward(self, out: Tensor) -> Tensor:
         """Wait, and fill in the parts of the others."""
         received = self._exchange.wait()
         for p, box in _in_turn(self._incoming, self._me):
@@ -155,15 +155,15 @@ class Route:
                 place.copy_(received[p])
         return out
 
-    def give_back(self, grad: Tensor, into: Tensor | None = None) -> None:
+    def send_grad(self, grad: Tensor, into: Tensor | None = None) -> None:
         """Post the gradient of the box that was wanted, on its way to the ranks that have it; ``into`` is to become
-        what :meth:`collect` returns."""
+        what :meth:`wait_grad` returns."""
         if self._disjoint:
             self._back = grad.new_empty(self._shape(grad, self._has)) if into is None else into
         self._post(grad, self._wants, self._incoming, self._outgoing, self._back)
 
-    def collect(self, grad: Tensor) -> Tensor:
-        """Wait, and return the gradient of the box that this rank has; ``grad`` is what :meth:`give_back` was given."""
+    def wait_grad(self, grad: Tensor) -> Tensor:
+        """Wait, and return the gradient of the box that this rank has; ``grad`` is what :meth:`send_grad` was given."""
         received = self._exchange.wait()
         if self._me in self._outgoing:
             received[self._me] = self._view(grad, self._wants, self._outgoing[self._me])
@@ -248,11 +248,11 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, route: Route) -> Tensor:
         ctx.route = route
-        return route.fetch(x)
+        return route.send_forward(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.route.collect(grad), None
+        return ctx.route.wait_grad(grad), None
 
 
 class _Finish(torch.autograd.Function):
@@ -260,11 +260,11 @@ class _Finish(torch.autograd.Function):
     def forward(ctx, out: Tensor, route: Route) -> Tensor:
         ctx.route = route
         ctx.mark_dirty(out)
-        return route.arrive(out)
+        return route.wait_forward(out)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.route.give_back(grad)
+        ctx.route.send_grad(grad)
         return grad, None
 
 
@@ -275,7 +275,7 @@ class _FinishAdded(torch.autograd.Function):
         ctx.sizes = [out.shape[1] for out in outs]
         new = torch.empty_like(z)
         for route, out, rows in zip(routes, outs, _slices(ctx.sizes)):
-            update = out if route is None else route.arrive(out)
+            update = out if route is None else route.wait_forward(out)
             if factors is None:
                 torch.add(z[:, rows], update, out=new[:, rows])
             else:
@@ -294,7 +294,7 @@ class _FinishAdded(torch.autograd.Function):
             else:
                 torch.mul(part, _of_rows(ctx.factors, rows), out=back[-1])
             if route is not None:
-                route.give_back(back[-1])
+                route.send_grad(back[-1])
         return grad, None, None, *back
 
 
@@ -311,12 +311,12 @@ class _SumToOwners(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, route: Route) -> Tensor:
         ctx.route = route
-        route.give_back(x)
-        return route.collect(x)
+        route.send_grad(x)
+        return route.wait_grad(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.route.arrive(ctx.route.fetch(grad)), None
+        return ctx.route.wait_forward(ctx.route.send_forward(grad)), None
 
 
 def _reduced(x: Tensor, cp: ContextParallel, axis: Axis, op: str, reduce_op: dist.ReduceOp) -> Tensor:

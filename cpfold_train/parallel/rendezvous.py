@@ -10,7 +10,7 @@ import torch.distributed as dist
 from cpfold_train.parallel.context import bound_device
 
 
-def listen() -> dist.TCPStore:
+def open_rendezvous() -> dist.TCPStore:
     """The store at which ranks meet, on a free port that is held from now on, for as long as the store lives.
 
     The store that ``init_process_group`` makes on rank 0 shares it, if in the same process.
@@ -18,7 +18,7 @@ def listen() -> dist.TCPStore:
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
 
 
-def meet_in(folder: Path, rank: int, world_size: int, device: torch.device) -> None:
+def join_rendezvous(folder: Path, rank: int, world_size: int, device: torch.device) -> None:
     """Start the default process group of ranks that share a folder, which no port is needed for.
 
     Args:

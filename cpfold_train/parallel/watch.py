@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from cpfold_train.parallel import flight_recorder
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.parallel.ledger import Place
+from cpfold_train.parallel.ledger import LedgerPosition
 
 INTERVAL = 2.0
 """Seconds between two signs of life of a rank."""
@@ -119,7 +119,7 @@ class Watch:
             time.sleep(0.2)
         return self._blame(place, found, ask_all=_is_timeout(error))
 
-    def _blame(self, place: Place, found: float, ask_all: bool) -> str:
+    def _blame(self, place: LedgerPosition, found: float, ask_all: bool) -> str:
         me = f"rank {self._rank} waited {found - place.since:.0f} s in {place.op}"
         signs = _within(5.0, self._signs, None)
         if signs is None:
@@ -167,7 +167,7 @@ class Watch:
                 flight_recorder.write_dump(self._dumps, self._rank)
                 self._store.set(_dump_key(self._rank), "")
 
-    def _overdue(self, place: Place) -> str | None:
+    def _overdue(self, place: LedgerPosition) -> str | None:
         """A sentence where the device has stood for too long; None where it has not, and over gloo."""
         now = time.monotonic()
         if now - place.since < self._patience_s:
@@ -177,7 +177,7 @@ class Watch:
             other = flight_recorder.standing_here(self._rank, self._size)
             if other is None or time.time() - other.since < self._patience_s:
                 return None
-            place = Place(f"{other.op} of {other.group}", True, now - (time.time() - other.since))
+            place = LedgerPosition(f"{other.op} of {other.group}", True, now - (time.time() - other.since))
         return self._blame(place, now, ask_all=True)
 
     def _signs(self) -> list[Sign]:

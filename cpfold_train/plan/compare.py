@@ -20,7 +20,7 @@ from cpfold_train.plan.measure import GIVEN_BACK_BYTES, run_once
 from cpfold_train.plan.plan import MIB, fullest_moment
 from cpfold_train.plan.step import trace_step
 from cpfold_train.simulate.batch import batches_of_data
-from cpfold_train.simulate.tally import totals
+from cpfold_train.simulate.work_counter import totals
 
 CONFIGURATIONS = (
     "cp.grid=1x1 crop_size=512",

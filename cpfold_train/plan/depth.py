@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from cpfold_train.config.schema import TrainConfig
 from cpfold_train.plan.step import Trace
-from cpfold_train.simulate.tally import Tallies, Tally, combined
 from cpfold_train.simulate.trace import STEP, Moment, Phase
+from cpfold_train.simulate.work_counter import WorkCounter, WorkCounters, combined
 
 FEWEST = 3
 """Groups of blocks in the shallower of the two models: with two, none comes back from the host ahead of the block at
@@ -31,11 +31,13 @@ def shallow(config: TrainConfig, groups: int) -> TrainConfig:
     tokens; and with two templates at most, or three in the deeper model."""
     blocks, model = groups * config.memory.blocks_at_once, config.model
     pairformer = replace(model.pairformer, num_blocks=blocks)
-    judged = model.confidence.pairformer
-    judging = replace(model.confidence, pairformer=replace(judged, num_blocks=min(blocks, judged.num_blocks)))
+    pairformer = model.confidence.pairformer
+    confidence = replace(
+        model.confidence, pairformer=replace(pairformer, num_blocks=min(blocks, pairformer.num_blocks))
+    )
     depth = min(groups, model.diffusion.token_transformer_depth)
     diffusion = replace(model.diffusion, token_transformer_depth=depth)
-    model = replace(model, pairformer=pairformer, confidence=judging, diffusion=diffusion)
+    model = replace(model, pairformer=pairformer, confidence=confidence, diffusion=diffusion)
     templates = min(config.data.max_templates, groups - FEWEST + FEWEST_TEMPLATES)
     return replace(config, model=model, data=replace(config.data, max_templates=templates))
 
@@ -75,9 +77,9 @@ def extrapolated(
         held |= {(name, STEP): size for name, size in known.items() if (name, STEP) in held}
         return {key: size for key, size in held.items() if size}
 
-    def tallies(a: Tallies, b: Tallies) -> Tallies:
+    def tallies(a: WorkCounters, b: WorkCounters) -> WorkCounters:
         added = combined(b, a, -1)
-        return combined(a, {part: Tally().plus(tally, steps(part.module)) for part, tally in added.items()}, 1)
+        return combined(a, {part: WorkCounter().plus(tally, steps(part.module)) for part, tally in added.items()}, 1)
 
     moments: dict[Phase, Moment] = {
         phase: moment(shallower.moments[phase], deeper.moments[phase])

@@ -11,7 +11,7 @@ from cpfold_train.config.schema import TrainConfig
 from cpfold_train.devices import Device
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.plan.step import Trace
-from cpfold_train.simulate.tally import (
+from cpfold_train.simulate.work_counter import (
     EXPONENTIALS,
     L2,
     LAUNCHES,
@@ -22,8 +22,8 @@ from cpfold_train.simulate.tally import (
     Part,
     Seconds,
     Speed,
-    Tallies,
-    Tally,
+    WorkCounter,
+    WorkCounters,
     combined,
     totals,
 )
@@ -80,7 +80,7 @@ class PartCosts:
         floor_s: the least that this work can take.
     """
 
-    tally: Tally
+    tally: WorkCounter
     compute_s: float
     exchange_s: float
     bound: str
@@ -104,7 +104,7 @@ class Costs:
         step_s: seconds in all.
     """
 
-    work: Tally
+    work: WorkCounter
     parts: dict[Part, PartCosts]
     gradient_bytes: float
     compute_s: float
@@ -155,13 +155,13 @@ def speed_of(device: Device, grid: Grid, tf32: bool = False) -> Speed:
     return Speed(kernel_seconds(device, tf32), message_seconds(device, grid))
 
 
-def passes(trace: Trace, recycling: float, sampling: int) -> Tallies:
+def passes(trace: Trace, recycling: float, sampling: int) -> WorkCounters:
     """The work with so many recycling passes and steps of sampling."""
     work = combined(trace.tallies, trace.cycle, recycling - trace.recycling)
     return combined(work, trace.sampling_step, sampling - trace.sampling)
 
 
-def part_costs(tally: Tally, device: Device) -> PartCosts:
+def part_costs(tally: WorkCounter, device: Device) -> PartCosts:
     """What a part costs on one rank."""
     times = dict(tally.seconds)
     launch_s = LAUNCH_S if device.measured.launch_s is None else device.measured.launch_s
@@ -172,7 +172,7 @@ def part_costs(tally: Tally, device: Device) -> PartCosts:
     return PartCosts(tally, sum(times.values()) - times[LINK], times[LINK], bound, _floor(tally, device))
 
 
-def _floor(tally: Tally, device: Device) -> float:
+def _floor(tally: WorkCounter, device: Device) -> float:
     in_half = (torch.bfloat16, torch.float16)
     products = sum(
         flops / (FLOOR_BF16 * device.bf16 if dtype in in_half else FLOOR_TF32 * device.tf32)
@@ -206,7 +206,7 @@ def estimate_forward(trace: Trace, config: TrainConfig, grid: Grid, device: Devi
     return _costs(tallies, grid, device, 0, 0)
 
 
-def _costs(tallies: Tallies, grid: Grid, device: Device, gradient_bytes: float, optimizer_bytes: float) -> Costs:
+def _costs(tallies: WorkCounters, grid: Grid, device: Device, gradient_bytes: float, optimizer_bytes: float) -> Costs:
     parts, work = {part: part_costs(tally, device) for part, tally in tallies.items()}, totals(tallies)
     # One link of each machine carries the ring to the next.
     line = device.link if grid.world_size <= device.per_node else device.network * device.per_node

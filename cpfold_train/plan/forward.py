@@ -22,7 +22,7 @@ from cpfold_train.plan.step import (
 )
 from cpfold_train.predict.predictor import Predictor, Settings
 from cpfold_train.simulate.shortcuts import contents_assumed
-from cpfold_train.simulate.tally import Speed
+from cpfold_train.simulate.work_counter import Speed
 
 
 def trace_validation(

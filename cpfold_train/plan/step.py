@@ -33,8 +33,8 @@ from cpfold_train.simulate.shortcuts import (
     two_blocks_for_all,
     weights_come_and_go,
 )
-from cpfold_train.simulate.tally import Speed, Tallies, combined
 from cpfold_train.simulate.trace import Moment, Phase, TracedLedger, Tracer
+from cpfold_train.simulate.work_counter import Speed, WorkCounters, combined
 from cpfold_train.training.freeze import choose_trained
 from cpfold_train.training.fsdp import shard_model
 from cpfold_train.training.module import CoFoldingModule
@@ -55,10 +55,10 @@ class Trace:
     """
 
     moments: dict[Phase, Moment]
-    tallies: Tallies
-    cycle: Tallies
+    tallies: WorkCounters
+    cycle: WorkCounters
     recycling: int
-    sampling_step: Tallies
+    sampling_step: WorkCounters
     sampling: int
 
 
@@ -103,7 +103,7 @@ def build(config: TrainConfig) -> CoFoldingModule:
     """The module that is trained, on the meta device. Learning rates are those of a run that sets none."""
     with torch.device("meta"):
         module = CoFoldingModule(config.model, config.memory, config.optim, config.loss, config.diffusion, config.seed)
-        module.judged = choose_trained(module.model, config.finetune, module.judged)
+        module.trains_confidence = choose_trained(module.model, config.finetune, module.trains_confidence)
     return module
 
 
@@ -191,8 +191,8 @@ class Passes:
 
     def __init__(self, tracer: Tracer, model: CoFolding) -> None:
         self._tracer = tracer
-        self._cycles: list[Tallies] = []
-        self._samplings: list[Tallies] = []
+        self._cycles: list[WorkCounters] = []
+        self._samplings: list[WorkCounters] = []
         tracer.watch(model)
         # What a pass through the trunk begins with, and each step of sampling.
         model.trunk.s_norm.register_forward_pre_hook(lambda *_: self._cycles.append(tracer.so_far()))

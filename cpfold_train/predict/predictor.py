@@ -20,7 +20,7 @@ from cpfold_train.errors import DataError
 from cpfold_train.parallel.context import Axis, ContextParallel
 from cpfold_train.parallel.gather import gather_tensor, gather_to_first
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.parallel.random import Draws
+from cpfold_train.parallel.random import RandomStreams
 
 RANKING = "confidence_score"
 """Figure of a sample that ranks the samples, if the model gives it."""
@@ -75,7 +75,7 @@ class Writer(Protocol):
         """The query cannot be used."""
 
 
-class Prepared:
+class PreparedQuery:
     """What a rank has of a query. Of a type of its own, into which Lightning does not look for tensors.
 
     Attributes:
@@ -102,16 +102,16 @@ class Queries(Dataset):
     def __len__(self) -> int:
         return len(self._queries)
 
-    def __getitem__(self, number: int) -> Prepared:
+    def __getitem__(self, number: int) -> PreparedQuery:
         query, s = self._queries[number], self._settings
         try:
             crop = crop_of(query.read(), s.crop_size, s.max_msa_rows, s.seed)
         except DataError as error:
             # All ranks read the same bytes and come to the same answer.
-            return Prepared(query, None, {}, str(error))
+            return PreparedQuery(query, None, {}, str(error))
         padding = Padding(GPU_MULTIPLE if self._strategy.root_device.type == "cuda" else 1)
         feats = collate([crop], self._strategy.grid, padding)
-        return Prepared(query, crop, {name: value for name, value in feats.items() if name != "id"})
+        return PreparedQuery(query, crop, {name: value for name, value in feats.items() if name != "id"})
 
 
 class Predictor(LightningModule):
@@ -128,7 +128,9 @@ class Predictor(LightningModule):
         self.model = model
         self._settings, self._writer = settings, writer
 
-    def transfer_batch_to_device(self, batch: Prepared, device: torch.device, dataloader_idx: int) -> Prepared:
+    def transfer_batch_to_device(
+        self, batch: PreparedQuery, device: torch.device, dataloader_idx: int
+    ) -> PreparedQuery:
         """All but what stays on the host; also to double precision where the weights are in it."""
         dtype = next(self.model.parameters()).dtype
         double = dtype if dtype == torch.float64 else None
@@ -137,9 +139,9 @@ class Predictor(LightningModule):
             return x.to(device, double if x.is_floating_point() else None)
 
         feats = {name: x if name == ON_HOST else there(x) for name, x in batch.feats.items()}
-        return Prepared(batch.query, batch.crop, feats, batch.reason)
+        return PreparedQuery(batch.query, batch.crop, feats, batch.reason)
 
-    def predict_step(self, batch: Prepared, batch_idx: int) -> None:
+    def predict_step(self, batch: PreparedQuery, batch_idx: int) -> None:
         """Sample one query.
 
         Raises:
@@ -166,7 +168,7 @@ class Predictor(LightningModule):
             recycling_steps=s.recycling_steps,
             sampling_steps=s.sampling_steps,
             samples=s.samples,
-            draws=Draws(feats["sample_key"]),
+            draws=RandomStreams(feats["sample_key"]),
         )
 
     def _sample(self, query: Query, crop: Crop, feats: dict[str, Any], cp: ContextParallel) -> None:

@@ -6,7 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from cpfold_train.predict.predictor import Prepared
+from cpfold_train.predict.predictor import PreparedQuery
 
 
 class QueryBar(TQDMProgressBar):
@@ -18,7 +18,12 @@ class QueryBar(TQDMProgressBar):
         return bar
 
     def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Prepared, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: PreparedQuery,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         super().on_predict_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
         size = "unusable" if batch.crop is None else f"{len(batch.crop.tokens):,} tokens"

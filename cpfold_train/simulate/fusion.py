@@ -23,8 +23,8 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from cpfold_train.simulate.tally import Kernel
 from cpfold_train.simulate.trace import WITH_EXPONENTIALS
+from cpfold_train.simulate.work_counter import Kernel
 
 FILLS_A_GPU = 1 << 13
 """Results from which on a reduction of leading dims, as that of a bias's gradient, is not split into two launches: 32

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_map_only
 from cpfold_train.kernels.by_rows import autocast_state
 from cpfold_train.kernels.regions import compile_regions
 from cpfold_train.simulate.fusion import fused
-from cpfold_train.simulate.tally import Kernel
 from cpfold_train.simulate.trace import Tracer
+from cpfold_train.simulate.work_counter import Kernel
 
 
 class _Step(NamedTuple):

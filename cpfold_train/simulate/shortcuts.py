@@ -29,8 +29,8 @@ from cpfold_train.parallel.exchange import Exchange
 from cpfold_train.parallel.redistribute import Box
 from cpfold_train.parallel.sharding import SharedParameter
 from cpfold_train.simulate.batch import CHAINS
-from cpfold_train.simulate.tally import Kernel
 from cpfold_train.simulate.trace import ELSEWHERE, Tracer
+from cpfold_train.simulate.work_counter import Kernel
 
 CUEQUIVARIANCE = "cuequivariance_torch"
 Blocks = Callable[..., Iterator[Any]]
@@ -106,9 +106,9 @@ def host_is_elsewhere(tracer: Tracer) -> Iterator[None]:
             with tracer.category(ELSEWHERE), tracer.over_host_link():
                 super().__init__(*args)
 
-        def fetch(self) -> None:
+        def prefetch(self) -> None:
             with tracer.over_host_link():
-                super().fetch()
+                super().prefetch()
 
     with mock.patch.object(offload, "_Kept", Kept):
         yield

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from cpfold_train.kernels.work import NAMESPACE, WORK
 from cpfold_train.parallel.ledger import Ledger
-from cpfold_train.simulate.tally import Kernel, Part, Speed, Tallies, Tally
+from cpfold_train.simulate.work_counter import Kernel, Part, Speed, WorkCounter, WorkCounters
 
 CATEGORIES = (
     "parameters",
@@ -103,7 +103,7 @@ class Tracer(TorchDispatchMode):
     def __init__(self, speed: Speed, large: int) -> None:
         super().__init__()
         self.now = 0
-        self.tallies: defaultdict[Part, Tally] = defaultdict(Tally)
+        self.tallies: defaultdict[Part, WorkCounter] = defaultdict(WorkCounter)
         self._speed, self._large = speed, large
         self._clock = self._link = 0.0
         self._category, self._modules, self._epoch = "activations", [STEP], 0
@@ -166,12 +166,12 @@ class Tracer(TorchDispatchMode):
             moments[phase] = {key: size for key, size in moment.items() if size}
         return moments
 
-    def so_far(self) -> Tallies:
+    def so_far(self) -> WorkCounters:
         """A copy of the work done."""
         return copy.deepcopy(dict(self.tallies))
 
     @property
-    def tally(self) -> Tally:
+    def tally(self) -> WorkCounter:
         """Of the part that is at work."""
         return self.tallies[self._parts[-1]]
 

@@ -12,7 +12,7 @@ from cpfold_train.model.diffusion_conditioning import DiffusionConditioning, Pai
 from cpfold_train.model.edm import AtomDiffusion
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.parallel.random import Draws
+from cpfold_train.parallel.random import RandomStreams
 from cpfold_train.testing.atoms import atom_features
 from cpfold_train.testing.parity import LENGTHS, TOTALS, Case, placed, random, to_device
 from cpfold_train.testing.trunk_cases import Inputs
@@ -59,9 +59,9 @@ def pairwise() -> PairwiseConditioning:
     return PairwiseConditioning(TOKEN_Z, 2).double()
 
 
-def draws(device: torch.device | str = "cpu") -> Draws:
+def draws(device: torch.device | str = "cpu") -> RandomStreams:
     """Keys of the two complexes."""
-    return Draws(torch.arange(B, device=device) + 5)
+    return RandomStreams(torch.arange(B, device=device) + 5)
 
 
 def trained(module: nn.Module, x: Inputs, cp: ContextParallel, name: str = "denoised_atom_coords") -> Tensor:

@@ -23,7 +23,7 @@ from cpfold_train.ops.dropout import row_factors
 from cpfold_train.ops.outer_product_mean import pair_counts
 from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.parallel.random import Draws
+from cpfold_train.parallel.random import RandomStreams
 from cpfold_train.testing.atoms import atom_features
 from cpfold_train.testing.parity import DEPTHS, LENGTHS, Case, cut, pad, placed, random, to_device
 
@@ -43,9 +43,9 @@ MSA = MSAConfig(C_M, 1, 0.15, 0.25, 6, 2)
 Inputs = dict[str, Tensor]
 
 
-def draws(device: torch.device | str = "cpu") -> Draws:
+def draws(device: torch.device | str = "cpu") -> RandomStreams:
     """Keys of the two complexes."""
-    return Draws(torch.tensor([3, 4], device=device))
+    return RandomStreams(torch.tensor([3, 4], device=device))
 
 
 def multiplication(module: nn.Module, x: Inputs, cp: ContextParallel, algorithm: str) -> Tensor:

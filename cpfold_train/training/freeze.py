@@ -15,7 +15,7 @@ from cpfold_train.model.lora import add_adapters
 from cpfold_train.training.patterns import matching
 
 
-def choose_trained(model: nn.Module, config: FinetuneConfig, judged: bool) -> bool:
+def choose_trained(model: nn.Module, config: FinetuneConfig, trains_confidence: bool) -> bool:
     """Freeze what is not to be trained and add LoRA where it is asked for.
 
     Trained is everything; or, where there is ``train`` or LoRA, what ``train`` names. ``freeze`` is taken from that.
@@ -24,7 +24,7 @@ def choose_trained(model: nn.Module, config: FinetuneConfig, judged: bool) -> bo
     Args:
         model: a :class:`~cpfold_train.model.cofolding.CoFolding` that has its weights.
         config: the patterns.
-        judged: whether the confidence module has a loss.
+        trains_confidence: whether the confidence module has a loss.
 
     Returns:
         Whether it has one and is trained.
@@ -49,8 +49,8 @@ def choose_trained(model: nn.Module, config: FinetuneConfig, judged: bool) -> bo
     # A layer may have two names.
     add_adapters({id(layer): layer for layer in adapted.values()}.values(), config.lora.rank, config.lora.alpha)
     trained = {boltz_name(name).partition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
-    _require_loss(trained, judged)
-    return judged and "confidence_module" in trained
+    _require_loss(trained, trains_confidence)
+    return trains_confidence and "confidence_module" in trained
 
 
 def require_same(config: FinetuneConfig, checkpoint: dict[str, Any]) -> None:
@@ -82,10 +82,10 @@ def _named(key: str, patterns: list[str], names: list[str]) -> list[str]:
     return [name for pattern in patterns for name in matching(key, pattern, names)]
 
 
-def _require_loss(trained: set[str], judged: bool) -> None:
+def _require_loss(trained: set[str], trains_confidence: bool) -> None:
     if not trained:
         raise ConfigError("finetune.freeze and finetune.train leave nothing to train: type fewer patterns")
-    if trained == {"confidence_module"} and not judged:
+    if trained == {"confidence_module"} and not trains_confidence:
         raise ConfigError(
             "only the confidence module is trained, and it has no loss: "
             "type loss.plddt=1e-4 loss.resolved=1e-4 loss.pde=1e-4 loss.pae=1e-4"

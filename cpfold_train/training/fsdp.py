@@ -23,7 +23,7 @@ _STATES = "state_dict", "current_model_state"
 def shard_model(model: CoFolding, cp: ContextParallel) -> None:
     """Share out the parameters of a model, one block of a stack at a time."""
     blocks = [module for module in model.modules() if isinstance(module, BLOCKS)]
-    shard_parameters(model, blocks, [(model, "sample"), (model, "judge")], cp)
+    shard_parameters(model, blocks, [(model, "sample"), (model, "predict_confidence")], cp)
 
 
 class ShardedGridStrategy(GridStrategy):

@@ -19,7 +19,7 @@ from cpfold_train.model.config import MemoryConfig, ModelConfig
 from cpfold_train.model.flops import Passes, SampleSizes, step_flops
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.gather import gather_figures
-from cpfold_train.parallel.random import Draws
+from cpfold_train.parallel.random import RandomStreams
 from cpfold_train.parallel.redistribute import all_reduce
 from cpfold_train.training.ema import MovingAverage
 from cpfold_train.training.freeze import require_fit, require_same
@@ -51,8 +51,8 @@ class CoFoldingModule(LightningModule):
         finetune: how fast which part learns; None: all at one rate.
 
     Attributes:
-        judged: whether the confidence module is trained: on structures that are sampled in training, and measured on
-            those of validation.
+        trains_confidence: whether the confidence module is trained: on structures that are sampled in training, and
+            measured on those of validation.
         bad_losses: micro-batches whose share of the loss was not finite on this rank.
         too_large: whether the step at hand is to be skipped on all ranks, because one has no memory for it.
         validation: means of the last validation by metric name; equal on all ranks.
@@ -76,7 +76,7 @@ class CoFoldingModule(LightningModule):
         self._recycling, self._optim, self._diffusion, self._seed = model.recycling_steps, optim, diffusion, seed
         self._sizes = model
         self._weights: dict[str, float] = asdict(loss)
-        self.judged = loss.of_confidence
+        self.trains_confidence = loss.of_confidence
         self.bad_losses = torch.zeros((), dtype=torch.int64)
         self.too_large = False
         self._sums = torch.zeros(len(VALIDATION) + 1, dtype=torch.float64)
@@ -109,17 +109,17 @@ class CoFoldingModule(LightningModule):
         b, s, n = batch["msa"].shape
         sizes = SampleSizes(b, n, s, batch["ref_pos"].shape[1], batch["template_mask"].shape[1])
         drawn = self._diffusion
-        passes = Passes(recycling, drawn.multiplicity, drawn.sampling_steps, drawn.samples, self.judged)
+        passes = Passes(recycling, drawn.multiplicity, drawn.sampling_steps, drawn.samples, self.trains_confidence)
         return step_flops(self._sizes, sizes, passes)
 
     def micro_batch(self, batch: Batch, recycling: int) -> dict[str, Tensor | dict[str, Tensor]]:
         """What :meth:`training_step` returns, with so many recycling steps."""
-        draws = Draws(batch["sample_key"])
+        draws = RandomStreams(batch["sample_key"])
         out, losses = self._losses(batch, recycling, draws)
-        if self.judged:
+        if self.trains_confidence:
             sampling = {"sampling_steps": self._diffusion.sampling_steps, "samples": self._diffusion.samples}
             coords = self.model.sample(out, batch, self.cp, draws=draws, **sampling)
-            logits = self.model.judge(out, coords, batch, self.cp, draws)
+            logits = self.model.predict_confidence(out, coords, batch, self.cp, draws)
             losses |= confidence_losses(logits, coords, batch, self.cp)
         shares = {name: loss.mean() for name, loss in losses.items()}
         shares["loss"] = self._weighted(shares)
@@ -140,18 +140,18 @@ class CoFoldingModule(LightningModule):
         Returns:
             ``pdistogram``, for whoever wants to draw it.
         """
-        draws = Draws(batch["sample_key"])
+        draws = RandomStreams(batch["sample_key"])
         out, losses = self._losses(batch, self._recycling, draws)
         absent = torch.full_like(losses["distogram"], torch.nan)
         structure, confidence = absent, {}
         if steps := self._diffusion.validation_steps:
             coords = self.model.sample(out, batch, self.cp, sampling_steps=steps, samples=1, draws=draws)
             structure = score_structures(coords, batch, self.cp)
-            if self.judged:
-                logits = self.model.judge(out, coords, batch, self.cp, None)
+            if self.trains_confidence:
+                logits = self.model.predict_confidence(out, coords, batch, self.cp, None)
                 confidence = confidence_losses(logits, coords, batch, self.cp)
-        judged = [confidence.get(name, absent) for name in CONFIDENCE]
-        shares = torch.stack([self._weighted(losses | confidence), losses["distogram"], *judged], 1)
+        measured = [confidence.get(name, absent) for name in CONFIDENCE]
+        shares = torch.stack([self._weighted(losses | confidence), losses["distogram"], *measured], 1)
         reduced = all_reduce(shares, self.cp, self.cp.all, "metrics")
         distances = score_distances(out["pdistogram"], batch, self.cp)
         parts = reduced[:, :2], distances, structure[:, None], reduced[:, 2:], torch.ones_like(structure)[:, None]
@@ -166,7 +166,7 @@ class CoFoldingModule(LightningModule):
         means = (sums[:-1] / sums[-1].clamp(min=1)).tolist()
         sampled = bool(self._diffusion.validation_steps)
         absent = set() if sampled else {"val/structure_lddt"}
-        absent |= set() if sampled and self.judged else {*OF_CONFIDENCE}
+        absent |= set() if sampled and self.trains_confidence else {*OF_CONFIDENCE}
         # What is there and not a number is told, so that whoever watches it knows.
         self.validation = {name: mean for name, mean in zip(VALIDATION, means) if name not in absent}
         # For the callbacks that watch a metric. The values are equal on all ranks, and so is their mean.
@@ -191,7 +191,9 @@ class CoFoldingModule(LightningModule):
             # Without an average of its own the run goes on from the weights under training.
             checkpoint["state_dict"] = checkpoint["current_model_state"]
 
-    def _losses(self, batch: Batch, recycling: int, draws: Draws) -> tuple[dict[str, DTensor], dict[str, Tensor]]:
+    def _losses(
+        self, batch: Batch, recycling: int, draws: RandomStreams
+    ) -> tuple[dict[str, DTensor], dict[str, Tensor]]:
         """What the model returns, and this rank's shares (B,) of the losses of its structures."""
         out = self.model(
             batch, self.cp, recycling_steps=recycling, multiplicity=self._diffusion.multiplicity, draws=draws

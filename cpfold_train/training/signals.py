@@ -11,7 +11,7 @@ from functools import partial
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from cpfold_train.faults.restart import StartAgain
+from cpfold_train.faults.restart import AutoRestart
 from cpfold_train.parallel.gather import barrier, on_any_rank
 from cpfold_train.training.save_last import SaveLast, between_steps
 
@@ -30,7 +30,7 @@ class SaveOnSigterm(Callback):
         again: what would start the run again after an error; no longer, once the run was asked to end.
     """
 
-    def __init__(self, last: SaveLast, again: StartAgain | None) -> None:
+    def __init__(self, last: SaveLast, again: AutoRestart | None) -> None:
         self._last, self._again = last, again
         self._asked: int | None = None
         self._worked = False

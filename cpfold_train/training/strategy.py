@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cpfold_train.checkpoints.lightning_io import WholeCheckpointIO
 from cpfold_train.checkpoints.sharded import INDEX
-from cpfold_train.faults.watched import Watched
+from cpfold_train.faults.mixin import FaultMixin
 from cpfold_train.kernels.choice import Choice, capability_of, choose_kernels
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import Grid
@@ -31,7 +31,7 @@ def leave_out(module: LightningModule, part: str) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
 
-class GridStrategy(Watched, DDPStrategy):
+class GridStrategy(FaultMixin, DDPStrategy):
     """``DistributedDataParallel`` over dp x cp ranks; samples are divided over dp only.
 
     Every gradient on a rank is a partial sum, and each rank's loss is its share of the sample's loss times the number

@@ -88,8 +88,8 @@ def waits_of(settings: list[str]) -> list[list]:
     from cpfold_train.parallel.grid import Grid
     from cpfold_train.plan import forward, step
     from cpfold_train.simulate.batch import assumed_batch
-    from cpfold_train.simulate.tally import MEMORY, Speed
     from cpfold_train.simulate.trace import Tracer
+    from cpfold_train.simulate.work_counter import MEMORY, Speed
 
     no_time = Speed(lambda kernel: (MEMORY, 0.0), lambda n_bytes, messages: 0.0)
     found: Counter[tuple[str, str]] = Counter()

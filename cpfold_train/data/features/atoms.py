@@ -42,7 +42,7 @@ def crop_atoms(structure: Structure, tokens: np.ndarray) -> CropAtoms:
     return CropAtoms(np.arange(start[-1]) + (first - start[:-1])[token], start, token, residue[token])
 
 
-def place_of(structure: Structure, tokens: np.ndarray, atoms: CropAtoms, which: np.ndarray) -> np.ndarray:
+def positions_of(structure: Structure, tokens: np.ndarray, atoms: CropAtoms, which: np.ndarray) -> np.ndarray:
     """Index among the crop's atoms of one atom of each token.
 
     Args:

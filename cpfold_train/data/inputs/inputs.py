@@ -11,7 +11,7 @@ from cpfold_train.data.inputs.complex import Complex
 from cpfold_train.data.inputs.sequences import MAX_ROWS, read_sequences
 from cpfold_train.data.inputs.sequences import SUFFIXES as SEQUENCES
 from cpfold_train.data.prepare.msas import AlignmentFile, align_entities, find_alignments
-from cpfold_train.data.stream.shards import Place, open_shards, read_sample
+from cpfold_train.data.stream.shards import SampleLocation, open_shards, read_sample
 from cpfold_train.data.structures.parse import SUFFIXES as STRUCTURES
 from cpfold_train.data.structures.parse import entry_id, read_structure
 from cpfold_train.data.structures.structure import Structure
@@ -94,8 +94,8 @@ def _of_structure(path: Path) -> Complex:
     return Complex(structure, {})
 
 
-def _of_shard(place: Place) -> Complex:
-    return Complex(*read_sample(place))
+def _of_shard(location: SampleLocation) -> Complex:
+    return Complex(*read_sample(location))
 
 
 def _of_file(path: Path, read: Callable[[Path], Complex], listed: dict[str, list[AlignmentFile]]) -> Complex:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from cpfold_train.data.alignments.alignment import Alignment
 from cpfold_train.data.inspect.picture import draw_sample
-from cpfold_train.data.stream.shards import Entry, open_shards, read_sample
+from cpfold_train.data.stream.shards import StoredSample, open_shards, read_sample
 from cpfold_train.data.structures.residues import BOND_TYPES
 from cpfold_train.data.structures.structure import Structure
 from cpfold_train.errors import ConfigError
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     console.print(f"picture in {out}")
 
 
-def samples_table(entries: list[Entry]) -> Table:
+def samples_table(entries: list[StoredSample]) -> Table:
     """A row for each sample, by the index alone."""
     chains = [chain for entry in entries for chain in entry.chains]
     polymers = [chain for chain in chains if chain["type"] != "nonpolymer"]

@@ -15,7 +15,7 @@ import torch
 
 from cpfold_train.data.alignments.alignment import Alignment
 from cpfold_train.data.features import msa
-from cpfold_train.data.features.atoms import CropAtoms, atom_features, crop_atoms, place_of
+from cpfold_train.data.features.atoms import CropAtoms, atom_features, crop_atoms, positions_of
 from cpfold_train.data.features.conditioning import Condition, conditioning_tile, draw_conditions
 from cpfold_train.data.features.frames import frame_features
 from cpfold_train.data.features.symmetry import Symmetry, find_symmetry, symmetry_features
@@ -164,8 +164,8 @@ def tile_features(
     token = {
         **token_features(structure, tokens),
         **frame_features(structure, tokens, atoms),
-        "token_to_rep_atom": place_of(structure, tokens, atoms, structure.disto_atom),
-        "token_to_center_atom": place_of(structure, tokens, atoms, structure.center_atom),
+        "token_to_rep_atom": positions_of(structure, tokens, atoms, structure.disto_atom),
+        "token_to_center_atom": positions_of(structure, tokens, atoms, structure.center_atom),
         "profile": profile,
         "deletion_mean": deletion_mean,
     }

@@ -41,12 +41,12 @@ NO_AUGMENTATION = Augmentation()
 MOST_ATTEMPTS = 64
 """Samples in a row that may be unusable: a data set of which nothing can be read is told at once."""
 
-Prepared = tuple[tuple[Tensor, Layout, dict[str, Any]] | None, list[str]]
+PackedBatch = tuple[tuple[Tensor, Layout, dict[str, Any]] | None, list[str]]
 """A packed batch, and why samples could not be used; None where more were bad than an epoch, or one place in it, may
 have."""
 
 
-class Slot(NamedTuple):
+class BatchSpec(NamedTuple):
     """A batch before it is made: its epoch, its positions, and the most tokens of a sample."""
 
     epoch: int
@@ -55,8 +55,8 @@ class Slot(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Making:
-    """How samples are made, beside what a slot says; see :class:`TileLoader`."""
+class SampleSpec:
+    """How samples are made, beside what a batch_spec says; see :class:`TileLoader`."""
 
     stream: Stream
     grid: Grid
@@ -138,7 +138,7 @@ class TileLoader:
         settings["augmentation"] = augmentation
         max_bad = int(max_bad_share * self.batches * batch_size)
         stream = Stream(pools, samples, seed, shuffle)
-        self._making = Making(stream, grid, settings, max_bad, quarantine, side, buckets)
+        self._sample_spec = SampleSpec(stream, grid, settings, max_bad, quarantine, side, buckets)
         self._workers = {"num_workers": num_workers, "pin_memory": pin_memory}
         if num_workers:
             self._workers |= {"multiprocessing_context": start_method, "prefetch_factor": prefetch_factor}
@@ -151,9 +151,9 @@ class TileLoader:
         self._steps_before = 0
         """Optimizer steps before this epoch."""
         self._bad_in_epoch = 0
-        self._prepared: Iterator[Prepared] | None = None
+        self._packed: Iterator[PackedBatch] | None = None
         self._prepared_for: tuple[int, int, int] | None = None
-        """Epoch, batch and steps before the epoch, of what ``_prepared`` gives next."""
+        """Epoch, batch and steps before the epoch, of what ``_packed`` gives next."""
 
     def __len__(self) -> int:
         """Batches of an epoch, equal on all replicas."""
@@ -205,13 +205,13 @@ class TileLoader:
     def _next(self) -> dict[str, Any]:
         began = time.perf_counter()
         if self._prepared_for != (self.epoch, self.position, self._steps_before):
-            self._prepared = self._prepare()
+            self._packed = self._prepare()
         self._prepared_for = None
-        packed, reasons = next(self._prepared)
+        packed, reasons = next(self._packed)
         self.waited_s += time.perf_counter() - began
         self.quarantined += len(reasons)
         self._bad_in_epoch += len(reasons)
-        if packed is None or self._bad_in_epoch > self._making.max_bad:
+        if packed is None or self._bad_in_epoch > self._sample_spec.max_bad:
             raise DataError(
                 f"{self._bad_in_epoch} of the {self.batches * self.batch_size} samples of an epoch could not be used, "
                 f"the last because {reasons[-1]}: make the shards again with python -m cpfold_train prepare, or type a "
@@ -222,13 +222,13 @@ class TileLoader:
         self._prepared_for = (*following, steps)
         return unpack(*packed)
 
-    def _prepare(self) -> Iterator[Prepared]:
+    def _prepare(self) -> Iterator[PackedBatch]:
         """Start to prepare batches from here on, without an end."""
         start = (self.epoch, self.position, self._steps_before)
-        slots = partial(
+        batch_specs = partial(
             _slots, start, self.batches, self.batch_size, self.accumulate, self.sizes, self.grid.dp, self.grid.dp_index
         )
-        pipeline = wds.DataPipeline(slots, partial(_batches, making=self._making))
+        pipeline = wds.DataPipeline(batch_specs, partial(_batches, sample_spec=self._sample_spec))
         return iter(wds.WebLoader(pipeline, batch_size=None, **self._workers))
 
 
@@ -265,7 +265,7 @@ def _slots(
     sizes: Mapping[int, int],
     dp: int,
     dp_index: int,
-) -> Iterator[Slot]:
+) -> Iterator[BatchSpec]:
     """First stage: the batches that this worker prepares, every W-th from the start on and into the next epochs.
 
     The DataLoader takes batches from its workers in turn, so the batches come out in order.
@@ -277,48 +277,50 @@ def _slots(
         later, batch = divmod(number, batches)
         step = steps_before + later * -(-batches // accumulate) + batch // accumulate
         places = range(batch * batch_size, (batch + 1) * batch_size)
-        yield Slot(first_epoch + later, [place * dp + dp_index for place in places], crop_size_at(sizes, step))
+        yield BatchSpec(first_epoch + later, [place * dp + dp_index for place in places], crop_size_at(sizes, step))
 
 
-def _batches(slots: Iterable[Slot], making: Making) -> Iterator[Prepared]:
-    """Second stage. A slot's arrays are let go before the next one is made: they would be in memory twice."""
-    for slot in slots:
-        yield make_batch(making, slot)
+def _batches(batch_specs: Iterable[BatchSpec], sample_spec: SampleSpec) -> Iterator[PackedBatch]:
+    """Second stage. A batch_spec's arrays are let go before the next one is made: they would be in memory twice."""
+    for batch_spec in batch_specs:
+        yield make_batch(sample_spec, batch_spec)
 
 
-def make_batch(making: Making, slot: Slot) -> Prepared:
+def make_batch(sample_spec: SampleSpec, batch_spec: BatchSpec) -> PackedBatch:
     """Read, crop, tile and stack; and say which samples could not be used and why.
 
     ``filler`` (B,) marks samples that a mean over the epoch must not count: those that fill up the last batch, and
     those that stand in for another.
     """
     crops, filler, bad = [], [], []
-    for position in slot.positions:
-        reasons, crop = make_sample(making, slot, position)
+    for position in batch_spec.positions:
+        reasons, crop = make_sample(sample_spec, batch_spec, position)
         crops.append(crop)
-        filler.append(position >= making.stream.samples or bool(reasons))
+        filler.append(position >= sample_spec.stream.samples or bool(reasons))
         bad += reasons
     if None in crops:
         return None, bad
-    padding = in_buckets(making.buckets, making.side, slot.crop_size, making.settings["max_msa_rows"])
-    batch = collate(crops, making.grid, padding)
-    return pack({**batch, "filler": torch.tensor(filler), "crop_size": slot.crop_size}), bad
+    padding = in_buckets(
+        sample_spec.buckets, sample_spec.side, batch_spec.crop_size, sample_spec.settings["max_msa_rows"]
+    )
+    batch = collate(crops, sample_spec.grid, padding)
+    return pack({**batch, "filler": torch.tensor(filler), "crop_size": batch_spec.crop_size}), bad
 
 
-def make_sample(making: Making, slot: Slot, position: int) -> tuple[list[str], Crop | None]:
+def make_sample(sample_spec: SampleSpec, batch_spec: BatchSpec, position: int) -> tuple[list[str], Crop | None]:
     """The crop at a position of the stream, and why samples drawn before it could not be used."""
-    stream, grid, reasons = making.stream, making.grid, []
+    stream, grid, reasons = sample_spec.stream, sample_spec.grid, []
     # Without shuffling, every epoch is the first.
-    epoch = slot.epoch if stream.shuffle else 0
-    while len(reasons) <= min(making.max_bad, MOST_ATTEMPTS - 1):
+    epoch = batch_spec.epoch if stream.shuffle else 0
+    while len(reasons) <= min(sample_spec.max_bad, MOST_ATTEMPTS - 1):
         place, focus, crop = stream.draw(epoch, position, len(reasons))
         try:
             sample = read_sample(place)
             draw = (stream.seed, epoch, position)
-            settings = making.settings | {"crop_size": slot.crop_size, "crop": crop, "focus": focus}
+            settings = sample_spec.settings | {"crop_size": batch_spec.crop_size, "crop": crop, "focus": focus}
             return reasons, make_crop(*sample, draw=draw, **settings)
         except DataError as error:
             reasons.append(str(error))
-            if making.quarantine is not None and grid.cp_index == 0:
-                note(making.quarantine, place, str(error), slot.epoch, position, grid.rank)
+            if sample_spec.quarantine is not None and grid.cp_index == 0:
+                note(sample_spec.quarantine, place, str(error), batch_spec.epoch, position, grid.rank)
     return reasons, None

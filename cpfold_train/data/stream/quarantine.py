@@ -7,17 +7,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cpfold_train.data.stream.shards import Place
+from cpfold_train.data.stream.shards import SampleLocation
 
 
-def note(path: Path, place: Place, reason: str, epoch: int, position: int, rank: int) -> None:
+def note(path: Path, location: SampleLocation, reason: str, epoch: int, position: int, rank: int) -> None:
     """Add a line, unless the sample has one: ``tar``, ``key``, ``reason``, ``epoch``, ``position``, ``rank``.
 
     Any number of processes may do so at the same time: a line is one write, and writes to the end of a file do not
     mix. Two that meet the same sample in the same instant may both write it, as locks do not work on every file system
     of a cluster.
     """
-    sample = {"tar": place.tar, "key": place.key}
+    sample = {"tar": location.tar, "key": location.key}
     # Not parsed: the file may be long, and a line of it torn by a file system that does not append in one piece.
     if path.exists() and json.dumps(sample)[:-1] + "," in path.read_text():
         return

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cpfold_train.data.stream.crop import SPATIAL, Focus
-from cpfold_train.data.stream.shards import Place, place_of, read_indices
+from cpfold_train.data.stream.shards import SampleLocation, location_of, read_indices
 from cpfold_train.data.structures.residues import NONPOLYMER
 from cpfold_train.errors import ConfigError
 from cpfold_train.parallel.random import numpy_generator
@@ -77,7 +77,7 @@ class Pool(NamedTuple):
 class Draw(NamedTuple):
     """A sample, what its crop is to show, and the kinds of crop."""
 
-    place: Place
+    location: SampleLocation
     focus: Focus
     crop: Mapping[str, float]
 
@@ -178,9 +178,9 @@ class Stream:
         return Draw(_sample(pool, _order(int(pool.first[-1]), self.seed, number, lap)[place]), (), pool.source.crop)
 
 
-def _sample(pool: Pool, sample: int) -> Place:
+def _sample(pool: Pool, sample: int) -> SampleLocation:
     shard = int(np.searchsorted(pool.first, sample, side="right")) - 1
-    return place_of(*pool.shards[shard], int(sample - pool.first[shard]))
+    return location_of(*pool.shards[shard], int(sample - pool.first[shard]))
 
 
 @lru_cache(maxsize=8)

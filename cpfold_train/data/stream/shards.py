@@ -40,7 +40,7 @@ MAX_NAME = 100
 
 
 @dataclass(frozen=True)
-class Place:
+class SampleLocation:
     """Where a sample lies.
 
     Attributes:
@@ -55,7 +55,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Entry(Place):
+class StoredSample(SampleLocation):
     """Where a sample lies, and what its shard's index knows of it.
 
     Attributes:
@@ -186,26 +186,28 @@ def read_indices(patterns: Sequence[str]) -> list[tuple[str, dict[str, np.ndarra
     return found
 
 
-def open_shards(patterns: Sequence[str]) -> list[Entry]:
+def open_shards(patterns: Sequence[str]) -> list[StoredSample]:
     """Entries of all samples in the tars that the globs match, in order of tar and place; see :func:`read_indices`."""
     return [entry for tar, index in read_indices(patterns) for entry in _entries(tar, index)]
 
 
-def place_of(tar: str, index: dict[str, np.ndarray], row: int) -> Place:
+def location_of(tar: str, index: dict[str, np.ndarray], row: int) -> SampleLocation:
     """Where the sample in a row of the index lies."""
     places = zip(MEMBERS, index["offset"][row].tolist(), index["size"][row].tolist())
-    return Place(tar, str(index["key"][row]), {name: (offset, size) for name, offset, size in places if offset >= 0})
+    return SampleLocation(
+        tar, str(index["key"][row]), {name: (offset, size) for name, offset, size in places if offset >= 0}
+    )
 
 
-def _entries(tar: str, index: dict[str, np.ndarray]) -> list[Entry]:
+def _entries(tar: str, index: dict[str, np.ndarray]) -> list[StoredSample]:
     columns = {name: values.tolist() for name, values in index.items()}
     found = []
     for row, tokens in enumerate(columns["tokens"]):
         chains = range(*columns["chain_start"][row : row + 2])
         resolution = columns["resolution"][row]
         found.append(
-            Entry(
-                **vars(place_of(tar, index, row)),
+            StoredSample(
+                **vars(location_of(tar, index, row)),
                 tokens=tokens,
                 release_date=columns["release_date"][row] or None,
                 resolution=None if np.isnan(resolution) else round(resolution, 3),
@@ -234,7 +236,7 @@ def _index(tar: Path) -> dict[str, np.ndarray]:
     return scan(tar)
 
 
-def read_sample(place: Place) -> Sample:
+def read_sample(location: SampleLocation) -> Sample:
     """Read one sample by random access, decode and check it.
 
     Raises:
@@ -242,27 +244,27 @@ def read_sample(place: Place) -> Sample:
         OSError: the file system failed, which says nothing about the sample.
     """
     stored = {}
-    with open(place.tar, "rb") as file:
-        for extension, (offset, size) in place.members.items():
+    with open(location.tar, "rb") as file:
+        for extension, (offset, size) in location.members.items():
             file.seek(offset - tarfile.BLOCKSIZE)
             stored[extension] = file.read(tarfile.BLOCKSIZE + size)
     try:
-        members = {extension: _member(place, extension, data) for extension, data in stored.items()}
+        members = {extension: _member(location, extension, data) for extension, data in stored.items()}
         structure = unpack_structure(members)
         alignments = unpack_alignments(unpack_arrays(members["msa.npz"])) if "msa.npz" in members else {}
         templates = unpack_templates(unpack_arrays(members["templates.npz"])) if "templates.npz" in members else []
-        check_sample(structure, alignments, templates, place.key)
+        check_sample(structure, alignments, templates, location.key)
     except MemoryError:
         raise
     except Exception as error:  # damaged bytes can fail anywhere in zip, zlib, numpy or json
         reason = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
-        raise DataError(f"{place.tar}: sample {place.key} cannot be used: {reason}") from error
+        raise DataError(f"{location.tar}: sample {location.key} cannot be used: {reason}") from error
     return Sample(structure, alignments, templates)
 
 
-def _member(place: Place, extension: str, stored: bytes) -> bytes:
+def _member(location: SampleLocation, extension: str, stored: bytes) -> bytes:
     """Content of a member, whose header must be the one that the index promises."""
-    name, size = f"{place.key}.{extension}", place.members[extension][1]
+    name, size = f"{location.key}.{extension}", location.members[extension][1]
     header = tarfile.TarInfo.frombuf(stored[: tarfile.BLOCKSIZE], tarfile.ENCODING, "surrogateescape")
     if (header.name, header.size) != (name, size):
         raise DataError(f"the tar has {header.name} ({header.size} bytes) where its index has {name} ({size} bytes)")

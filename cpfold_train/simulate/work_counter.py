@@ -59,7 +59,7 @@ class Part(NamedTuple):
 
 
 @dataclass
-class Tally:
+class WorkCounter:
     """What one part does.
 
     Attributes:
@@ -97,7 +97,7 @@ class Tally:
         self.moved_bytes += times * kernel.moved_bytes
         self.seconds[bound] += times * seconds
 
-    def plus(self, other: Tally, times: float = 1) -> Tally:
+    def plus(self, other: WorkCounter, times: float = 1) -> WorkCounter:
         """This and so many times the other."""
 
         def combined(mine: float | Counter, theirs: float | Counter) -> float | Counter:
@@ -105,22 +105,22 @@ class Tally:
                 return Counter({key: mine[key] + times * theirs[key] for key in mine.keys() | theirs.keys()})
             return mine + times * theirs
 
-        return Tally(*(combined(mine, theirs) for mine, theirs in zip(vars(self).values(), vars(other).values())))
+        return WorkCounter(*(combined(mine, theirs) for mine, theirs in zip(vars(self).values(), vars(other).values())))
 
 
-Tallies = dict[Part, Tally]
+WorkCounters = dict[Part, WorkCounter]
 """Work by part."""
 
 
-def combined(tallies: Tallies, more: Tallies, times: float) -> Tallies:
+def combined(tallies: WorkCounters, more: WorkCounters, times: float) -> WorkCounters:
     """Part by part the one and so many times the other."""
-    nothing = Tally()
+    nothing = WorkCounter()
     return {part: tallies.get(part, nothing).plus(more.get(part, nothing), times) for part in tallies | more}
 
 
-def totals(tallies: Tallies) -> Tally:
+def totals(tallies: WorkCounters) -> WorkCounter:
     """All parts together."""
-    total = Tally()
+    total = WorkCounter()
     for tally in tallies.values():
         total = total.plus(tally)
     return total

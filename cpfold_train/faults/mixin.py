@@ -10,14 +10,14 @@ from typing import NoReturn
 from cpfold_train.errors import ConfigError, DataError, RunError
 from cpfold_train.faults.launcher import RankLauncher
 from cpfold_train.faults.out_of_memory import is_out_of_memory, out_of_memory_sentence
-from cpfold_train.faults.restart import StartAgain
+from cpfold_train.faults.restart import AutoRestart
 from cpfold_train.parallel.flight_recorder import keep_dumps_in
 from cpfold_train.parallel.watch import GRACE, Watch, abort_exchanges
 from cpfold_train.processes import end_process
 from cpfold_train.whole_file import is_disk_full
 
 
-class Watched:
+class FaultMixin:
     """To be inherited before a Lightning strategy, which calls :meth:`start_watch` once it has its ``cp``.
 
     Attributes:
@@ -28,7 +28,7 @@ class Watched:
 
     watch: Watch | None = None
     fault: str | None = None
-    again: StartAgain | None = None
+    again: AutoRestart | None = None
     faults: Path | None = None
 
     def _configure_launcher(self) -> None:
