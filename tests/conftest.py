@@ -1,21 +1,12 @@
 """Shared fixtures: one pool of ranks for the whole session."""
 
 import os
-import shutil
-import tempfile
-from multiprocessing.util import Finalize
 
 os.environ["OMP_NUM_THREADS"] = "1"
 # Triton reads it once, when it is first imported, which Lightning does: it is too late where a test file sets it.
 os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
-
-# Processes that tests kill leave folders behind: in one that is removed at the end. Pytest's own stay, to be looked at.
-os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
-os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="cpfold-tests-")
-# After multiprocessing has removed its own, which has a priority of -100.
-Finalize(None, shutil.rmtree, (tempfile.tempdir, True), exitpriority=-200)
 
 LONG = ("training_runs", "plan", "faults", "parity", "fsdp", "bench", "predict_command", "kernels_local", "fake_cuda")
 LONG += ("kernels_attention", "finetune_runs", "gpu_check", "kernels_msa", "config", "tf32", "diffusion_parity")
