@@ -13,10 +13,12 @@ def end_process(code: int) -> NoReturn:
     """End this process without its exit handlers, which may wait for ranks that are gone.
 
     Of what they do, two things are done: output is written, and the folder is removed in which ``multiprocessing`` has
-    put the sockets of data workers. Not for processes that ``multiprocessing`` has started: they have their parent's.
+    put the sockets of data workers, where it is this process's own: one that ``multiprocessing`` has started may have
+    its parent's.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    if folder := getattr(multiprocessing.current_process(), "_config", {}).get("tempdir"):
+    folder = getattr(multiprocessing.current_process(), "_config", {}).get("tempdir")
+    if folder and multiprocessing.parent_process() is None:
         shutil.rmtree(folder, ignore_errors=True)
     os._exit(code)
