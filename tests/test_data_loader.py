@@ -124,15 +124,15 @@ def test_epochs_follow_without_a_stop():
     """Workers live on into the next epoch, and start anew only where the stream is left."""
     whole = loader(num_workers=2, samples_per_epoch=6)
     epochs = [draws(whole)]
-    workers = whole._prepared
+    workers = whole._packed
     epochs += [draws(whole) for _ in range(3)]
-    assert whole._prepared is workers
+    assert whole._packed is workers
     serial = loader(samples_per_epoch=6)
     assert epochs == [draws(serial) for _ in range(4)]
     list(itertools.islice(iter(whole), 1))
-    assert whole._prepared is workers
+    assert whole._packed is workers
     assert draws(whole) == [draws(serial) for _ in range(2)][1]
-    assert whole._prepared is not workers
+    assert whole._packed is not workers
     assert whole.waited_s > 0
 
 

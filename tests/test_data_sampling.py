@@ -103,7 +103,7 @@ def test_draws_follow_the_weights():
     drawn = Counter()
     for position in range(20_000):
         draw = stream.draw(0, position)
-        drawn[int(draw.place.key.split("-")[1]), (*draw.focus, -1)[:2]] += 1
+        drawn[int(draw.location.key.split("-")[1]), (*draw.focus, -1)[:2]] += 1
     weights = weights_of(stream.pools[0].targets)
     total = sum(weights.values())
     assert drawn.keys() <= weights.keys()
@@ -115,17 +115,19 @@ def test_draws_follow_the_weights():
 def test_each_sample_once_a_lap():
     """Epochs of 7 positions go on through 10 samples: none comes again before all have come."""
     stream = Stream((pool_of(10),), 7, 0, True)
-    keys = [stream.draw(epoch, position).place.key for epoch in range(10) for position in range(7)]
+    keys = [stream.draw(epoch, position).location.key for epoch in range(10) for position in range(7)]
     laps = [keys[start : start + 10] for start in range(0, 70, 10)]
     assert all(len(set(lap)) == 10 for lap in laps)
     assert len({tuple(lap) for lap in laps}) == 7
-    assert stream.draw(2, 9).place == stream.draw(3, 2).place, "past the end of an epoch stands the next one's start"
-    assert keys != [Stream((pool_of(10),), 7, 1, True).draw(e, p).place.key for e in range(10) for p in range(7)]
+    assert stream.draw(2, 9).location == stream.draw(3, 2).location, (
+        "past the end of an epoch stands the next one's start"
+    )
+    assert keys != [Stream((pool_of(10),), 7, 1, True).draw(e, p).location.key for e in range(10) for p in range(7)]
 
 
 def test_sets_are_drawn_by_weight_and_each_in_its_own_order():
     stream = Stream((pool_of(40, 0, weight=3), pool_of(25, 1, weight=1)), 50, 0, True)
-    keys = [stream.draw(epoch, position).place.key for epoch in range(40) for position in range(50)]
+    keys = [stream.draw(epoch, position).location.key for epoch in range(40) for position in range(50)]
     of = [[key for key in keys if key.startswith(f"s{number}-")] for number in (0, 1)]
     assert abs(len(of[0]) - 1500) < 100
     for own, size in zip(of, (40, 25)):
@@ -140,11 +142,11 @@ def test_attempts():
     for sampling in ("each", "weighted"):
         stream = Stream((pool_of(40, 0, sampling), pool_of(40, 1, sampling)), 40, 0, True)
         attempts = [stream.draw(1, 5, attempt) for attempt in range(8)]
-        assert len({draw.place.key for draw in attempts}) > 4
-        assert len({draw.place.tar for draw in attempts}) == 1
+        assert len({draw.location.key for draw in attempts}) > 4
+        assert len({draw.location.tar for draw in attempts}) == 1
         assert attempts == [stream.draw(1, 5, attempt) for attempt in range(8)]
     fixed = Stream((pool_of(10),), 10, 0, False)
-    assert [fixed.draw(3, 8, attempt).place.key for attempt in range(3)] == ["s0-8", "s0-9", "s0-0"]
+    assert [fixed.draw(3, 8, attempt).location.key for attempt in range(3)] == ["s0-8", "s0-9", "s0-0"]
 
 
 def test_sets_without_a_chain_to_draw(monkeypatch):

@@ -370,6 +370,7 @@ def test_what_cannot_be_planned_is_told(settings, sentence, capsys):
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_kernel_without_scores_moves_less():
     settings = ("cp.algorithm=alltoall", "trainer.precision=bf16-mixed", "model.recycling_steps=0")
     traces = (traced(Grid(2, 2), (*settings, f"kernels={kernels}")) for kernels in ("torch", "cuequivariance"))

@@ -277,6 +277,7 @@ def test_bad_samples_are_told_and_too_many_end_the_run(forked, forked_runs, tmp_
     assert line["key"] == open_shards(shards)[0].key
 
 
+@pytest.mark.slow
 def test_crop_schedule_survives_a_resume(forked, tmp_path):
     """Crops of two kinds grow at steps 1 and 3; a run that stops after step 3 goes on as if it had not, elsewhere."""
     schedule = ("data.crop_schedule={1:32,3:48}", "data.crop={spatial:0.5,interface:0.5}", "data.val=[]")
