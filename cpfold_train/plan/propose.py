@@ -115,22 +115,23 @@ def first_that_fits(
     config: TrainConfig, grid: Grid, device: str, rungs: list[MemoryConfig] | None = None
 ) -> Plan | None:
     """The plan with the first of ``rungs`` that fits, by default those of :func:`ladder`, or None."""
+    room = room_of(config, grid, device)
     for memory in ladder(config, device) if rungs is None else rungs:
         tried = replace(config, memory=memory)
-        if not (_is_worth_it(tried, grid, device) and may_fit(tried, grid, device)):
+        if not (_is_worth_it(tried, grid, room) and may_fit(tried, grid, device)):
             continue
         if (found := plan(tried, grid, device)).fits:
             return found
     return None
 
 
-def _is_worth_it(config: TrainConfig, grid: Grid, device: str) -> bool:
+def _is_worth_it(config: TrainConfig, grid: Grid, room: Room | None) -> bool:
     """Whether the results of attention are kept only where a run can keep them, and on the host wherever a run does.
 
     There they save more time than the way there takes: where what is between blocks fits the device and they do not,
     all goes to the host.
     """
-    memory, room = config.memory, room_of(config, grid, device)
+    memory = config.memory
     if room is None or not memory.recompute:
         return True
     if memory.keep_attention:

@@ -1,6 +1,6 @@
 """Time a module of the stock ``boltz`` package on given weights: run by the interpreter of an environment that has it.
 
-    python stock.py IN.pt OUT.pt
+    python -m cpfold_train.simulate.bench.stock IN.pt OUT.pt
 
 IN.pt holds ``op``, ``state``, ``n``, ``depth``, ``widths``, ``repeats``, ``threads``, ``dtype`` and ``device``; OUT.pt
 gets the figures.
