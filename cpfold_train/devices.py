@@ -1,4 +1,4 @@
-"""What GPUs have: the figures that a plan is made with, from the vendor's data sheets, or measured on one.
+"""What GPUs have: the numbers that a plan is made with, from the vendor's data sheets, or measured on one.
 
 Gigabytes are 10^9 bytes, as the data sheets count. Peaks are dense, without sparsity. Bandwidths of links are those of
 one direction, half of what the data sheets call the total.
@@ -80,7 +80,7 @@ class Device:
         host_memory: of a machine, for all its GPUs.
         per_node: GPUs of a machine.
         capability: compute capability; None of a CPU.
-        source: where the figures are from.
+        source: where the numbers are from.
         measured: what was measured on it.
     """
 
@@ -149,7 +149,7 @@ DEVICES = {
 }  # fmt: skip
 """By the name that ``device`` takes, beside ``cpu``, ``gpu`` and a file."""
 UNKNOWN = "h100-80gb"
-"""Whose figures a GPU gets that is not in the table."""
+"""Whose data a GPU gets that is not in the table."""
 
 
 def find_device(name: str, local_ranks: int) -> Device:

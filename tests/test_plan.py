@@ -26,11 +26,11 @@ from cpfold_train.kernels.choice import Choice
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.ops import offload
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.plan import capacity, levers, propose, step
+from cpfold_train.plan import capacity, memory_options, propose, step
 from cpfold_train.plan.depth import FEWEST, by_category, extrapolated, shallow
 from cpfold_train.plan.estimate import MEMORY_MARGIN, Costs
 from cpfold_train.plan.forward import trace_prediction, trace_validation
-from cpfold_train.plan.plan import Plan, fullest_moment, weight_bytes
+from cpfold_train.plan.plan import Plan, peak_moment, weight_bytes
 from cpfold_train.plan.step import Trace, build, trace_step
 from cpfold_train.predict.predictor import Predictor, Settings
 from cpfold_train.simulate.batch import assumed_batch, batches_of_data, feature_bytes
@@ -122,7 +122,7 @@ def test_what_runs_without_gradients_sends_what_is_planned(ranks, kind, trace):
     (batch,) = batches_of_data(config, Grid(1, 2), 1)
     found = trace(config, Grid(1, 2), batch, A_MICROSECOND, on_host=False)
     assert sent_as_planned(totals(found.tallies).sent_bytes.items()) == real[0]
-    held = by_category(fullest_moment(found)[1])
+    held = by_category(peak_moment(found)[1])
     # A prediction has weights alone; validation is between two steps, and has all that these keep.
     assert bool(held["gradients"] and held["optimizer"]) == (kind == "validation")
 
@@ -143,8 +143,8 @@ def test_one_message_stands_for_all_of_its_shape(monkeypatch, algorithm):
 def test_categories_are_all_of_the_peak(fsdp):
     settings = (f"parallel.fsdp={fsdp}",)
     trace = traced(Grid(2, 2), settings)
-    _, fullest = fullest_moment(trace)
-    held = by_category(fullest)
+    _, moment = peak_moment(trace)
+    held = by_category(moment)
     assert sum(held.values()) == max(sum(moment.values()) for moment in trace.moments.values())
     config = compose([*TINY, *settings])
     module = build(config)
@@ -197,14 +197,14 @@ def deep_and_extrapolated(*settings: str) -> tuple[Trace, Trace]:
 @pytest.mark.parametrize("setting", ["memory.offload=true", "parallel.fsdp=true"])
 def test_a_deep_model_from_two_shallow_ones(setting):
     full, found = deep_and_extrapolated(setting)
-    assert fullest_moment(found) == fullest_moment(full)
+    assert peak_moment(found) == peak_moment(full)
     one, other = totals(found.tallies), totals(full.tallies)
     assert (one.kernels, one.moved_bytes) == pytest.approx((other.kernels, other.moved_bytes))
     assert (one.flops, one.sent_bytes) == (other.flops, other.sent_bytes)
     # Rows are rounded up to the number of ranks.
     assert one.shared_bytes == pytest.approx(other.shared_bytes, rel=1e-3)
     held, expected = ({phase: sum(moment.values()) for phase, moment in x.moments.items()} for x in (found, full))
-    # With few blocks, or two templates, some phases do not yet have their fullest moment where the deep model has it.
+    # With few blocks, or two templates, some phases do not yet have their peak where the deep model has it.
     assert held == pytest.approx(expected, rel=0.04)
     assert sum(held[phase] == pytest.approx(size) for phase, size in expected.items()) >= len(expected) - 2
 
@@ -270,7 +270,7 @@ def test_what_would_fit_with_fsdp_is_told(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("precision", "lever"),
+    ("precision", "memory_option"),
     [
         ("32-true", "memory.recompute=true"),
         pytest.param("32-true", "memory.recompute_updates=true", marks=pytest.mark.slow),
@@ -280,10 +280,10 @@ def test_what_would_fit_with_fsdp_is_told(monkeypatch):
         pytest.param("32-true", "memory.residual=bf16", marks=pytest.mark.slow),
     ],
 )
-def test_what_fits_is_not_ruled_out_before_it_is_planned(monkeypatch, precision, lever):
+def test_what_fits_is_not_ruled_out_before_it_is_planned(monkeypatch, precision, memory_option):
     """With a device that has just the memory for the plan."""
     settings = [*TINY, f"trainer.precision={precision}", "cp.grid=1x1", "crop_size=48", "model.pairformer.num_blocks=8"]
-    config = compose([*settings, lever])
+    config = compose([*settings, memory_option])
     device = SimpleNamespace(memory=traced_plan(config) / (1 - MEMORY_MARGIN))
     monkeypatch.setattr(propose, "find_device", lambda *_: device)
     assert propose.may_fit(config, Grid(), "gpu")
@@ -300,22 +300,22 @@ def test_nothing_is_ruled_out_where_parts_are_frozen():
 def traced_plan(config: TrainConfig) -> float:
     """Bytes at the peak."""
     trace = trace_step(config, Grid(), assumed_batch(config, Grid()), A_MICROSECOND, on_host=False)
-    return sum(fullest_moment(trace)[1].values())
+    return sum(peak_moment(trace)[1].values())
 
 
-def test_levers_save_ever_more():
+def test_memory_presets_save_ever_more():
     """On CPU there is no other memory to go to; on a GPU what goes to the host costs less than what is done twice."""
     config = compose(["model=boltz2", "diffusion.multiplicity=16"])
     plain = MemoryConfig(offload=False, keep_attention=False)
-    on_cpu, on_gpu = propose.ladder(config, "cpu"), propose.ladder(config, "h100-80gb")
+    on_cpu, on_gpu = propose.memory_presets(config, "cpu"), propose.memory_presets(config, "h100-80gb")
     assert on_cpu[0] == on_gpu[0] == MemoryConfig(recompute=False)
     # 16 + 4 are kept; in groups of 8 it would be 8 + 8.
     assert on_cpu[1:3] == [MemoryConfig(), MemoryConfig(blocks_at_once=4)]
     kept = [replace(plain, keep_attention=True), plain, replace(plain, offload=True, keep_attention=True)]
     assert on_gpu[1:5] == [*kept, replace(plain, offload=True)]
     assert on_gpu[-1].blocks_at_once == 4 and on_gpu[-1].residual == "bf16"
-    for rungs in (on_cpu, on_gpu):
-        assert len(rungs) == len({repr(rung) for rung in rungs})
+    for presets in (on_cpu, on_gpu):
+        assert len(presets) == len({repr(preset) for preset in presets})
 
 
 @pytest.mark.parametrize(
@@ -407,23 +407,23 @@ def test_the_table_goes_on_where_it_was_interrupted(monkeypatch, tmp_path, capsy
     table = capsys.readouterr().out.splitlines()
     assert table[0] == "| crop | 1 GPU | 4 GPUs | 16 GPUs |"
     assert table[2 + len(capacity.CROPS)] == "(0) memory.recompute=false"
-    # 4 GiB with all levers but offload, and 256 GiB, which even offload makes no smaller than 64.
+    # 4 GiB with all memory options but offload, and 256 GiB, which even offload makes no smaller than 64.
     assert "4 GiB, 1 s (0)" in table[2] and table[5].count("64 GiB, 64 s") == 1 and "| - |" in table[6]
     assert (tmp_path / "table.png").stat().st_size > 0
     assert main(["plan", "device=l40s", *command[1:]]) == 2
     assert "holds plans of another run or device" in capsys.readouterr().err
 
 
-def test_levers_are_planned_each_alone_and_together(monkeypatch, capsys):
+def test_memory_options_are_planned_each_alone_and_together(monkeypatch, capsys):
     taken = []
 
     def planned_as_typed(config: TrainConfig, grid: Grid, device: str) -> Plan:
         taken.append(config)
         return planned(config, grid, device)
 
-    monkeypatch.setattr(levers, "plan", planned_as_typed)
+    monkeypatch.setattr(memory_options, "plan", planned_as_typed)
     settings = [*TINY, "cp.grid=1x2", "model.pairformer.num_blocks=8", "diffusion.multiplicity=8"]
-    assert main(["plan", *settings, "--levers"]) == 0
+    assert main(["plan", *settings, "--memory-options"]) == 0
     memories = [config.memory for config in taken]
     assert memories[0] == MemoryConfig() and memories[1] == MemoryConfig(recompute=False)
     assert memories[2] == MemoryConfig(blocks_at_once=2) and memories[6] == MemoryConfig(keep_attention=True)
@@ -432,39 +432,39 @@ def test_levers_are_planned_each_alone_and_together(monkeypatch, capsys):
     together = MemoryConfig(recompute_updates=True, residual="bf16", offload=True, samples_at_once=2)
     assert memories[-1] == together and taken[-1].parallel.fsdp
     assert "parallel.fsdp=true" in capsys.readouterr().out
-    assert main(["plan", *TINY, "--levers"]) == 2
+    assert main(["plan", *TINY, "--memory-options"]) == 2
     assert "type cp.grid=2x2" in capsys.readouterr().err
 
 
-def test_json_has_the_figures(capsys):
+def test_json_has_the_numbers_of_the_table(capsys):
     assert main(["plan", *TINY, "cp.grid=1x1", "model.msa.msa_blocks=0", "--json"]) == 0
-    figures = json.loads(capsys.readouterr().out)
+    numbers = json.loads(capsys.readouterr().out)
     wanted = "parameters peak_memory_gib by_category sent_mib_per_step flops step_s_estimate fits launches"
-    assert set(wanted.split()) <= figures.keys()
-    assert figures["kernels"]["name"] == "torch" and figures["of"] == "one optimizer step"
-    operations = figures["by_operation"]
-    assert sum(x["seconds"] for x in operations) == pytest.approx(figures["step_s_estimate"], rel=0.01)
-    assert sum(x["launches"] for x in operations) == pytest.approx(figures["launches"], abs=len(operations))
-    assert sum(figures["launches_by_module"].values()) == pytest.approx(figures["launches"], abs=len(operations))
+    assert set(wanted.split()) <= numbers.keys()
+    assert numbers["kernels"]["name"] == "torch" and numbers["of"] == "one optimizer step"
+    operations = numbers["by_operation"]
+    assert sum(x["seconds"] for x in operations) == pytest.approx(numbers["step_s_estimate"], rel=0.01)
+    assert sum(x["launches"] for x in operations) == pytest.approx(numbers["launches"], abs=len(operations))
+    assert sum(numbers["launches_by_module"].values()) == pytest.approx(numbers["launches"], abs=len(operations))
     bounds = {"matrix units", "memory", "L2 cache", "exponentials", "link", "launches"}
     assert {x["bound_by"] for x in operations} <= bounds
-    assert figures["peak_memory_gib"] == pytest.approx(sum(figures["by_category"].values()))
-    assert figures["sent_mib_per_step"] == 0 and figures["fits"]
+    assert numbers["peak_memory_gib"] == pytest.approx(sum(numbers["by_category"].values()))
+    assert numbers["sent_mib_per_step"] == 0 and numbers["fits"]
 
 
 def test_a_prediction_is_planned_on_one_grid_and_in_its_precisions(capsys):
     plain = ["--predict", "--json", *TINY, "model.msa.msa_blocks=0"]
     assert main(["plan", *plain, "cp.grid=1x2", "diffusion.sampling_steps=4"]) == 0
-    figures = json.loads(capsys.readouterr().out)
-    assert figures["of"] == "the prediction of one query" and figures["gradients_mib_per_step"] == 0
-    assert figures["by_category"]["optimizer"] == 0 and figures["by_category"]["parameters"] > 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers["of"] == "the prediction of one query" and numbers["gradients_mib_per_step"] == 0
+    assert numbers["by_category"]["optimizer"] == 0 and numbers["by_category"]["parameters"] > 0
     assert main(["plan", *plain]) == 2
     assert "type cp.grid=2x2" in capsys.readouterr().err
     assert main(["plan", *plain, "cp.grid=1x1", "trainer.precision=bf16-true"]) == 2
     assert "type trainer.precision=32-true or" in capsys.readouterr().err
 
 
-def test_ranks_that_a_run_starts_take_the_levers_that_it_has_chosen(monkeypatch):
+def test_ranks_that_a_run_starts_take_the_memory_options_that_it_has_chosen(monkeypatch):
     chosen = []
     monkeypatch.setattr(propose, "choose_memory", lambda *_: chosen.append(1) or MemoryConfig(offload=True))
     # So that what is set is taken away again.
@@ -474,7 +474,7 @@ def test_ranks_that_a_run_starts_take_the_levers_that_it_has_chosen(monkeypatch)
     assert chosen == [1]
 
 
-def test_a_run_takes_the_levers_that_the_planner_chooses(forked_runs, tmp_path):
+def test_a_run_takes_the_memory_options_that_the_planner_chooses(forked_runs, tmp_path):
     run = [*TINY, "memory=auto", "cp.grid=1x1", "trainer.max_steps=1", "trainer.enable_progress_bar=false"]
     done = forked_runs.run(1, [*run, f"hydra.run.dir={tmp_path}"])
     assert done.returncode == 0, done.stderr

@@ -122,8 +122,8 @@ def score_all(files: list[tuple[str, int, Path]], truths: dict[str, Query]) -> t
 
 def means(rows: Iterable[Row]) -> dict[str, float | None]:
     """Mean of each score over the samples that have it."""
-    figures = [row.scores.figures() for row in rows]
-    values = {name: [row[name] for row in figures if row[name] is not None] for name in _COLUMNS}
+    numbers = [row.scores.numbers() for row in rows]
+    values = {name: [row[name] for row in numbers if row[name] is not None] for name in _COLUMNS}
     return {name: mean(found) if found else None for name, found in values.items()}
 
 
@@ -147,12 +147,12 @@ def scores_table(rows: list[Row]) -> Table:
         ", ".join(headers), text="id", caption="RMSD and TM of C-alpha and C1' atoms; the best is by lDDT"
     )
     for row in rows:
-        figures = row.scores.figures()
-        cells = [_cell(name, figures[name]) for name in _COLUMNS]
+        numbers = row.scores.numbers()
+        cells = [_cell(name, numbers[name]) for name in _COLUMNS]
         table.add_row(row.id, str(row.sample), *cells, str(row.scores.chains), f"{100 * row.scores.atoms:.0f}")
     table.add_section()
-    for name, figures in summaries(rows).items():
-        table.add_row(name, "", *(_cell(column, figures[column]) for column in _COLUMNS), "", "")
+    for name, numbers in summaries(rows).items():
+        table.add_row(name, "", *(_cell(column, numbers[column]) for column in _COLUMNS), "", "")
     return table
 
 
@@ -170,7 +170,7 @@ def _as_json(rows: list[Row]) -> dict:
 def _write_csv(path: Path, rows: list[Row]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        names = list(rows[0].scores.figures()) if rows else list(_COLUMNS)
+        names = list(rows[0].scores.numbers()) if rows else list(_COLUMNS)
         writer.writerow(["id", "sample", "file", *names])
         for row in rows:
-            writer.writerow([row.id, row.sample, row.file, *row.scores.figures().values()])
+            writer.writerow([row.id, row.sample, row.file, *row.scores.numbers().values()])

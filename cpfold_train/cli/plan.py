@@ -14,8 +14,8 @@ from cpfold_train.config.memory_default import with_default_memory
 from cpfold_train.errors import ConfigError
 from cpfold_train.plan.estimate import ASSUMPTIONS, FLOOR
 from cpfold_train.plan.plan import GIB, Plan, plan, plan_prediction, validation_moment
-from cpfold_train.plan.propose import choose_memory, ladder, propose, room_of
-from cpfold_train.plan.report import show_plan, show_proposals, typed_levers
+from cpfold_train.plan.propose import choose_memory, memory_presets, propose, room_of
+from cpfold_train.plan.report import show_plan, show_proposals, typed_options
 from cpfold_train.simulate.trace import Moment
 
 PREDICTION = (
@@ -47,8 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="plan the prediction of one query of crop_size tokens on cp.grid; diffusion.samples=5, "
         "diffusion.sampling_steps=200, model.recycling_steps=3 and data.max_msa_rows=8192 are the defaults",
     )
-    parser.add_argument("--levers", action="store_true", help="a table of what each memory lever saves and costs")
-    parser.add_argument("--measure", action="store_true", help="with --levers: run it on CPUs of this machine")
+    parser.add_argument(
+        "--memory-options",
+        "--levers",
+        action="store_true",
+        help="a table of what each memory option saves and costs",
+    )
+    parser.add_argument("--measure", action="store_true", help="with --memory-options: run it on CPUs of this machine")
     parser.add_argument(
         "--table",
         type=Path,
@@ -77,10 +82,10 @@ def run(args: argparse.Namespace) -> None:
         with Console(stderr=True).status("planning"):
             _show(plan_prediction(config, request.grid, request.device), None, args.json)
         return
-    if args.levers:
-        from cpfold_train.plan.levers import show_levers
+    if args.memory_options:
+        from cpfold_train.plan.memory_options import show_memory_options
 
-        show_levers(of_run(args.settings), request.grid, request.device, args.measure, args.json)
+        show_memory_options(of_run(args.settings), request.grid, request.device, args.measure, args.json)
         return
     if args.table:
         from cpfold_train.plan.capacity import as_markdown, capacity, draw
@@ -88,13 +93,13 @@ def run(args: argparse.Namespace) -> None:
         cells = capacity(config, request.device, request.gpus, args.table.with_suffix(".json"))
         draw(cells, f"{request.device}, {config.trainer.precision}", args.table.with_suffix(".png"))
         print(as_markdown(cells))
-        for i, memory in enumerate(ladder(config, request.device)):
-            print(f"({i}) {' '.join(typed_levers(memory))}")
+        for i, memory in enumerate(memory_presets(config, request.device)):
+            print(f"({i}) {' '.join(typed_options(memory))}")
         return
     if request.grid is None:
         found = propose(config, request.device, request.gpus, request.dp, request.choose)
         if args.json:
-            print(json.dumps({"proposals": [p.figures() for p in found], "assumptions": ASSUMPTIONS}, indent=1))
+            print(json.dumps({"proposals": [p.as_dict() for p in found], "assumptions": ASSUMPTIONS}, indent=1))
         else:
             show_proposals(found, request.device, config.crop_size, request.gpus)
         return
@@ -110,6 +115,6 @@ def run(args: argparse.Namespace) -> None:
 def _show(found: Plan, validation: Moment | None, as_json: bool) -> None:
     if as_json:
         held = {} if validation is None else {"validation_peak_gib": sum(validation.values()) / GIB}
-        print(json.dumps({**found.figures(), **held, "assumptions": [*ASSUMPTIONS, FLOOR]}, indent=1))
+        print(json.dumps({**found.as_dict(), **held, "assumptions": [*ASSUMPTIONS, FLOOR]}, indent=1))
     else:
         show_plan(found, validation)

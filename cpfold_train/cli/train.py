@@ -124,18 +124,20 @@ def _room(config: TrainConfig, grid: Grid) -> Room | None:
 
 
 def _chosen_memory(config: TrainConfig, world: World) -> MemoryConfig:
-    """The levers that the planner chooses. Ranks that this process starts take its choice from the environment; those
-    of a launcher all come to the same."""
+    """The memory options that the planner chooses.
+
+    Ranks that this process starts take its choice from the environment; those of a launcher all come to the same.
+    """
     if chosen := os.environ.get(CHOSEN_MEMORY):
         return MemoryConfig(**json.loads(chosen))
     from cpfold_train.plan.propose import choose_memory
-    from cpfold_train.plan.report import typed_levers
+    from cpfold_train.plan.report import typed_options
 
     with Console(stderr=True).status("memory=auto: planning") if is_first_rank() else nullcontext():
         largest = replace(config, crop_size=config.largest_crop)
         memory = choose_memory(largest, world.grid, device_here(config.trainer.accelerator))
     if is_first_rank():
-        print(f"memory=auto: {' '.join(typed_levers(memory))}", file=sys.stderr)
+        print(f"memory=auto: {' '.join(typed_options(memory))}", file=sys.stderr)
     os.environ[CHOSEN_MEMORY] = json.dumps(asdict(memory))
     return memory
 

@@ -23,7 +23,7 @@ def interface_scores(matched: Matched) -> list[dict[str, Any]]:
     """Scores of each pair of polymer chains in contact in the truth that have backbones to superpose.
 
     Returns:
-        ``chains`` (i, j) of the truth, ``fnat`` the share of native contacts that the prediction has, ``irmsd`` in
+        ``chains`` (i, j) of the truth, ``fnat`` the fraction of native contacts that the prediction has, ``irmsd`` in
         Angstrom of the interface's backbone, ``lrmsd`` of the smaller chain's backbone after superposition of the
         larger one's, and ``dockq`` made of the three.
     """

@@ -26,11 +26,11 @@ class Scores:
         tm_score: of the polymers' center atoms (C-alpha, C1'), all chains as one.
         rmsd: in Angstrom of the same atoms after superposition.
         interface_lddt: of all pairs of atoms of different chains.
-        fnat: share of the native contacts, mean over the pairs of polymer chains in contact.
+        fnat: fraction of the native contacts, mean over the pairs of polymer chains in contact.
         dockq: mean over these pairs.
         ligand_rmsd: in Angstrom, mean over the ligands, each after superposition of its pocket.
         chains: of the truth that have a partner.
-        atoms: share of the truth's resolved atoms that the prediction has.
+        atoms: fraction of the truth's resolved atoms that the prediction has.
         interfaces: ``chains``, ``fnat``, ``irmsd``, ``lrmsd`` and ``dockq`` of each pair of polymer chains in contact.
         ligands: ``chain`` and ``rmsd`` of each.
     """
@@ -47,7 +47,7 @@ class Scores:
     interfaces: list[dict[str, Any]]
     ligands: list[dict[str, Any]]
 
-    def figures(self) -> dict[str, float | None]:
+    def numbers(self) -> dict[str, float | None]:
         """The scores that are single numbers."""
         return {name: value for name, value in asdict(self).items() if not isinstance(value, list)}
 

@@ -14,7 +14,7 @@ import torch
 
 from cpfold_train.whole_file import whole_file
 
-Figures = dict[str, Any]
+Measured = dict[str, Any]
 
 
 class Record:
@@ -30,16 +30,16 @@ class Record:
 
     def __init__(self, file: Path, deadline: float) -> None:
         self._file, self._deadline = file, deadline
-        self.found: Figures = {"entries": {}, "failures": [], "left_out": [], "doing": ""}
+        self.found: Measured = {"entries": {}, "failures": [], "left_out": [], "doing": ""}
 
     @property
     def time_left(self) -> float:
         """Seconds until the phase is to end."""
         return self._deadline - time.monotonic()
 
-    def add(self, name: str, /, **figures: Any) -> None:
+    def add(self, name: str, /, **measured: Any) -> None:
         """Write an entry, or add to it."""
-        self.found["entries"].setdefault(name, {}).update(figures)
+        self.found["entries"].setdefault(name, {}).update(measured)
         self._write()
 
     def fail(self, name: str, reason: str) -> None:

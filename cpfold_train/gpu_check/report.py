@@ -146,8 +146,8 @@ def _of_block(entry: Found) -> list[str]:
         return f"{entry[key]:.{digits}f}" if key in entry else "-"
 
     times = f"{entry['trained_ms'] / entry['trained_floor_ms']:.1f}" if "trained_floor_ms" in entry else "-"
-    figures = figure("forward_ms", 2), figure("floor_ms", 2), figure("trained_ms", 2), figure("trained_floor_ms", 2)
-    return [*figures, times, figure("peak_mib", 0), figure("launches", 0)]
+    times_ms = figure("forward_ms", 2), figure("floor_ms", 2), figure("trained_ms", 2), figure("trained_floor_ms", 2)
+    return [*times_ms, times, figure("peak_mib", 0), figure("launches", 0)]
 
 
 def _cores(entries: Found) -> list[str]:
@@ -174,7 +174,7 @@ def _step(entries: Found) -> list[str]:
 
 def _largest(entries: Found) -> list[str]:
     tried = {name: entry for name, entry in entries.items() if name.startswith("crop_size=")}
-    return ["The largest crop that runs, with all memory levers:", "", *_steps("crop", tried)]
+    return ["The largest crop that runs, with all memory options:", "", *_steps("crop", tried)]
 
 
 def _steps(first: str, entries: Found) -> list[str]:

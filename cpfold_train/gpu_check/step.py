@@ -28,7 +28,7 @@ from cpfold_train.parallel.grid import Grid
 from cpfold_train.paths import CHECKOUT
 from cpfold_train.plan.estimate import MEMORY_MARGIN
 from cpfold_train.plan.plan import Plan, plan
-from cpfold_train.plan.propose import ladder
+from cpfold_train.plan.propose import memory_presets
 from cpfold_train.simulate.batch import batches_of_data
 from cpfold_train.testing.parity import to_device
 from cpfold_train.training.module import CoFoldingModule
@@ -43,7 +43,7 @@ residues."""
 
 
 def plan_and_measure(record: Record, scope: Scope, known: dict[str, Any]) -> None:
-    """A step at the largest crop that the plan says fits, with the levers that a run has by default.
+    """A step at the largest crop that the plan says fits, with the memory options that a run has by default.
 
     Args:
         known: ``device`` and ``rates`` of this card, with which the plan is made.
@@ -60,14 +60,14 @@ def plan_and_measure(record: Record, scope: Scope, known: dict[str, Any]) -> Non
         while not planned.fits and crop > crops[0]:
             crop = max(other for other in crops if other < crop)
             planned = _plan(record, scope, crop, device)
-    figures = planned.figures()
+    numbers = planned.as_dict()
     record.add(
         "planned",
         crop_size=crop,
         kernels=planned.config.kernels,
-        peak_gib=figures["peak_memory_gib"],
-        step_s=figures["step_s_estimate"],
-        flops=figures["flops"],
+        peak_gib=numbers["peak_memory_gib"],
+        step_s=numbers["step_s_estimate"],
+        flops=numbers["flops"],
     )
     record.attempt("measured", _measure, record, scope, planned)
 
@@ -87,16 +87,17 @@ def largest_crop(known: Plan, crops: tuple[int, ...]) -> int:
 
 
 def _measure(record: Record, scope: Scope, planned: Plan) -> None:
-    figures = timed_step(scope, planned.config)
-    record.add("measured", **figures, planned_step_s=planned.costs.step_s)
+    measured = timed_step(scope, planned.config)
+    record.add("measured", **measured, planned_step_s=planned.costs.step_s)
 
 
 def find_largest(record: Record, scope: Scope) -> None:
-    """The largest crop of which a step runs, with all levers: doubled while it does, then bisected in the time left.
+    """The largest crop of which a step runs, with all memory options: doubled while it runs, then bisected in
+    the time left.
 
     Time grows faster than the crop's square: what cannot be done within the time is left out.
     """
-    leanest = ladder(settings(scope, scope.step_tokens[0]), "gpu" if scope.device == "cuda" else "cpu")[-1]
+    leanest = memory_presets(settings(scope, scope.step_tokens[0]), "gpu" if scope.device == "cuda" else "cpu")[-1]
     ran, failed, seconds = 0, math.inf, {}
     crop = scope.step_tokens[0]
     while crop:
@@ -153,7 +154,7 @@ def timed_step(scope: Scope, config: TrainConfig) -> dict[str, float]:
     """The second of two whole steps on real data: forward and backward pass and optimizer, as Lightning does it.
 
     Returns:
-        Real tokens of the sample, seconds, tokens a second, and GiB at the fullest moment of both steps.
+        Real tokens of the sample, seconds, tokens a second, and GiB at the peak of both steps.
     """
     device = torch.device(scope.device)
     cp = ContextParallel(Grid(), scope.device, kernels=config.kernels)

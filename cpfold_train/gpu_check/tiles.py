@@ -85,9 +85,9 @@ def _measure(
     op, cp.kernels, precision, name = which
     module, x = block(op, scope), inputs(op, scope, scope.block_tokens, cp, precision)
     repeats = 1 if cp.kernels == "torch" else scope.repeats
-    figures = passes(scope, cp, op, module, x, precision, repeats)
+    measured = passes(scope, cp, op, module, x, precision, repeats)
     least, least_trained = least_seconds(op, of, rates)
-    record.add(name, **figures, floor_ms=1000 * least, trained_floor_ms=1000 * least_trained)
+    record.add(name, **measured, floor_ms=1000 * least, trained_floor_ms=1000 * least_trained)
     if op in BLOCKS:
         told, launches = by_kernel(trained(op, module, x, cp, autocast(scope, precision)), scope.device)
         record.add(name, launches=launches, kernels=told)
@@ -112,8 +112,8 @@ def passes(
     # One more call than counts.
     host_s = (time.process_time() - start) / (repeats + 1)
     peak = peak_mib(device) - before
-    figures = {"forward_ms": forward_s, "trained_ms": trained_s, "host_ms": host_s}
-    return {name: 1000 * seconds for name, seconds in figures.items()} | {"peak_mib": peak}
+    measured = {"forward_ms": forward_s, "trained_ms": trained_s, "host_ms": host_s}
+    return {name: 1000 * seconds for name, seconds in measured.items()} | {"peak_mib": peak}
 
 
 def _beside_stock(record: Record, scope: Scope, cp: ContextParallel, op: str) -> None:
@@ -121,8 +121,8 @@ def _beside_stock(record: Record, scope: Scope, cp: ContextParallel, op: str) ->
     for kernels in scope.backends():
         cp.kernels = kernels
         x = inputs(op, scope, scope.stock_tokens, cp, "bf16-mixed")
-        figures = passes(scope, cp, op, block(op, scope), x, "bf16-mixed", scope.repeats)
-        record.add(f"{op} on one rank, {kernels}", tokens=scope.stock_tokens, **figures)
+        measured = passes(scope, cp, op, block(op, scope), x, "bf16-mixed", scope.repeats)
+        record.add(f"{op} on one rank, {kernels}", tokens=scope.stock_tokens, **measured)
     if find_spec("boltz") is None:
         return
     for use_kernels in (False, True) if "cuequivariance" in scope.backends() else (False,):

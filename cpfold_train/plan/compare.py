@@ -17,7 +17,7 @@ from cpfold_train.parallel.grid import Grid, parse_grid
 from cpfold_train.plan.depth import by_category
 from cpfold_train.plan.estimate import speed_of
 from cpfold_train.plan.measure import GIVEN_BACK_BYTES, run_once
-from cpfold_train.plan.plan import MIB, fullest_moment
+from cpfold_train.plan.plan import MIB, peak_moment
 from cpfold_train.plan.step import trace_step
 from cpfold_train.simulate.batch import batches_of_data
 from cpfold_train.simulate.work_counter import totals
@@ -105,7 +105,7 @@ def _planned(config: TrainConfig) -> dict[str, float]:
     recycling = int(np.random.default_rng([config.seed, 0]).integers(0, config.model.recycling_steps + 1))
     work = totals(trace.tallies).plus(totals(trace.cycle), recycling - trace.recycling)
     work = work.plus(totals(trace.sampling_step), config.diffusion.sampling_steps - trace.sampling)
-    held = by_category(fullest_moment(trace)[1])
+    held = by_category(peak_moment(trace)[1])
     # Weights and their average are there before; the optimizer's moments come after the first backward pass.
     grown = sum(size for name, size in held.items() if name not in ("parameters", "average", "optimizer"))
     return {"sent_mib": sum(work.sent_bytes.values()) / MIB, "memory_mib": grown / MIB}

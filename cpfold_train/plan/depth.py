@@ -1,6 +1,6 @@
 """A deep model from two shallow ones.
 
-The blocks of a stack are alike. So of everything counted in a step, bytes held at the fullest moment of each phase as
+The blocks of a stack are alike. So of everything counted in a step, bytes held at the peak of each phase as
 well as work, each block adds the same to what its part of the model has: two steps, with three and with four blocks in
 each stack, give the step with any number of them. That this is the step that runs in full is a test.
 """
@@ -79,7 +79,7 @@ def extrapolated(
 
     def tallies(a: WorkCounters, b: WorkCounters) -> WorkCounters:
         added = combined(b, a, -1)
-        return combined(a, {part: WorkCounter().plus(tally, steps(part.module)) for part, tally in added.items()}, 1)
+        return combined(a, {part: WorkCounter().plus(work, steps(part.module)) for part, work in added.items()}, 1)
 
     moments: dict[Phase, Moment] = {
         phase: moment(shallower.moments[phase], deeper.moments[phase])

@@ -35,7 +35,7 @@ class Plan:
         grid: with the rank.
         device: name of the device.
         parameters: number of weights.
-        fullest: bytes held at the fullest moment, by category and module.
+        held_at_peak: bytes held at the peak, by category and module.
         phase: what runs at that moment.
         costs: of an optimizer step.
         memory: bytes of the device.
@@ -47,7 +47,7 @@ class Plan:
     grid: Grid
     device: str
     parameters: int
-    fullest: Moment
+    held_at_peak: Moment
     phase: str
     costs: Costs
     memory: float
@@ -56,8 +56,8 @@ class Plan:
 
     @property
     def peak(self) -> float:
-        """Bytes held at the fullest moment."""
-        return sum(self.fullest.values())
+        """Bytes held at the peak."""
+        return sum(self.held_at_peak.values())
 
     @property
     def fits(self) -> bool:
@@ -70,9 +70,9 @@ class Plan:
         micro-batch."""
         return self.costs.work.host_bytes / 2 / self.config.trainer.accumulate_grad_batches
 
-    def figures(self) -> dict:
+    def as_dict(self) -> dict:
         """For ``--json``: GiB, MiB, seconds and operations of one rank."""
-        held, made, work = by_category(self.fullest), by_module(self.fullest), self.costs.work
+        held, made, work = by_category(self.held_at_peak), by_module(self.held_at_peak), self.costs.work
         return {
             "of": self.what,
             "device": self.device,
@@ -85,7 +85,7 @@ class Plan:
             "device_memory_gib": self.memory / GIB,
             "host_memory_gib": self.host_memory / GIB,
             "fits": self.fits,
-            "fullest_in": self.phase,
+            "peak_in": self.phase,
             "by_category": {name: held[name] / GIB for name in CATEGORIES},
             "by_module": {name: size / GIB for name, size in made.most_common()},
             "sent_mib_per_step": sum(work.sent_bytes.values()) / MIB,
@@ -107,11 +107,11 @@ class Plan:
                     "exchange_s": cost.exchange_s,
                     "bound_by": cost.bound,
                     "floor_s": cost.floor_s,
-                    "launches": round(cost.tally.kernels),
-                    "flops": sum(cost.tally.flops.values()),
-                    "exps": cost.tally.exps,
-                    "moved_bytes": cost.tally.moved_bytes,
-                    "sent_bytes": sum(cost.tally.sent_bytes.values()),
+                    "launches": round(cost.work.kernels),
+                    "flops": sum(cost.work.flops.values()),
+                    "exps": cost.work.exps,
+                    "moved_bytes": cost.work.moved_bytes,
+                    "sent_bytes": sum(cost.work.sent_bytes.values()),
                 }
                 for part, cost in sorted(self.costs.parts.items(), key=lambda item: -item[1].seconds)
             ],
@@ -134,10 +134,10 @@ def plan(config: TrainConfig, grid: Grid, device: str) -> Plan:
     config, kernels = _with_kernels(config, found, device)
     module = build(config)
     traced = _traced(trace_step, config, grid, found, device)
-    phase, fullest = fullest_moment(traced)
+    phase, held = peak_moment(traced)
     trained_bytes = sum(x.nbytes for x in module.parameters() if x.requires_grad)
     costs = estimate(traced, config, grid, found, trained_bytes)
-    return Plan(config, grid, device, _parameters(module), fullest, phase, costs, found.memory, kernels)
+    return Plan(config, grid, device, _parameters(module), held, phase, costs, found.memory, kernels)
 
 
 def plan_prediction(config: TrainConfig, grid: Grid, device: str) -> Plan:
@@ -160,16 +160,16 @@ def plan_prediction(config: TrainConfig, grid: Grid, device: str) -> Plan:
     config = replace(config, memory=MemoryConfig(), parallel=replace(config.parallel, fsdp=False))
     config, kernels = _with_kernels(config, found, device)
     traced = _traced(trace_prediction, config, grid, found, device)
-    phase, fullest = fullest_moment(traced)
+    phase, held = peak_moment(traced)
     costs, what = estimate_forward(traced, config, grid, found), "the prediction of one query"
-    return Plan(config, grid, device, _parameters(build(config)), fullest, phase, costs, found.memory, kernels, what)
+    return Plan(config, grid, device, _parameters(build(config)), held, phase, costs, found.memory, kernels, what)
 
 
 def validation_moment(config: TrainConfig, grid: Grid, device: str) -> Moment:
-    """What is held at the fullest moment of validation, beside what the run keeps between its steps."""
+    """What is held at the peak of validation, beside what the run keeps between its steps."""
     found = find_device(device, grid.world_size)
     config, _ = _with_kernels(config, found, device)
-    return fullest_moment(_traced(trace_validation, config, grid, found, device))[1]
+    return peak_moment(_traced(trace_validation, config, grid, found, device))[1]
 
 
 def _with_kernels(config: TrainConfig, found: Device, device: str) -> tuple[TrainConfig, Choice]:
@@ -202,7 +202,7 @@ def launches_by_module(costs: Costs) -> Counter[str]:
     """Kernels that a step launches."""
     launches: Counter[str] = Counter()
     for part, cost in costs.parts.items():
-        launches[part.module] += cost.tally.kernels
+        launches[part.module] += cost.work.kernels
     return launches
 
 
@@ -224,7 +224,7 @@ def weight_bytes(module: nn.Module, config: TrainConfig, grid: Grid) -> dict[str
     return held
 
 
-def fullest_moment(trace: Trace) -> tuple[str, Moment]:
+def peak_moment(trace: Trace) -> tuple[str, Moment]:
     """When a step holds most, and what."""
     (turning, running), moment = max(trace.moments.items(), key=lambda entry: sum(entry[1].values()))
     return f"{running}, {'forward' if turning == STEP else 'backward'} pass", moment

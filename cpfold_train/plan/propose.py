@@ -1,4 +1,4 @@
-"""Which grids and memory levers fit, and which of them is fastest."""
+"""Which grids and memory options fit, and which of them is fastest."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HELD_BETWEEN_UPDATES = 5
 
 
 def choose_memory(config: TrainConfig, grid: Grid, device: str) -> MemoryConfig:
-    """The levers that cost least time among those that fit the device with a margin.
+    """The memory options that cost least time among those that fit the device with a margin.
 
     Args:
         config: of the run; what it says of memory is not regarded.
@@ -40,7 +40,7 @@ def choose_memory(config: TrainConfig, grid: Grid, device: str) -> MemoryConfig:
     best = first_that_fits(config, grid, device)
     if best is not None:
         return best.config.memory
-    most = ladder(config, device)[-1:]
+    most = memory_presets(config, device)[-1:]
     sharded = replace(config, parallel=replace(config.parallel, fsdp=True))
     fits = grid.world_size > 1 and not config.parallel.fsdp and first_that_fits(sharded, grid, device, most)
     raise ConfigError(
@@ -54,7 +54,7 @@ def propose(config: TrainConfig, device: str, gpus: int, dp: int, choose: bool) 
     fit, fastest first.
 
     Args:
-        choose: vary the memory levers; else those of the configuration hold.
+        choose: vary the memory options; else those of the configuration hold.
 
     Raises:
         ConfigError: there is no such device.
@@ -79,7 +79,7 @@ def grids(crop_size: int, gpus: int, factor: int = 2, dp: int = 1) -> Iterator[G
         ranks *= factor
 
 
-def ladder(config: TrainConfig, device: str) -> list[MemoryConfig]:
+def memory_presets(config: TrainConfig, device: str) -> list[MemoryConfig]:
     """Levers that save ever more memory, cheap ones first; what a run would decide by size is decided in each.
 
     On a GPU the host is another memory, and the way there runs beside the computation: it comes before what is computed
@@ -88,18 +88,18 @@ def ladder(config: TrainConfig, device: str) -> list[MemoryConfig]:
     blocks, multiplicity = config.model.pairformer.num_blocks, config.diffusion.multiplicity
     grouped = {"blocks_at_once": group_size(blocks)}
     smaller = {"samples_at_once": max(1, multiplicity // 4), "chunk_mib": 64.0}
-    rungs = [MemoryConfig(recompute=False)]
+    presets = [MemoryConfig(recompute=False)]
     if find_device(device, 1).capability is None:
-        rungs.append(MemoryConfig())
+        presets.append(MemoryConfig())
         added = grouped, smaller, {"offload": True}
     else:
         plain = MemoryConfig(offload=False, keep_attention=False)
-        rungs += [replace(plain, keep_attention=True), plain, MemoryConfig(offload=True, keep_attention=True)]
+        presets += [replace(plain, keep_attention=True), plain, MemoryConfig(offload=True, keep_attention=True)]
         added = {"keep_attention": False}, smaller, grouped
     # The last is the only one that rounds.
     for more in (*added, {"recompute_updates": True}, {"residual": "bf16"}):
-        rungs.append(replace(rungs[-1], **more))
-    return [rung for i, rung in enumerate(rungs) if rung not in rungs[:i]]
+        presets.append(replace(presets[-1], **more))
+    return [preset for i, preset in enumerate(presets) if preset not in presets[:i]]
 
 
 def group_size(blocks: int) -> int:
@@ -112,11 +112,11 @@ def group_size(blocks: int) -> int:
 
 
 def first_that_fits(
-    config: TrainConfig, grid: Grid, device: str, rungs: list[MemoryConfig] | None = None
+    config: TrainConfig, grid: Grid, device: str, presets: list[MemoryConfig] | None = None
 ) -> Plan | None:
-    """The plan with the first of ``rungs`` that fits, by default those of :func:`ladder`, or None."""
+    """The plan with the first of ``presets`` that fits, by default those of :func:`memory_presets`, or None."""
     room = room_of(config, grid, device)
-    for memory in ladder(config, device) if rungs is None else rungs:
+    for memory in memory_presets(config, device) if presets is None else presets:
         tried = replace(config, memory=memory)
         if not (_is_worth_it(tried, grid, room) and may_fit(tried, grid, device)):
             continue

@@ -20,15 +20,15 @@ def show_plan(found: Plan, validation: Moment | None = None) -> None:
     """One plan in full.
 
     Args:
-        validation: what is held at the fullest moment of validation.
+        validation: what is held at the peak of validation.
     """
     console, config, costs = Console(), found.config, found.costs
     title = f"crop_size={config.crop_size} on {found.grid}"
     title += f", dp={found.grid.dp}, {found.device}, {config.trainer.precision}; one rank, {found.what}"
-    table = Table("figure", "value", title=title)
+    table = Table("quantity", "value", title=title)
     table.add_row("parameters", f"{found.parameters / 1e6:.1f} million")
     table.add_row("kernels", f"{found.kernels.name}: {found.kernels.why}")
-    table.add_row("memory options", " ".join(typed_levers(config.memory)))
+    table.add_row("memory options", " ".join(typed_options(config.memory)))
     table.add_row("peak memory", f"{found.peak / GIB:.2f} GiB of {found.memory / GIB:.1f}: {_verdict(found)}")
     table.add_row("at that moment runs", found.phase)
     if validation is not None:
@@ -58,11 +58,11 @@ def show_plan(found: Plan, validation: Moment | None = None) -> None:
 
 
 def _show_memory(console: Console, found: Plan) -> None:
-    held = by_category(found.fullest)
+    held = by_category(found.held_at_peak)
     memory = Table("memory at the peak", "GiB")
     for name in CATEGORIES:
         memory.add_row(name, f"{held[name] / GIB:.3f}")
-    for name, size in by_module(found.fullest).most_common(_SHOWN):
+    for name, size in by_module(found.held_at_peak).most_common(_SHOWN):
         memory.add_row(f"made by {name}", f"{size / GIB:.3f}")
     console.print(memory)
 
@@ -72,11 +72,11 @@ def _show_operations(console: Console, costs: Costs) -> None:
     table = Table("module", "operation", "seconds", "exchange in it", "bound by", "floor, s", "launches")
     dearest = sorted(costs.parts.items(), key=lambda item: -item[1].seconds)
     for part, cost in dearest[:_DEAREST]:
-        figures = f"{cost.seconds:.3g}", f"{cost.exchange_s:.3g}", cost.bound, f"{cost.floor_s:.3g}"
-        table.add_row(*part, *figures, f"{cost.tally.kernels:,.0f}")
+        cells = f"{cost.seconds:.3g}", f"{cost.exchange_s:.3g}", cost.bound, f"{cost.floor_s:.3g}"
+        table.add_row(*part, *cells, f"{cost.work.kernels:,.0f}")
     if rest := [cost for _, cost in dearest[_DEAREST:]]:
         seconds, exchange, floor, launches = (
-            sum(values) for values in zip(*((c.seconds, c.exchange_s, c.floor_s, c.tally.kernels) for c in rest))
+            sum(values) for values in zip(*((c.seconds, c.exchange_s, c.floor_s, c.work.kernels) for c in rest))
         )
         table.add_row("all others", "", f"{seconds:.3g}", f"{exchange:.3g}", "", f"{floor:.3g}", f"{launches:,.0f}")
     # Names of modules are long, and are cut where the terminal is narrow.
@@ -94,7 +94,7 @@ def show_proposals(found: list[Plan], device: str, crop_size: int, gpus: int) ->
     table = Table(
         "grid",
         "GPUs",
-        "memory levers",
+        "memory options",
         "peak, GiB",
         "sent, MiB",
         "step, s",
@@ -105,7 +105,7 @@ def show_proposals(found: list[Plan], device: str, crop_size: int, gpus: int) ->
         table.add_row(
             f"cp.grid={p.grid}",
             str(p.grid.world_size),
-            " ".join(typed_levers(p.config.memory)),
+            " ".join(typed_options(p.config.memory)),
             f"{p.peak / GIB:.1f}",
             f"{sum(p.costs.work.sent_bytes.values()) / MIB:,.0f}",
             f"{p.costs.step_s:.3g}",
@@ -115,8 +115,8 @@ def show_proposals(found: list[Plan], device: str, crop_size: int, gpus: int) ->
     _tell(console, device)
 
 
-def typed_levers(memory: MemoryConfig) -> list[str]:
-    """What to type to get these levers."""
+def typed_options(memory: MemoryConfig) -> list[str]:
+    """What to type to get these memory options."""
     plain = MemoryConfig()
     typed = [f"memory.{key}={_typed(value)}" for key, value in vars(memory).items() if value != getattr(plain, key)]
     return typed or ["the defaults"]

@@ -48,7 +48,7 @@ class Trace:
     """What a step of one rank does.
 
     Attributes:
-        moments: what it holds at the fullest moment of each phase.
+        moments: what it holds at the peak of each phase.
         tallies: its work, with ``recycling`` recycling passes and ``sampling`` steps of sampling.
         cycle: work of a recycling pass; empty where there are none.
         sampling_step: work of a step of sampling; empty where there are none.

@@ -53,7 +53,7 @@ class Prediction:
 
     Attributes:
         coords: (A, 3) float32 in Angstrom.
-        scores: the model's figures of the sample; ``pair_chains_iptm`` is a matrix, chain by chain.
+        scores: the model's confidence scores of the sample; ``pair_chains_iptm`` is a matrix, chain by chain.
         arrays: ``plddt`` (n,) in 0-1, ``pae`` and ``pde`` (n, n) in Angstrom, where the model gives them.
     """
 
@@ -185,7 +185,7 @@ def _order(out: dict[str, Tensor], samples: int, cp: ContextParallel) -> list[in
     """Samples from the most to the least confident; as they were drawn where the model does not say."""
     if RANKING not in out:
         return list(range(samples))
-    # By the first rank's figures: ranks that disagreed in the last bit would collect parts of different samples.
+    # By the first rank's scores: ranks that disagreed in the last bit would collect parts of different samples.
     score = gather_tensor(out[RANKING].float(), cp.all)[0]
     return torch.sort(score, descending=True, stable=True).indices.tolist()
 

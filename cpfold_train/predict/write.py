@@ -93,7 +93,7 @@ def _entities(structure: Structure, names: list[str]) -> dict[str, pdbx.CIFCateg
         copies = [name for name, other in zip(names, structure.meta["chains"]) if other["entity"] == number]
         entity.append((label, "polymer", chain["type"]))
         poly.append((label, _POLYMERS[chain["type"]], ",".join(copies), chain_letters(structure, asym_id)))
-        sequence += [(label, str(place + 1), name) for place, name in enumerate(residues)]
+        sequence += [(label, str(number), name) for number, name in enumerate(residues, 1)]
     rows = {
         "entity": (("id", "type", "pdbx_description"), entity),
         "entity_poly": (("entity_id", "type", "pdbx_strand_id", "pdbx_seq_one_letter_code_can"), poly),

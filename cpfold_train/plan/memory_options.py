@@ -1,4 +1,4 @@
-"""Each memory lever beside none: planned for any device, or measured on the CPUs of this machine."""
+"""Each memory option by itself, compared with none: planned for any device, or measured on the CPUs of this machine."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ TWO_STEPS = ("trainer.max_steps=2", "trainer.enable_progress_bar=false", "data.v
 """The optimizer's moments are there from the end of the first step on."""
 
 
-def levers(config: TrainConfig, chunk_mib: int) -> dict[str, tuple[str, ...]]:
-    """What to type for each lever alone, and for those that go together, by what it is called in the table.
+def memory_options(config: TrainConfig, chunk_mib: int) -> dict[str, tuple[str, ...]]:
+    """What to type for each memory option alone, and for those that go together, by what it is called in the table.
 
     Args:
         chunk_mib: a quarter of the device's own.
@@ -45,22 +45,22 @@ def levers(config: TrainConfig, chunk_mib: int) -> dict[str, tuple[str, ...]]:
     return {AS_IT_IS: ()} | {setting: (setting,) for setting in single} | {" ".join(together): together}
 
 
-def planned_levers(settings: list[str], grid: Grid, device: str) -> list[dict]:
-    """A row a lever: ``typed``, ``peak_gib`` of a rank and ``step_s``, estimated.
+def planned_options(settings: list[str], grid: Grid, device: str) -> list[dict]:
+    """One row a memory option: ``typed``, ``peak_gib`` of a rank and ``step_s``, estimated.
 
     Raises:
         ConfigError: there is no such device.
     """
     rows = []
-    tried = levers(compose(settings), chunk_mib=1 if device == "cpu" else 64)
+    tried = memory_options(compose(settings), chunk_mib=1 if device == "cpu" else 64)
     for name, typed in track(tried.items(), "planning", console=Console(stderr=True)):
         found = plan(compose([*settings, *typed]), grid, device)
         rows.append({"typed": name, "peak_gib": found.peak / GIB, "step_s": found.costs.step_s})
     return rows
 
 
-def measured_levers(settings: list[str]) -> list[dict]:
-    """A row a lever: ``typed``, ``peak_gib`` of the fullest process, and ``step_s``, the seconds of a second step.
+def measured_options(settings: list[str]) -> list[dict]:
+    """One row a memory option: ``typed``, ``peak_gib`` of the process that takes most, ``step_s`` of a second step.
 
     Memory and time are those of two runs: where memory is measured, what is freed is given back, which takes time.
 
@@ -68,7 +68,7 @@ def measured_levers(settings: list[str]) -> list[dict]:
         ConfigError: a run fails.
     """
     rows = []
-    tried = levers(compose(settings), chunk_mib=1)
+    tried = memory_options(compose(settings), chunk_mib=1)
     for name, typed in track(tried.items(), "running", console=Console(stderr=True)):
         run = [*settings, *typed, *TWO_STEPS]
         peak = max(run_once(run, give_back=True)["peak_memory_mib"]) / 2**10
@@ -76,23 +76,23 @@ def measured_levers(settings: list[str]) -> list[dict]:
     return rows
 
 
-def show_levers(settings: list[str], grid: Grid | None, device: str, measure: bool, as_json: bool) -> None:
+def show_memory_options(settings: list[str], grid: Grid | None, device: str, measure: bool, as_json: bool) -> None:
     """Print the table.
 
     Raises:
         ConfigError: without a grid, for settings that cannot be planned, or where a run fails.
     """
     if grid is None:
-        raise ConfigError("levers are compared on one grid: type cp.grid=2x2, for example")
-    rows = measured_levers(settings) if measure else planned_levers(settings, grid, device)
+        raise ConfigError("memory options are compared on one grid: type cp.grid=2x2, for example")
+    rows = measured_options(settings) if measure else planned_options(settings, grid, device)
     if as_json:
         print(json.dumps(rows, indent=1))
         return
     plain = next(row for row in rows if row["typed"] == AS_IT_IS)
     title = "measured on CPU" if measure else f"planned for {device}"
-    table = Table("lever", "peak of a rank, GiB", "of it as it is", "step, s", "of it as it is", title=title)
+    table = Table("memory option", "peak of a rank, GiB", "of it as it is", "step, s", "of it as it is", title=title)
     for row in rows:
         peak, seconds = row["peak_gib"], row["step_s"]
-        shares = f"{peak / plain['peak_gib']:.2f}", f"{seconds / plain['step_s']:.2f}"
-        table.add_row(row["typed"], f"{peak:.2f}", shares[0], f"{seconds:.3g}", shares[1])
+        ratios = f"{peak / plain['peak_gib']:.2f}", f"{seconds / plain['step_s']:.2f}"
+        table.add_row(row["typed"], f"{peak:.2f}", ratios[0], f"{seconds:.3g}", ratios[1])
     Console(width=180).print(table)
