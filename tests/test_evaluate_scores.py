@@ -177,9 +177,10 @@ def test_another_sequence_is_refused():
 
 def test_superposition_is_the_motion():
     points = np.random.default_rng(2).normal(size=(9, 3))
-    rotation, shift = superposition(points @ ROTATION.T - 4, points)
-    assert np.allclose((points @ ROTATION.T - 4) @ rotation + shift, points)
-    assert np.linalg.det(rotation) == pytest.approx(1)
+    moved = points @ ROTATION.T - 4
+    assert np.allclose(superposition(moved, points).apply(moved), points, atol=1e-5)
+    mirrored = -points
+    assert not np.allclose(superposition(mirrored, points).apply(mirrored), points, atol=0.1)
 
 
 def test_tm_score_finds_the_part_that_is_right():

@@ -5,11 +5,11 @@ from __future__ import annotations
 from itertools import combinations
 from typing import Any
 
+import biotite.structure as struc
 import numpy as np
-from biotite.structure import CellList
 
 from cpfold_train.evaluate.match import Matched
-from cpfold_train.evaluate.superpose import rmsd, superposed_rmsd, superposition
+from cpfold_train.evaluate.superpose import superposed_rmsd, superposition
 
 CONTACT = 5.0
 """Angstrom between the nearest heavy atoms of two residues in contact."""
@@ -51,7 +51,7 @@ def _contacts(coords: np.ndarray, residue: np.ndarray, a: np.ndarray, b: np.ndar
     around = a[((coords[a] > low) & (coords[a] < high)).all(axis=1)]
     if not len(around):
         return set()
-    near = CellList(coords[b], cell_size=distance).get_atoms(coords[around], distance)
+    near = struc.CellList(coords[b], cell_size=distance).get_atoms(coords[around], distance)
     row, column = np.nonzero(near >= 0)
     pairs = np.stack([residue[around[row]], residue[b[near[row, column]]]], axis=1)
     return set(map(tuple, pairs.tolist()))
@@ -69,8 +69,8 @@ def _rmsds(matched: Matched, a: np.ndarray, b: np.ndarray) -> dict[str, float] |
     larger, smaller = sorted((a[backbone[a]], b[backbone[b]]), key=len, reverse=True)
     if min(map(len, (chosen, larger, smaller))) < _FEWEST:
         return None
-    rotation, shift = superposition(matched.predicted[larger], matched.truth[larger])
+    onto_larger = superposition(matched.predicted[larger], matched.truth[larger])
     return {
         "irmsd": superposed_rmsd(matched.predicted[chosen], matched.truth[chosen]),
-        "lrmsd": rmsd(matched.predicted[smaller] @ rotation + shift, matched.truth[smaller]),
+        "lrmsd": float(struc.rmsd(matched.truth[smaller], onto_larger.apply(matched.predicted[smaller]))),
     }

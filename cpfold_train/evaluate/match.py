@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
+import biotite.structure as struc
 import numpy as np
 
 from cpfold_train.data.structures.structure import Structure
 from cpfold_train.errors import DataError
-from cpfold_train.evaluate.superpose import rmsd, superposition
+from cpfold_train.evaluate.superpose import superposition
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _assign(truth: Structure, predicted: Structure, own: dict[int, _Chain], othe
         first, second = (np.concatenate(part) for part in zip(*(polymers[pair] for pair in partners.items())))
         moved = _onto(y, second, x, first)
         # Chains without a partner must not pay.
-        key = (-len(partners), rmsd(moved[second], x[first]))
+        key = (-len(partners), float(struc.rmsd(x[first], moved[second])))
         if best is None or key < best[0]:
             best = key, partners, moved
     _, partners, moved = best
@@ -147,15 +148,14 @@ def _assign(truth: Structure, predicted: Structure, own: dict[int, _Chain], othe
 
 
 def _onto(y: np.ndarray, mobile: np.ndarray, x: np.ndarray, fixed: np.ndarray) -> np.ndarray:
-    rotation, shift = superposition(y[mobile], x[fixed])
-    return y @ rotation + shift
+    return superposition(y[mobile], x[fixed]).apply(y)
 
 
 def _greedy(
     pairs: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]], x: np.ndarray, y: np.ndarray
 ) -> dict[int, int]:
     """Partners, each used once, the nearest pair first."""
-    distance = {pair: rmsd(x[first], y[second]) for pair, (first, second) in pairs.items()}
+    distance = {pair: float(struc.rmsd(x[first], y[second])) for pair, (first, second) in pairs.items()}
     partners: dict[int, int] = {}
     for chain, candidate in sorted(distance, key=distance.get):
         if chain not in partners and candidate not in partners.values():

@@ -11,7 +11,7 @@ import numpy as np
 from cpfold_train.data.structures.structure import Structure
 from cpfold_train.evaluate.interfaces import interface_scores
 from cpfold_train.evaluate.match import Matched, match
-from cpfold_train.evaluate.superpose import rmsd, superposed_rmsd, superposition, tm_score
+from cpfold_train.evaluate.superpose import superposed_rmsd, superposition, tm_score
 
 POCKET = 10.0
 """Angstrom to a ligand within which a residue belongs to its pocket (AlphaFold 3, methods)."""
@@ -101,8 +101,8 @@ def ligand_rmsds(matched: Matched) -> dict[int, float]:
         pairs = zip(matched.chain[center].tolist(), matched.residue[center].tolist())
         pocket = center[[pair in residues for pair in pairs]]
         pocket = pocket if len(pocket) >= 3 else center
-        rotation, shift = superposition(matched.predicted[pocket], matched.truth[pocket])
-        found[chain] = rmsd(matched.predicted[own] @ rotation + shift, matched.truth[own])
+        onto_pocket = superposition(matched.predicted[pocket], matched.truth[pocket])
+        found[chain] = float(struc.rmsd(matched.truth[own], onto_pocket.apply(matched.predicted[own])))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import biotite.structure as struc
 import numpy as np
 
 _FEWEST = 4
@@ -11,27 +12,17 @@ _STARTS = 24
 _ROUNDS = 20
 
 
-def superposition(mobile: np.ndarray, fixed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rotation (3, 3) and shift (3,) that bring (n, 3) points closest to others: ``mobile @ rotation + shift``.
+def superposition(mobile: np.ndarray, fixed: np.ndarray) -> struc.AffineTransformation:
+    """What brings (n, 3) points closest to others; its ``apply`` moves any points.
 
-    Kabsch, Acta Cryst. A 32, 922 (1976).
+    Kabsch, Acta Cryst. A 32, 922 (1976), as ``biotite.structure.superimpose`` has it, in fp32.
     """
-    middle, target = mobile.mean(axis=0), fixed.mean(axis=0)
-    u, _, vt = np.linalg.svd((mobile - middle).T @ (fixed - target))
-    u[:, 2] *= np.sign(np.linalg.det(u @ vt))
-    rotation = u @ vt
-    return rotation, target - middle @ rotation
+    return struc.superimpose(fixed, mobile)[1]
 
 
 def superposed_rmsd(mobile: np.ndarray, fixed: np.ndarray) -> float:
     """Root mean square distance in the units of the points, after the superposition."""
-    rotation, shift = superposition(mobile, fixed)
-    return rmsd(mobile @ rotation + shift, fixed)
-
-
-def rmsd(first: np.ndarray, second: np.ndarray) -> float:
-    """Root mean square distance of points as they lie."""
-    return float(np.sqrt(((first - second) ** 2).sum(axis=1).mean()))
+    return float(struc.rmsd(fixed, superposition(mobile, fixed).apply(mobile)))
 
 
 def tm_score(mobile: np.ndarray, fixed: np.ndarray) -> float:
@@ -59,8 +50,8 @@ def tm_score(mobile: np.ndarray, fixed: np.ndarray) -> float:
 def _refined(mobile: np.ndarray, fixed: np.ndarray, chosen: np.ndarray, scale: float, near: float) -> float:
     best = 0.0
     for _ in range(_ROUNDS):
-        rotation, shift = superposition(mobile[chosen], fixed[chosen])
-        square = ((mobile @ rotation + shift - fixed) ** 2).sum(axis=1)
+        moved = superposition(mobile[chosen], fixed[chosen]).apply(mobile)
+        square = ((moved - fixed) ** 2).sum(axis=1)
         best = max(best, float((1 / (1 + square / scale**2)).mean()))
         within = np.flatnonzero(square < near**2)
         # A superposition needs three points, however far they are.

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import biotite.structure as struc
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -17,7 +18,7 @@ from cpfold_train.data.inputs.inputs import has_truth
 from cpfold_train.data.stream.batch import Crop
 from cpfold_train.data.structures.structure import Structure
 from cpfold_train.evaluate.match import match
-from cpfold_train.evaluate.superpose import rmsd, superposition
+from cpfold_train.evaluate.superpose import superposition
 
 MAX_SIDE = 1024
 """Most rows and columns of the drawn map; larger ones are drawn with a stride."""
@@ -106,11 +107,11 @@ def _traces(crop: Crop, coords: np.ndarray) -> tuple[_Trace, _Trace | None, str]
         return _Trace(points, known), None, ""
     matched = match(crop.structure, predicted)
     moving, fixed = matched.predicted[matched.center], matched.truth[matched.center]
-    rotation, shift = superposition(moving, fixed)
-    caption = f", RMSD {rmsd(moving @ rotation + shift, fixed):.2f} Å to the truth (grey)"
+    onto_truth = superposition(moving, fixed)
+    caption = f", RMSD {struc.rmsd(fixed, onto_truth.apply(moving)):.2f} Å to the truth (grey)"
     truth, resolved = crop.structure.center
     # What is outside the crop would hide it.
-    return _Trace(points @ rotation + shift, known), _Trace(truth, resolved & known), caption
+    return _Trace(onto_truth.apply(points), known), _Trace(truth, resolved & known), caption
 
 
 def _draw_view(
