@@ -21,7 +21,7 @@ from cpfold_train.checkpoints.sharded import is_sharded_checkpoint
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.lora import merged
 
-SAFE_TYPES = [
+SAFE_TYPES: list[Any] = [
     *(DictConfig, ListConfig, base.ContainerMetadata, base.Metadata),
     *(nodes.AnyNode, nodes.BooleanNode, nodes.FloatNode, nodes.IntegerNode, nodes.StringNode),
     *(defaultdict, bool, dict, float, int, list, str, tuple),

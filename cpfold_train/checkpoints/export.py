@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
@@ -61,7 +61,7 @@ def model_config(checkpoint: dict[str, Any], path: Path) -> ModelConfig:
     if sizes is None:
         raise ConfigError(f"{path} does not say how large its model is: type a run, or a checkpoint, of this program")
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), sizes))
+        return cast(ModelConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), sizes)))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path} was written by another version of this program: {error}") from error
 

@@ -132,18 +132,16 @@ def _assign(truth: Structure, predicted: Structure, own: dict[int, _Chain], othe
     # A chain that has few candidates and many residues says best how the two structures lie.
     anchor = min(candidates, key=lambda chain: (sizes[chain] < 3, len(candidates[chain]), -sizes[chain]))
     x, y = truth.coords.astype(np.float64), predicted.coords.astype(np.float64)
-    best: tuple[tuple[int, float], dict[int, int], np.ndarray] | None = None
+    found = []
     for candidate in candidates[anchor]:
         first, second = polymers[anchor, candidate]
         moved = _onto(y, second, x, first)
         partners = _greedy(polymers, x, moved)
         first, second = (np.concatenate(part) for part in zip(*(polymers[pair] for pair in partners.items())))
         moved = _onto(y, second, x, first)
-        # Chains without a partner must not pay.
-        key = (-len(partners), float(struc.rmsd(x[first], moved[second])))
-        if best is None or key < best[0]:
-            best = key, partners, moved
-    _, partners, moved = best
+        found.append((-len(partners), float(struc.rmsd(x[first], moved[second])), partners, moved))
+    # By the number of partners first: chains without one must not pay.
+    _, _, partners, moved = min(found, key=lambda assignment: assignment[:2])
     return partners | _greedy(ligands, x, moved)
 
 
@@ -157,7 +155,7 @@ def _greedy(
     """Partners, each used once, the nearest pair first."""
     distance = {pair: float(struc.rmsd(x[first], y[second])) for pair, (first, second) in pairs.items()}
     partners: dict[int, int] = {}
-    for chain, candidate in sorted(distance, key=distance.get):
+    for chain, candidate in sorted(distance, key=lambda pair: distance[pair]):
         if chain not in partners and candidate not in partners.values():
             partners[chain] = candidate
     return partners
