@@ -165,6 +165,20 @@ def test_average_takes_a_step_in_once_however_many_micro_batches_it_has():
     assert found[2:] == pytest.approx([1, 1, 1, 1 + weight])
 
 
+def test_validation_has_the_average_and_training_goes_on_from_its_own_weights():
+    module = pl.LightningModule()
+    module.a = nn.Linear(1, 1, bias=False)
+    average = MovingAverage(0.9)
+    average.on_fit_start(None, module)
+    for step, value in enumerate((1.0, 9.0), start=1):
+        nn.init.constant_(module.a.weight, value)
+        average.on_train_batch_end(SimpleNamespace(global_step=step), module, None, None, step)
+    average.on_validation_epoch_start(None, module)
+    assert module.a.weight.item() == pytest.approx(1 + 8 * (1 - average_decay(1, 0.9)))
+    average.on_validation_epoch_end(None, module)
+    assert module.a.weight.item() == 9
+
+
 def recycling_drawn(seed: int, steps: int, most: int) -> list[int]:
     """Recycling steps of the first micro-batch of each optimizer step."""
     drawn = []
