@@ -12,7 +12,7 @@ from cpfold_train.testing.atom_cases import ATOM, A
 from cpfold_train.testing.atoms import atom_features
 from tests.parity import check_case
 
-GRIDS = [(1, 2), (2, 3), (3, 3)]
+GRIDS = [(1, 2), (2, 3), (3, 1), pytest.param((3, 3), marks=pytest.mark.slow)]
 
 
 class InSmallBlocks:

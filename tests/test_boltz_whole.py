@@ -1,17 +1,15 @@
 """The whole of Boltz-2 against the stock ``boltz`` package: a training step, and a round trip of weights.
 
-Both sides run their own training step: trunk with one recycling, sampled structures, noised copies and their denoising,
-distogram, b-factors, confidences, all losses with Boltz-2's weights, and the backward pass; in fp64, on crops of real
-entries. The package gets what ours drew.
+Both sides run their own training step on the case of :mod:`tests.golden.case`. The package gets what ours drew.
 
 Known differences, which are taken out of the comparison:
 
 - the noise levels of the copies of a sample are drawn one by one here; the package can do so, and by default gives all
   of them one level;
 - dropout is drawn otherwise, and is off;
-- the truth that confidences are judged by is renamed by another search (``tests/test_symmetry.py``): the package is
+- the truth that confidences are measured by is renamed by another search (``tests/test_symmetry.py``): the package is
   given ours;
-- aligned errors are judged at the residues that are resolved in the truth as renamed; the package asks for residues
+- aligned errors are taken at the residues that are resolved in the truth as renamed; the package asks for residues
   with a frame in the truth as it came, and a place in the truth of the first structure: in these crops all have;
 - the package centres what it samples on all atoms, padded ones included: the crops have whole windows of atoms;
 - the package takes one complex at a time. Ours takes both in one batch, so one of them is padded.
@@ -19,198 +17,34 @@ Known differences, which are taken out of the comparison:
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from cpfold_train.__main__ import main
 from cpfold_train.checkpoints.boltz import boltz_name, initialise
-from cpfold_train.checkpoints.export import hyper_parameters
 from cpfold_train.cli.bench import boltz_python
-from cpfold_train.config.schema import DiffusionRunConfig, LossConfig, OptimConfig
-from cpfold_train.data.features.make_template import make_template
-from cpfold_train.data.stream.batch import Augmentation, Crop, collate, make_crop
-from cpfold_train.data.stream.shards import open_shards, read_sample
-from cpfold_train.losses import total
 from cpfold_train.model.cofolding import CoFolding
-from cpfold_train.model.config import (
-    AtomConfig,
-    ConfidenceConfig,
-    DiffusionConfig,
-    MemoryConfig,
-    ModelConfig,
-    MSAConfig,
-    PairformerConfig,
-    TemplateConfig,
-)
+from cpfold_train.model.config import MemoryConfig
 from cpfold_train.parallel.context import to_local
-from cpfold_train.parallel.grid import Grid
-from cpfold_train.parallel.random import RandomStreams
 from cpfold_train.training.module import CoFoldingModule
-from tests.atoms import dense
-
-CONFIG = ModelConfig(
-    16, 8, 64, 1,
-    MSAConfig(8, 2, 0.0, 0.0, 4, 2), PairformerConfig(2, 4, 0.0, 4, 2), AtomConfig(8, 4, 1, 2, 1, 2),
-    DiffusionConfig(2, 4, 1, 12, step_scale=1.0), TemplateConfig(6, 1, 0.0, 4, 2),
-    ConfidenceConfig(PairformerConfig(1, 4, 0.0, 4, 2), 10, 20.0, 9, 11, 12),
-)  # fmt: skip
-"""Small, without dropout, and with steps of sampling that end near the truth even of a model that knows nothing."""
-WEIGHTS = LossConfig(4.0, 4.0, 0.03, 1e-3, 1e-4, 1e-4, 1e-4, 1e-4)
-COPIES, STRUCTURES, STEPS = 3, 2, 3
-"""Noised copies, sampled structures and the steps of sampling."""
-DRAWN = DiffusionRunConfig(COPIES, STEPS, STRUCTURES, 0)
-OPTIM = OptimConfig(1e-3, 1, 1.0, 1, (0.9, 0.95), 1e-8, 0.0, 0.999)
-SEED = 0
-"""With which the step draws one recycling."""
-VANISHING = {
-    "cyclic_conditioning_init.weight": "no chain is a ring",
-    "atom_feat_to_atom_pos_update.0.bias": "it shifts all atoms alike, and the losses superpose",
-    "norm_z.bias": "it adds the same to all scores of a softmax",
-    "attention.proj_z.0.bias": "the same",
-    "proj_z.0.0.bias": "the same",
-    "proj_z.0.bias": "the same",
-    "proj_z.1.0.bias": "the same",
-}
-"""Ends of the names of parameters whose gradient is zero but for rounding, and why."""
-ORACLE = Path(__file__).parent / "oracle" / "boltz_whole.py"
-
-
-@cache
-def crops() -> list[Crop]:
-    """Protein and a ligand, with two templates; protein and DNA, with a pocket and contacts given away.
-
-    Each has three chains, and the second one's sequences have deletions.
-    """
-    (entry,) = (entry for entry in open_shards(["tests/data/*.tar"]) if entry.key == "7pzb")
-    structure, alignments, _ = read_sample(entry)
-    templates = [make_template(structure, structure, chains) for chains in ([(0, 1)], [(0, 0), (1, 1)])]
-    hints = Augmentation(pocket=0.9, contact=0.9)
-    return [
-        make_crop(structure, alignments, templates, crop_size=40, max_msa_rows=5, draw=(0, 0, 34)),
-        make_crop(structure, alignments, crop_size=32, max_msa_rows=14, augmentation=hints, draw=(0, 0, 17)),
-    ]
-
-
-def features(chosen: list[Crop], grid: Grid, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A batch of crops as one rank gets it."""
-    batch = collate(chosen, grid)
-    return {
-        name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-        for name, x in batch.items()
-        if name != "id"
-    }
-
-
-def package_features(crop: Crop, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A batch of one crop in the package's dense forms."""
-    feats = features([crop], Grid(), dtype)
-    tokens, atoms = feats["token_pad_mask"].shape[1], feats["atom_pad_mask"].shape[1]
-    assert tokens == len(crop.tokens) and atoms == len(crop.atoms.atom), "the package does not mask all padding"
-    classes = {"contact_conditioning": 5, "disto_target": CONFIG.num_bins, "template_restype": 33}
-    classes["token_to_rep_atom"] = atoms
-    polymer = (feats["token_resolved_mask"][0] > 0) & (feats["mol_type"][0] != 3)
-    forms = dense(feats) | {name: one_hot(feats[name].long(), count) for name, count in classes.items()}
-    forms["r_set_to_rep_atom"] = one_hot(feats["token_to_center_atom"][:, polymer].long(), atoms)
-    # With a dim of conformers.
-    forms |= {name: feats[name][:, None] for name in ("coords", "frames_idx", "frame_resolved_mask")}
-    forms["frames_idx"] = forms["frames_idx"].long()
-    dtypes = dict.fromkeys([*classes, *dense(feats), "r_set_to_rep_atom"], dtype) | {"ref_space_uid": torch.long}
-    forms = {name: x.to(dtypes[name]) if name in dtypes else x for name, x in forms.items()}
-    # The package has no use for what says on the host which atoms a token has.
-    return {name: x for name, x in (feats | forms).items() if isinstance(x, Tensor)}
-
-
-def weights() -> dict[str, Tensor]:
-    """Weights of a model of which none is zero and none saturates: many start at zero, and zeros hide errors."""
-    torch.manual_seed(5)
-    model = CoFolding(CONFIG, MemoryConfig())
-    with torch.no_grad():
-        for name, x in model.named_parameters():
-            if x.ndim > 1:
-                x.normal_().mul_(0.6 * x.shape[1] ** -0.5)
-            else:
-                x.normal_().mul_(0.3).add_("norm" in name and name.endswith("weight"))
-    return model.state_dict()
-
-
-def our_step(cp, state: dict[str, Tensor], dtype: torch.dtype) -> dict:
-    """This rank's shares of the losses and gradients, and the truth of each sampled structure."""
-    module = CoFoldingModule(CONFIG, MemoryConfig(), OPTIM, WEIGHTS, DRAWN, SEED)
-    module.model.load_state_dict(state)
-    module = module.to(dtype).train()
-    module._trainer = SimpleNamespace(strategy=SimpleNamespace(cp=cp), global_step=0)
-    found, matched = {}, total.matched_truth
-
-    def noted(*args):
-        found["truth"] = matched(*args)
-        return found["truth"]
-
-    total.matched_truth = noted
-    try:
-        step = module.training_step(features(crops(), cp.grid, dtype), 0)
-    finally:
-        total.matched_truth = matched
-    step["loss"].backward()
-    size = cp.grid.cp_size
-    grads = {boltz_name(name): p.grad / size for name, p in module.model.named_parameters() if p.grad is not None}
-    return {"losses": step["shares"], "grads": grads, **found}
-
-
-def normals_of(crop: Crop, dtype: torch.dtype) -> list[Tensor]:
-    """Every normal deviate that ours draws, in the package's order."""
-    draws, deviates = RandomStreams(torch.tensor([crop.sample_key])), 3 * len(crop.atoms.atom)
-    sampled, noised = draws.at("sampling").copies(STRUCTURES), draws.at("diffusion").copies(COPIES)
-    found = [sampled.at("start").at("noise").normal(0, deviates)]
-    for step in range(STEPS):
-        found += placement_and_noise(sampled.at("step", step), deviates)
-    found += [noised.at("sigma").normal(0, 1), *placement_and_noise(noised, deviates)]
-    return [x.to(dtype) for x in found]
-
-
-def placement_and_noise(draws: RandomStreams, deviates: int) -> list[Tensor]:
-    sizes = {"rotation": 4, "translation": 3, "noise": deviates}
-    return [draws.at(site).normal(0, size) for site, size in sizes.items()]
-
-
-def package(action: str, folder: Path) -> None:
-    """Let the package work on the files in a folder."""
-    subprocess.run([boltz_python(), str(ORACLE), action, str(folder)], check=True)
-
-
-def package_settings() -> dict:
-    """Arguments of the package's Boltz2, in plain values."""
-    given = hyper_parameters(CONFIG)
-    del given["validate_structure"]
-    training = dict(given.pop("training_args"))
-    training |= {"sampling_steps": STEPS, "diffusion_multiplicity": COPIES, "diffusion_samples": STRUCTURES}
-    given["training_args"] = training | {"symmetry_correction": False}
-    given["validation_args"] = dict(given["validation_args"])
-    given["diffusion_process_args"]["synchronize_sigmas"] = False
-    return given | {"no_random_recycling_training": True, "alpha_pae": 1.0}
-
-
-def both_train(ranks, folder: Path, dtype: torch.dtype) -> tuple[list[dict], dict]:
-    """What a rank alone computes, and what the package does."""
-    state = weights()
-    parts = ranks.run(our_step, 1, 1, state, dtype)
-    truth = zip(*(x.split(STRUCTURES) for x in parts[0]["truth"]))
-    samples = []
-    for crop, (coords, resolved) in zip(crops(), truth):
-        atoms = len(crop.atoms.atom)
-        known = {"coords": coords[:, :atoms], "resolved": resolved[:, :atoms].to(dtype)}
-        samples.append({"feats": package_features(crop, dtype), "normals": normals_of(crop, dtype), **known})
-    state = {boltz_name(name): x for name, x in state.items()}
-    torch.save({"settings": package_settings(), "state": state, "samples": samples}, folder / "train.pt")
-    package("train", folder)
-    return parts, torch.load(folder / "trained.pt", weights_only=True)
+from tests.golden.case import (
+    CONFIG,
+    DRAWN,
+    OPTIM,
+    SEED,
+    VANISHING,
+    WEIGHTS,
+    crops,
+    features,
+    our_step,
+    weights,
+)
+from tests.golden.stock import package, package_features, package_trains
 
 
 def deviations(parts: list[dict], expected: dict) -> dict[str, float]:
@@ -239,7 +73,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(ranks, folder):
-    return both_train(ranks, folder, torch.float64)
+    """What a rank alone computes, and what the package does."""
+    alone = ranks.run(our_step, 1, 1, weights(), torch.float64)
+    return alone, package_trains(alone[0], folder, torch.float64)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2)], ids=lambda g: f"{g[0]}x{g[1]}")

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from cpfold_train.cli.train import main
 from cpfold_train.config.check import check
 from cpfold_train.config.composition import register, run_stamp, typed_config
-from cpfold_train.config.schema import TrainerConfig
+from cpfold_train.config.schema import CONFIDENCE, TrainerConfig
 from cpfold_train.config.world import is_first_rank, plan_world, starts_ranks
 from cpfold_train.errors import ConfigError
 from cpfold_train.parallel.grid import Grid, squarest
@@ -141,6 +141,57 @@ def test_recipe_beats_the_defaults_and_the_command_line_beats_the_recipe():
 )
 def test_wrong_input_gets_one_sentence(monkeypatch, capsys, argument, words):
     assert_refused(monkeypatch, capsys, argument, words)
+
+
+SHIPPED = {
+    # Clipping, moving average, Adam and schedule: AlphaFold 3's, but for a lower peak that is reached sooner.
+    "trainer.gradient_clip_val": 10.0,
+    "trainer.gradient_clip_algorithm": "norm",
+    "optim.ema_decay": 0.999,
+    "optim.lr": 1.8e-4,
+    "optim.warmup_steps": 200,
+    "optim.decay": 0.95,
+    "optim.decay_every": 50_000,
+    "optim.betas": [0.9, 0.95],
+    "optim.eps": 1e-8,
+    "optim.weight_decay": 0.0,
+    # The process of diffusion: Boltz-2's, which is AlphaFold 3's but for step_scale.
+    "model.diffusion.sigma_data": 16.0,
+    "model.diffusion.P_mean": -1.2,
+    "model.diffusion.P_std": 1.5,
+    "model.diffusion.sigma_max": 160.0,
+    "model.diffusion.sigma_min": 1e-4,
+    "model.diffusion.rho": 7.0,
+    "model.diffusion.gamma_0": 0.8,
+    "model.diffusion.gamma_min": 1.0,
+    "model.diffusion.noise_scale": 1.003,
+    "model.diffusion.step_scale": 1.5,
+    # Dropout and recycling: Boltz-2's.
+    "model.recycling_steps": 3,
+    "model.msa.msa_dropout": 0.15,
+    "model.msa.z_dropout": 0.25,
+    "model.pairformer.dropout": 0.25,
+    "model.template.dropout": 0.25,
+    "model.confidence.pairformer.dropout": 0.25,
+    # Weights of the losses: Boltz-2's.
+    "loss.diffusion": 4.0,
+    "loss.smooth_lddt": 4.0,
+    "loss.distogram": 0.03,
+    "loss.bfactor": 1e-3,
+    "loss.plddt": 1e-4,
+    "loss.resolved": 1e-4,
+    "loss.pde": 1e-4,
+    "loss.pae": 1e-4,
+}
+"""What a fine-tuning of the released model ships with, by key."""
+
+
+def test_shipped_values():
+    tuned, quickstart = compose("recipe=finetune_boltz2_large_crop"), compose()
+    assert {key: OmegaConf.select(tuned, key) for key in SHIPPED} == SHIPPED
+    other = {"model.recycling_steps": 1, "optim.ema_decay": 0.99, "optim.lr": 1.8e-3, "optim.warmup_steps": 20}
+    other |= {f"loss.{name}": 0.0 for name in CONFIDENCE}
+    assert {key: OmegaConf.select(quickstart, key) for key in SHIPPED} == SHIPPED | other
 
 
 def test_wandb_absent(monkeypatch, capsys):

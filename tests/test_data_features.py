@@ -37,6 +37,13 @@ def whole(crop, s=37):
     return tile_features(crop, Grid(), len(crop.tokens), s, Grid().pad_atoms(len(crop.atoms.atom)))
 
 
+def test_depth_of_the_alignment_is_drawn_evenly_from_the_query_alone_to_the_most(samples):
+    sample = read_sample(samples["7pzb"])
+    settings = {"crop_size": 4, "max_msa_rows": 3, "augmentation": Augmentation(random_depth=True)}
+    depths = [len(make_crop(*sample, **settings, draw=(0, 0, position)).rows.sampled) for position in range(90)]
+    assert [abs(depths.count(depth) - 30) < 12 for depth in (1, 2, 3)] == [True] * 3
+
+
 @pytest.mark.parametrize("key", ["4hhb", "7pzb", "3l4q"])
 @pytest.mark.parametrize(("rows", "cols"), GRIDS)
 def test_tiles_are_parts_of_the_whole(samples, key, rows, cols):

@@ -26,7 +26,7 @@ from tests.parity import TOTALS, check_case, cut, join, pad, randomise, real
 GRIDS = {
     "pair conditioning": [(2, 3)],
     "diffusion, recomputed": [(1, 2), (3, 1), (2, 3)],
-    "diffusion, kept": [(2, 2)],
+    "diffusion, kept": [(1, 2)],
 }
 
 
@@ -68,7 +68,9 @@ def sampled(cp) -> Tensor:
     return module.structure_module.sample(x["s_inputs"], x["s_trunk"], feats, conditioning, 4, M, draws(), cp)
 
 
-@pytest.mark.parametrize("shape", [(2, 3), (3, 3)], ids=lambda g: f"{g[0]}x{g[1]}")
+@pytest.mark.parametrize(
+    "shape", [(2, 3), pytest.param((3, 3), marks=pytest.mark.slow)], ids=lambda g: f"{g[0]}x{g[1]}"
+)
 def test_sampling_is_the_same_on_any_grid(ranks, shape):
     (serial,) = ranks.run(sampled, 1, 1)
     expected = real(serial, "atom")

@@ -1,23 +1,30 @@
-"""Dropout of many layers that is drawn at once: the same as each layer would draw by itself."""
+"""Dropout: what a mask is, whom it is for, and that of many layers, which is drawn at once as each would by itself."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cpfold_train.data.stream.batch import collate
 from cpfold_train.model.config import MemoryConfig, MSAConfig, PairformerConfig, TemplateConfig
 from cpfold_train.model.msa import MSALayer, MSAModule
 from cpfold_train.model.pair_stack import SITES, PairStack
 from cpfold_train.model.pairformer import PairformerModule
 from cpfold_train.model.templates import TemplateV2Module
+from cpfold_train.ops.dropout import row_factors
 from cpfold_train.parallel.random import RandomStreams
 from cpfold_train.simulate.bench.case import Sizes
 from cpfold_train.simulate.bench.inputs import make_features
+from cpfold_train.training.module import CoFoldingModule
+from tests.golden.case import CONFIG, DRAWN, OPTIM, SEED, WEIGHTS, crops
+from tests.parity import randomise
 
 P, P_MSA = 0.25, 0.15
 N, S, C_Z, TEMPLATES = 6, 4, 8, 2
@@ -127,6 +134,110 @@ def test_each_layer_is_given_its_own_dropout_also_when_it_is_computed_again(rank
         if build is msa:
             assert len(sequences[name]) >= 2
             assert all(torch.equal(x, factors(draws[0].at("msa"), P_MSA, S)) for x in sequences[name])
+
+
+def masks_given(cp) -> tuple[list[tuple[str, Tensor | None]], list[tuple[str, Tensor | None]]]:
+    """Name of the pair stack and its masks (4, B, N), call by call, in a training step with one recycling and in a
+    validation step. Nothing is recomputed, so each call draws its own."""
+    dropped = replace(
+        CONFIG,
+        msa=replace(CONFIG.msa, z_dropout=P, msa_dropout=P_MSA),
+        pairformer=replace(CONFIG.pairformer, dropout=P),
+        template=replace(CONFIG.template, template_blocks=2, dropout=P),
+        confidence=replace(CONFIG.confidence, pairformer=replace(CONFIG.pairformer, dropout=P)),
+    )
+    module = CoFoldingModule(
+        dropped, MemoryConfig(recompute=False), OPTIM, WEIGHTS, replace(DRAWN, validation_steps=2), SEED
+    )
+    module._trainer = SimpleNamespace(strategy=SimpleNamespace(cp=cp), global_step=0)
+    names, update_pairs = {layer: name for name, layer in module.model.named_modules()}, PairStack.update_pairs
+    batch = collate(crops(), cp.grid) | {"filler": torch.zeros(2, dtype=torch.bool)}
+    given = []
+
+    def noted(self, z, token_mask, cp, dropout):
+        given.append((names[self], dropout))
+        return update_pairs(self, z, token_mask, cp, dropout)
+
+    PairStack.update_pairs = noted
+    try:
+        module.train().micro_batch(batch, 1)
+        trained, given = given, []
+        module.eval().validation_step(batch, 0)
+        return trained, given
+    finally:
+        PairStack.update_pairs = update_pairs
+
+
+def test_every_update_of_a_training_step_has_a_mask_of_its_own(ranks):
+    """Of every block, cycle, template and site, and of the confidence module; and validation has none."""
+    ((trained, validated),) = ranks.run(masks_given, 1, 1)
+    # Two cycles of two templates, and of MSA module and Pairformer; confidences of both structures at once.
+    calls = {"trunk.template_module": 2 * 2 * 2, "trunk.msa_module": 2 * CONFIG.msa.msa_blocks}
+    calls |= {"trunk.pairformer_module": 2 * CONFIG.pairformer.num_blocks, "confidence_module": 2}
+    for part, count in calls.items():
+        assert sum(name.startswith(part) for name, _ in trained) == count, part
+    assert len(trained) == sum(calls.values())
+    masks = [mask for _, own in trained for site in own for mask in site]
+    assert len({tuple(mask.tolist()) for mask in masks}) == len(masks)
+    values = torch.cat(masks)
+    assert values.unique().tolist() == pytest.approx([0, 1 / (1 - P)])
+    assert abs((values == 0).float().mean() - P) < 0.02
+    assert len(validated) > 8 and all(mask is None for _, mask in validated)
+
+
+def test_a_share_p_is_dropped_and_the_mean_stays():
+    found = row_factors(P_MSA, (0, 40_000), DRAWS)
+    assert abs((found == 0).float().mean() - P_MSA) < 0.01
+    assert abs(found.mean() - 1) < 0.01
+    assert row_factors(P, (0, N), None) is None and row_factors(0.0, (0, N), DRAWS) is None
+
+
+@torch.no_grad()
+def updates_of_sites(cp, patterns: Tensor) -> list[list[Tensor]]:
+    """What each site of a pair stack adds to z by itself, with factors (K, N) of its rows or columns."""
+    stack = PairStack(C_Z, 4, 2).double()
+    randomise(stack)
+    nn.init.zeros_(stack.transition_z.fc3.weight)
+    z = torch.randn(1, N, N, C_Z, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = []
+    for site in range(len(SITES)):
+        alone = torch.zeros(len(patterns), len(SITES), 1, N, dtype=torch.float64)
+        alone[:, site, 0] = patterns
+        found.append([stack.update_pairs(z, torch.ones(1, N).double(), cp, dropout) - z for dropout in alone])
+    return found
+
+
+def test_whole_rows_are_dropped_and_columns_around_the_ending_node(ranks):
+    patterns = torch.stack([torch.ones(N), torch.arange(N) % 2 * 2.0]).double()
+    (found,) = ranks.run(updates_of_sites, 1, 1, patterns)
+    for site, (whole, dropped) in zip(SITES, found):
+        dim = 2 if site == "tri_att_end" else 1
+        shape = [-1 if d == dim else 1 for d in range(4)]
+        assert whole.abs().amin((0, 3)).max() > 1e-3
+        torch.testing.assert_close(
+            dropped, whole * patterns[1].view(shape), msg=lambda text, site=site: f"{site}: {text}"
+        )
+
+
+@torch.no_grad()
+def m_updates(cp, factors: Tensor) -> Tensor:
+    """What a block of the MSA module adds to m."""
+    layer = MSALayer(MSAConfig(4, 1, P_MSA, P, 4, 2), C_Z).double()
+    randomise(layer)
+    nn.init.zeros_(layer.msa_transition.fc3.weight)
+    draw = torch.Generator().manual_seed(1)
+    z, m = (torch.randn(1, n, N, c, generator=draw, dtype=torch.float64) for n, c in ((N, C_Z), (S, 4)))
+    ones = torch.ones(1, N).double(), torch.ones(1, S, N).double(), torch.full((1, N, N), float(S)).double()
+    dropout = torch.ones(4, 1, N).double()
+    dropout[:, :, ::2] = 0
+    return layer(z, m, *ones, cp, dropout, factors[None])[1] - m
+
+
+def test_whole_sequences_of_the_alignment_are_dropped(ranks):
+    factors = torch.tensor([0.0, 2.0, 1.0, 0.0]).double()
+    (whole,), (dropped,) = (ranks.run(m_updates, 1, 1, x) for x in (torch.ones(S).double(), factors))
+    assert whole.abs().amin() > 1e-6
+    torch.testing.assert_close(dropped, whole * factors[:, None, None])
 
 
 class Hashed(TorchDispatchMode):

@@ -222,7 +222,7 @@ def all_at_once(cp):
     return True
 
 
-@pytest.mark.parametrize("shape", [(2, 3), (3, 1), (3, 3)])
+@pytest.mark.parametrize("shape", [(2, 3), (3, 1), pytest.param((3, 3), marks=pytest.mark.slow)])
 def test_exchanges_of_all_axes_in_flight_together(ranks, shape):
     assert all(ranks.run(all_at_once, *shape))
 

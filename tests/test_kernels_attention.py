@@ -331,7 +331,7 @@ def test_token_attention(ranks, grid):
     compare(ranks, grid, tokens, (), ["share", "share", "share", "share", "pair"])
 
 
-@pytest.mark.parametrize("grid", [(1, 1), (2, 3), (3, 3)])
+@pytest.mark.parametrize("grid", [(1, 1), (2, 3), pytest.param((3, 3), marks=pytest.mark.slow)])
 def test_attention_pair_bias(ranks, grid):
     compare(ranks, grid, singles, (), ["whole", "whole", "pair"])
 

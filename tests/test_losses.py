@@ -21,7 +21,7 @@ from tests.complexes import SAMPLES
 ORACLE = Path(__file__).parent / "oracle" / "boltz_losses.py"
 SIGMA_DATA = 16.0
 """Of the stock package's configuration."""
-SHAPES = [(1, 1), (2, 3), (3, 3)]
+SHAPES = [(1, 1), (2, 3), pytest.param((3, 3), marks=pytest.mark.slow)]
 USES = {"diffusion": "pred_coords", "smooth_lddt": "pred_coords"}
 """What a loss has a gradient of, if not of logits of its own name."""
 

@@ -98,7 +98,7 @@ def found_with(ranks):
 
 @pytest.mark.parametrize(
     "grid",
-    [(1, 2), (2, 3), (3, 3), pytest.param((5, 1), marks=pytest.mark.slow)],
+    [(1, 2), (2, 3), (3, 1), *(pytest.param(grid, marks=pytest.mark.slow) for grid in ((3, 3), (5, 1)))],
     ids=lambda g: f"{g[0]}x{g[1]}",
 )
 def test_training_step_of_the_trunk(found_with, grid):

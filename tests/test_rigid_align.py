@@ -74,7 +74,9 @@ def align_copy(cp) -> torch.Tensor:
     return weighted_rigid_align(away, moving, weights, torch.ones_like(weights), cp)
 
 
-@pytest.mark.parametrize("grid", [(1, 2), (2, 3), (3, 3)], ids=lambda g: f"{g[0]}x{g[1]}")
+@pytest.mark.parametrize(
+    "grid", [(1, 2), (2, 3), pytest.param((3, 3), marks=pytest.mark.slow)], ids=lambda g: f"{g[0]}x{g[1]}"
+)
 def test_grids(ranks, grid):
     (expected,) = ranks.run(align, 1, 1)
     torch.testing.assert_close(torch.cat(ranks.run(align, *grid), 1), expected, rtol=1e-11, atol=1e-11)

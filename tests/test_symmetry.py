@@ -1,5 +1,6 @@
 """The truth named as a prediction has it: data, chains, residues and ligands; on every grid the same."""
 
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 
@@ -140,3 +141,20 @@ def test_no_copy_is_taken_twice(ranks):
     token = feats["asym_id"].gather(1, feats["atom_to_token"].long())
     places = [coords[(token == chain) & (feats["atom_pad_mask"] > 0)].sum(0) for chain in (0, 2)]
     assert not torch.allclose(*places)
+
+
+def test_namings_of_a_residue_are_combined(ranks):
+    """Both carboxylates of a heme are named the other way. Each has a naming of its own, and none has both."""
+    crops = [crop("4hhb", (0, 1, 4, 5))]
+    feats = features(crops)
+    swaps, residue = feats["atom_swaps"][0].long(), feats["ref_space_uid"][0].long()
+    namings = Counter(own for own, _ in {(int(residue[atom]), naming) for atom, naming in swaps.nonzero().tolist()})
+    heme = next(own for own, count in namings.items() if count == 2)
+    both = torch.where(residue == heme, swaps.sum(1), 0)
+    assert both.count_nonzero() == 4
+    truth = feats["copy_coords"][:, :, 0].double()
+    pred = truth[:, torch.arange(len(both)) + both]
+    ((coords, _),) = ranks.run(match, 1, 1, feats, pred)
+    known = feats["copy_resolved"][:, :, 0] > 0
+    assert known[0, both != 0].all()
+    torch.testing.assert_close(coords[known], pred[known])

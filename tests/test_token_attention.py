@@ -16,7 +16,7 @@ from cpfold_train.parallel.ledger import LedgerEntry
 from cpfold_train.simulate.bench.simulate import LiveMemory
 
 B, M, HEADS, WIDTH, LENGTHS = 2, 5, 3, 4, (13, 9)
-GRIDS = [(1, 1), (1, 3), (3, 1), (2, 3), (3, 3)]
+GRIDS = [(1, 1), (1, 2), (3, 1), (2, 3), pytest.param((3, 3), marks=pytest.mark.slow)]
 
 
 def inputs(n: int) -> list[Tensor]:

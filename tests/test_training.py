@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -12,12 +14,15 @@ import torch
 from torch import nn
 
 from cpfold_train.config.schema import WandbConfig
+from cpfold_train.model.config import MemoryConfig
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.reports.dashboard import wandb_logger
 from cpfold_train.reports.metrics_csv import MetricsCSV, read_metrics
 from cpfold_train.training import validation_metrics as metrics
 from cpfold_train.training.ema import MovingAverage, average_decay
+from cpfold_train.training.module import CoFoldingModule
 from cpfold_train.training.optim import parameter_groups, warmup_then_steps
+from tests.golden.case import CONFIG, DRAWN, OPTIM, WEIGHTS
 
 N = 60
 
@@ -144,6 +149,54 @@ def test_average_is_wider_than_the_weights_and_returns_them():
     resumed.on_save_checkpoint(None, module, again)
     assert again["state_dict"]["a.weight"].item() == checkpoint["state_dict"]["a.weight"].item()
     assert again["averaging_state"]["n_averaged"] == 3
+
+
+def test_average_takes_a_step_in_once_however_many_micro_batches_it_has():
+    module = pl.LightningModule()
+    module.a = nn.Linear(1, 1, bias=False)
+    average = MovingAverage(0.9)
+    average.on_fit_start(None, module)
+    found = []
+    for batch, (step, value) in enumerate([(0, 5.0), (0, 6.0), (1, 1.0), (1, 7.0), (1, 8.0), (2, 2.0)]):
+        nn.init.constant_(module.a.weight, value)
+        average.on_train_batch_end(SimpleNamespace(global_step=step), module, None, None, batch)
+        found.append(average._average["a.weight"].item())
+    weight = 1 - average_decay(1, 0.9)
+    assert found[2:] == pytest.approx([1, 1, 1, 1 + weight])
+
+
+def test_validation_has_the_average_and_training_goes_on_from_its_own_weights():
+    module = pl.LightningModule()
+    module.a = nn.Linear(1, 1, bias=False)
+    average = MovingAverage(0.9)
+    average.on_fit_start(None, module)
+    for step, value in enumerate((1.0, 9.0), start=1):
+        nn.init.constant_(module.a.weight, value)
+        average.on_train_batch_end(SimpleNamespace(global_step=step), module, None, None, step)
+    average.on_validation_epoch_start(None, module)
+    assert module.a.weight.item() == pytest.approx(1 + 8 * (1 - average_decay(1, 0.9)))
+    average.on_validation_epoch_end(None, module)
+    assert module.a.weight.item() == 9
+
+
+def recycling_drawn(seed: int, steps: int, most: int) -> list[int]:
+    """Recycling steps of the first micro-batch of each optimizer step."""
+    drawn = []
+    model = replace(CONFIG, recycling_steps=most)
+    module = CoFoldingModule(model, MemoryConfig(), OPTIM, WEIGHTS, DRAWN, seed)
+    module.micro_batch = lambda batch, recycling: drawn.append(recycling) or {}
+    module._flops = lambda batch, recycling: 0.0
+    for step in range(steps):
+        module._trainer = SimpleNamespace(global_step=step)
+        module.training_step({}, 0)
+    return drawn
+
+
+def test_recycling_is_drawn_evenly_from_none_to_the_most():
+    drawn = recycling_drawn(3, 400, 3)
+    assert [abs(drawn.count(k) - 100) < 30 for k in range(4)] == [True] * 4
+    assert len({*pairwise(drawn)}) == 16, "one step tells what the next one draws"
+    assert recycling_drawn(3, 50, 3) == drawn[:50] != recycling_drawn(4, 50, 3)
 
 
 def test_metrics_file(tmp_path):

@@ -5,11 +5,12 @@
 
 ``train`` reads ``settings`` (arguments of Boltz2), ``state`` and ``samples`` from train.pt; a sample is a batch of one
 complex: ``feats`` in the package's dense forms, ``normals``, what each call for normal deviates returns, and the truth
-that confidences are judged by, ``coords`` and ``resolved`` of each sampled structure. It writes the model as the
+that confidences are measured by, ``coords`` and ``resolved`` of each sampled structure. It writes the model as the
 package's training does to stock.ckpt, and to trained.pt ``losses`` and gradients ``grads`` of the package's own
-training_step: means over the complexes. ``run`` loads out.ckpt strictly and, of ``feats``, ``noisy`` atoms, their noise
-levels ``sigmas`` and ``recycling_steps`` in run.pt, writes to ran.pt what the trunk, one denoising and the heads
-return. Everything is computed in the dtype of the features.
+training_step, means over the complexes, and ``trajectories``: of each complex the structures that each step of sampling
+starts from, with their noise, and those that the last one ends with, (steps + 1, structures, atoms, 3). ``run`` loads
+out.ckpt strictly and, of ``feats``, ``noisy`` atoms, their noise levels ``sigmas`` and ``recycling_steps`` in run.pt,
+writes to ran.pt what the trunk, one denoising and the heads return. All is computed in the dtype of the features.
 
 The package cannot train its model as it is. What is worked around, without touching the arithmetic:
 
@@ -61,7 +62,7 @@ def recorded(function, found, names):
 
 
 def train_one(model, sample):
-    """Losses of one complex; adds to the gradients."""
+    """Losses and sampled structures of one complex; adds to the gradients."""
     found, normals = {}, iter(sample["normals"])
     torch.randn = lambda size, **_: next(normals).reshape(size)
     torch.randn_like = lambda x: next(normals).reshape(x.shape)
@@ -76,11 +77,28 @@ def train_one(model, sample):
     model.structure_module.compute_loss = recorded(
         kept[3], found, lambda result: {OWN_LOSSES[name]: x for name, x in result["loss_breakdown"].items()}
     )
+    sampled, structures = [], model.structure_module
+    denoise, sample_all = structures.preconditioned_network_forward, structures.sample
+
+    def denoise_noted(noisy, *args, **kwargs):
+        # Without gradients structures are sampled; with them copies of the truth are denoised.
+        if not torch.is_grad_enabled():
+            sampled.append(noisy)
+        return denoise(noisy, *args, **kwargs)
+
+    def sample_noted(*args, **kwargs):
+        result = sample_all(*args, **kwargs)
+        sampled.append(result["sample_atom_coords"])
+        return result
+
+    structures.preconditioned_network_forward, structures.sample = denoise_noted, sample_noted
     found["loss"] = model.training_step(dict(sample["feats"]), 0)
     found["loss"].backward()
+    structures.preconditioned_network_forward, structures.sample = denoise, sample_all
     boltz2.distogram_loss, boltz2.bfactor_loss_fn, boltz2.confidence_loss, model.structure_module.compute_loss = kept
     assert next(normals, None) is None, "the package drew less than it was given"
-    return {name: x.detach() for name, x in found.items() if not name.startswith("rel_")}
+    losses = {name: x.detach() for name, x in found.items() if not name.startswith("rel_")}
+    return losses, torch.stack(sampled).detach()
 
 
 def train(folder):
@@ -97,11 +115,11 @@ def train(folder):
     model.train_confidence_loss_logger = torch.nn.Identity()
     model.log, model.training_log = (lambda *args, **kwargs: None), (lambda: None)
     model.train_confidence_loss_logger.update = lambda loss: None
-    losses = [train_one(model, sample) for sample in given["samples"]]
+    losses, trajectories = zip(*(train_one(model, sample) for sample in given["samples"]))
     count = len(losses)
     grads = {name: p.grad / count for name, p in model.named_parameters() if p.grad is not None}
     losses = {name: sum(one[name] for one in losses) / count for name in losses[0]}
-    torch.save({"losses": losses, "grads": grads}, folder / "trained.pt")
+    torch.save({"losses": losses, "grads": grads, "trajectories": list(trajectories)}, folder / "trained.pt")
 
 
 def run(folder):
