@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from types import SimpleNamespace
@@ -26,7 +25,7 @@ from cpfold_train.kernels.choice import Choice
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.ops import offload
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.plan import capacity, memory_options, propose, step
+from cpfold_train.plan import capacity, memory_options, propose
 from cpfold_train.plan.depth import FEWEST, by_category, extrapolated, shallow
 from cpfold_train.plan.estimate import MEMORY_MARGIN, Costs
 from cpfold_train.plan.forward import trace_prediction, trace_validation
@@ -34,6 +33,7 @@ from cpfold_train.plan.plan import Plan, peak_moment, weight_bytes
 from cpfold_train.plan.step import Trace, build, trace_step
 from cpfold_train.predict.predictor import Predictor, Settings
 from cpfold_train.simulate.batch import assumed_batch, batches_of_data, feature_bytes
+from cpfold_train.simulate.shortened import Shortened
 from cpfold_train.simulate.trace import Tracer
 from cpfold_train.simulate.work_counter import MEMORY, Speed, WorkCounter, totals
 from cpfold_train.training.fsdp import BLOCKS, shard_model
@@ -131,7 +131,7 @@ def test_what_runs_without_gradients_sends_what_is_planned(ranks, kind, trace):
 def test_one_message_stands_for_all_of_its_shape(monkeypatch, algorithm):
     settings = (f"cp.algorithm={algorithm}", "crop_size=26", "model.recycling_steps=0")
     short = traced(Grid(3, 3), settings)
-    monkeypatch.setattr(step, "one_message_for_all_alike", lambda _: nullcontext())
+    monkeypatch.setattr(Shortened, "each_message", lambda _, messages, shape: iter(messages))
     full = traced.__wrapped__(Grid(3, 3), settings)
     one, other = totals(short.tallies), totals(full.tallies)
     assert (one.sent_bytes, one.messages, one.moved_bytes) == (other.sent_bytes, other.messages, other.moved_bytes)

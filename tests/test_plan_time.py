@@ -20,7 +20,6 @@ from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.layouts import tiles, whole_rows
 from cpfold_train.parallel.redistribute import all_reduce, finish, start
 from cpfold_train.plan.estimate import LAUNCH_S, kernel_seconds, part_costs
-from cpfold_train.simulate.shortcuts import messages_take_time
 from cpfold_train.simulate.trace import STEP, TracedLedger, Tracer
 from cpfold_train.simulate.work_counter import (
     EXPONENTIALS,
@@ -242,7 +241,7 @@ def test_messages_travel_one_after_the_other_beside_the_computation():
     """A kernel takes 1 s, a message 10 s: of two that are posted at once, one arrives after 10 s and one after 20."""
     tracer = Tracer(Speed(seconds_by_name, lambda n_bytes, messages: 10.0 * messages), 0)
     grid = Grid(rows=1, cols=2)
-    with fake_world(grid) as cp, FakeTensorMode(), tracer, messages_take_time(tracer):
+    with fake_world(grid) as cp, FakeTensorMode(), tracer:
         cp.ledger = TracedLedger(tracer)
         x, has, wants = torch.empty(1, 8, 4), tiles(grid, 8, 8), whole_rows(grid, 8, 8)
         # What a rank has of its own it copies.

@@ -10,10 +10,12 @@ On GPUs the same is one operator (:mod:`cpfold_train.kernels.attention_operators
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 
 import torch
 from torch import Tensor
 
+from cpfold_train.dry_run import each_block
 from cpfold_train.kernels import attention_operators
 from cpfold_train.kernels.by_rows import rows_per_block
 from cpfold_train.kernels.kept import kept
@@ -95,9 +97,12 @@ def score_blocks(q: Tensor, bias: Tensor) -> Iterator[tuple[slice, slice]]:
     cpu_bytes = SCORE_BYTES * torch.get_num_threads()
     queries = _even(bias.shape[2], max(16, rows_per_block(score_bytes, q.device, cpu_bytes)))
     rows = _even(q.shape[1], rows_per_block(score_bytes * queries, q.device, cpu_bytes))
-    for first in range(0, bias.shape[2], queries):
-        for row in range(0, q.shape[1], rows):
-            yield slice(row, row + rows), slice(first, first + queries)
+    blocks = (
+        (slice(row, row + rows), slice(first, first + queries))
+        for first in range(0, bias.shape[2], queries)
+        for row in range(0, q.shape[1], rows)
+    )
+    return each_block(blocks, lambda block: prod(part.stop - part.start for part in block))
 
 
 def _even(total: int, most: int) -> int:

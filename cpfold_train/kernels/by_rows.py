@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from cpfold_train.dry_run import each_block
+
 BLOCK_BYTES = 1 << 22
 """Size of the widest intermediate of a block on CPU: small enough for the last-level cache, large enough for a fast
 matmul."""
@@ -161,8 +163,7 @@ def _at_once(inputs: Sequence[Tensor], rows: int) -> bool:
 
 def _blocks(inputs: Sequence[Tensor], rows: int) -> Iterator[slice]:
     if not inputs:
-        yield slice(None)
-        return
+        return iter([slice(None)])
     total = inputs[0].shape[1]
-    for start in range(0, total, rows):
-        yield slice(start, min(start + rows, total))
+    blocks = (slice(start, min(start + rows, total)) for start in range(0, total, rows))
+    return each_block(blocks, lambda block: block.stop - block.start)

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from cpfold_train.dry_run import each_block
 from cpfold_train.kernels.by_rows import rows_per_block
-from cpfold_train.kernels.smooth_lddt import NEIGHBOURS, smooth_lddt
+from cpfold_train.kernels.smooth_lddt import smooth_lddt
 from cpfold_train.model.constants import DNA, RNA
 from cpfold_train.ops.distances import distances
 from cpfold_train.ops.shares import gather_shares
@@ -108,18 +108,11 @@ def _near_pairs(truth: Tensor, first: int, step: int) -> Iterator[tuple[Tensor, 
     coords, reach = truth[:, :3], truth[:, 3]
     atom = torch.arange(len(truth), device=truth.device)
     rows = atom[first::step]
-    for i in rows.split(rows_per_block(3 * reach.nbytes, truth.device)):
+    for i in each_block(rows.split(rows_per_block(3 * reach.nbytes, truth.device)), len):
         distance = distances(coords[i], coords)
         near = (distance < reach[i, None]) & (reach > 0) & (i[:, None] != atom)
-        row, j = _where(near)
+        row, j = near.nonzero(as_tuple=True)
         yield i[row], j, distance[row, j]
-
-
-def _where(near: Tensor) -> tuple[Tensor, Tensor]:
-    if isinstance(near, FakeTensor):
-        found = near.new_zeros(len(near) * min(NEIGHBOURS, near.shape[1]), dtype=torch.long)
-        return found, found
-    return near.nonzero(as_tuple=True)
 
 
 def _scores(coords: Tensor, i: Tensor, j: Tensor, distance: Tensor, slopes: Tensor | None) -> Tensor:

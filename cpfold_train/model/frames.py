@@ -39,6 +39,8 @@ def frame_points(x_pred: Tensor, center: Tensor, feats: dict[str, Tensor], cp: C
     points = atoms_at(x_pred, index.flatten(1), cp).unflatten(1, (-1, 3))
     for b, (chain, kind, real) in enumerate(zip(feats["asym_id"], feats["mol_type"], feats["token_pad_mask"])):
         atoms = torch.nonzero((kind == NONPOLYMER) & (real > 0))[:, 0]
+        if not len(atoms):
+            continue
         _, own, sizes = torch.unique(chain[atoms], return_inverse=True, return_counts=True)
         large = sizes[own] >= 3
         atoms, own = atoms[large], own[large]

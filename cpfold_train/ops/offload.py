@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from cpfold_train.dry_run import from_host, to_host
+
 PIECE_BYTES = 1 << 25
 """What lies on the host in one piece. Torch rounds pinned memory up to a power of two (pytorch#150517): in one piece, a
 tile of 1,152 MiB would take 2 GiB. To tell it not to, by ``pinned_max_round_threshold_mb``, would be worse: up to torch
@@ -29,7 +31,8 @@ class Boundary:
 
     def hold(self, x: Tensor) -> _Kept:
         """Send a tensor to the host, to come back with what else is kept of this boundary."""
-        self.kept.append(_Kept(x, self.before))
+        with to_host():
+            self.kept.append(_Kept(x, self.before))
         return self.kept[-1]
 
     def prefetch(self) -> None:
@@ -88,7 +91,7 @@ class _Kept:
     def prefetch(self) -> None:
         """Start the way back, if it has not been started."""
         if self._coming is None:
-            with _beside(self._device, waits=False):
+            with from_host(), _beside(self._device, waits=False):
                 flat = self._host[0].new_empty(self._shape.numel(), device=self._device)
                 for piece, there in zip(flat.split([len(there) for there in self._host]), self._host):
                     piece.copy_(there, non_blocking=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from cpfold_train.dry_run import each_block
 from cpfold_train.kernels.by_rows import rows_per_block
 from cpfold_train.kernels.regions import region
 from cpfold_train.parallel.context import ContextParallel
@@ -109,7 +110,9 @@ def _blocks(q: Tensor, bias: Tensor) -> Iterator[tuple[slice, slice, slice]]:
     """Windows, their atoms, and their keys among the atoms with halo, to take at a time."""
     score_bytes = q.shape[0] * ATOM_WINDOW * WINDOW_KEYS * q.shape[2] * max(4, q.element_size())
     windows = rows_per_block(score_bytes, q.device)
+    blocks = []
     for first in range(0, bias.shape[1], windows):
         last = min(first + windows, bias.shape[1])
         start, stop = first * ATOM_WINDOW, last * ATOM_WINDOW
-        yield slice(first, last), slice(start, stop), slice(start, stop + 2 * HALO)
+        blocks.append((slice(first, last), slice(start, stop), slice(start, stop + 2 * HALO)))
+    return each_block(blocks, lambda block: block[0].stop - block[0].start)

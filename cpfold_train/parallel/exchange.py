@@ -55,12 +55,13 @@ class Exchange:
         messages = [dist.P2POp(dist.irecv, t, axis.ranks[p]) for p, t in receives.items()]
         messages += [dist.P2POp(dist.isend, t, axis.ranks[p]) for p, t in sends.items()]
         self._works = dist.batch_isend_irecv(messages) if messages else []
+        self._arrival = ledger.arrival()
 
     def wait(self) -> dict[int, Tensor]:
         """Return the receive buffers, filled. The sent tensors may change from now on."""
         # An exchange without messages counts too: so all ranks of a replica come to the same numbers.
         device = next((t.device for t in (self._receives | self._sends).values()), torch.device("cpu"))
-        with self._ledger.waiting(self._op, device):
+        with self._ledger.waiting(self._op, device, self._arrival):
             try:
                 for work in self._works:
                     work.wait()

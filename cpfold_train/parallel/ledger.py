@@ -81,9 +81,19 @@ class Ledger:
         entry.sent_bytes += n_bytes
         entry.messages += messages
 
+    def arrival(self) -> float:
+        """When all that has been sent so far arrives: a planner's ledger knows it, and a run finds out by waiting."""
+        return 0.0
+
     @contextmanager
-    def waiting(self, op: str, device: torch.device) -> Iterator[None]:
-        """Book the time spent inside the block as exposed communication of ``op``."""
+    def waiting(self, op: str, device: torch.device, arrival: float = 0.0) -> Iterator[None]:
+        """Book the time spent inside the block as exposed communication of ``op``.
+
+        Args:
+            op: the operation's name.
+            device: on which what is received will be.
+            arrival: what :meth:`arrival` said when the messages were posted.
+        """
         self.posted += 1
         if device.type == "cuda":
             before, after = self._event(), self._event()

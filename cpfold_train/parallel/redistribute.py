@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cpfold_train.dry_run import each_message
 from cpfold_train.parallel.context import Axis, ContextParallel
 from cpfold_train.parallel.exchange import Exchange
 from cpfold_train.parallel.grid import Interval
@@ -216,11 +217,10 @@ class Route:
 
 
 def _in_turn(boxes: dict[int, Box], me: int) -> Iterator[tuple[int, Box]]:
-    """The ranks that ``me`` exchanges boxes with, itself included, in their order on the axis.
-
-    All loops over messages are this one, so that a plan, to which those of one shape are alike, can cut it short.
-    """
-    yield from boxes.items()
+    """The ranks that ``me`` exchanges boxes with, itself included, in their order on the axis."""
+    return each_message(
+        boxes.items(), lambda message: None if message[0] == me else tuple(hi - lo for lo, hi in message[1])
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -323,7 +323,7 @@ def _reduced(x: Tensor, cp: ContextParallel, axis: Axis, op: str, reduce_op: dis
     out = x.detach().contiguous().clone()
     # A ring all-reduce sends each element 2 (n - 1) / n times.
     cp.ledger.sent(op, 2 * (axis.size - 1) * out.numel() * out.element_size() // axis.size, 2 * (axis.size - 1))
-    with cp.ledger.waiting(op, out.device):
+    with cp.ledger.waiting(op, out.device, cp.ledger.arrival()):
         dist.all_reduce(out, reduce_op, group=axis.group)
     return out
 

@@ -21,7 +21,8 @@ from cpfold_train.plan.step import (
     without_contents,
 )
 from cpfold_train.predict.predictor import Predictor, Settings
-from cpfold_train.simulate.shortcuts import contents_assumed
+from cpfold_train.simulate.batch import CHAINS
+from cpfold_train.simulate.contents import Contents
 from cpfold_train.simulate.work_counter import Speed
 
 
@@ -47,7 +48,7 @@ def trace_validation(
         module._sums = torch.zeros_like(module._sums, device="cpu")
         passes = Passes(tracer, module.model)
         fed = features(batch, tracer, device) | {"filler": torch.zeros(config.batch_size, dtype=torch.bool)}
-        with autocast(config, device), torch.no_grad(), contents_assumed(config.crop_size):
+        with autocast(config, device), torch.no_grad(), Contents(config.crop_size, CHAINS):
             module.validation_step(fed, 0)
         return passes.trace(recycling, sampling)
 
@@ -71,6 +72,6 @@ def trace_prediction(
         predictor.eval()
         passes = Passes(tracer, module.model)
         fed = features(batch, tracer, device)
-        with autocast(config, device), torch.no_grad(), contents_assumed(config.crop_size):
+        with autocast(config, device), torch.no_grad(), Contents(config.crop_size, CHAINS):
             predictor.sampled(fed, cp)
         return passes.trace(recycling, sampling)

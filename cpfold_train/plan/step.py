@@ -19,20 +19,15 @@ from torch.optim import Optimizer
 from cpfold_train.config.check_precision import IN_BF16
 from cpfold_train.config.schema import TrainConfig
 from cpfold_train.data.stream.batch import ON_HOST
+from cpfold_train.dry_run import dry
 from cpfold_train.kernels.by_rows import set_block_bytes
 from cpfold_train.memory import LARGE_BYTES
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.parallel.context import ContextParallel, fake_world
 from cpfold_train.parallel.grid import Grid
+from cpfold_train.simulate.cuequivariance import cuequivariance_counted
 from cpfold_train.simulate.regions import regions_compiled
-from cpfold_train.simulate.shortcuts import (
-    fused_attention,
-    host_is_elsewhere,
-    messages_take_time,
-    one_message_for_all_alike,
-    two_blocks_for_all,
-    weights_come_and_go,
-)
+from cpfold_train.simulate.shortened import Shortened, weights_come_and_go
 from cpfold_train.simulate.trace import Moment, Phase, TracedLedger, Tracer
 from cpfold_train.simulate.work_counter import Speed, WorkCounters, combined
 from cpfold_train.training.freeze import choose_trained
@@ -132,13 +127,9 @@ def without_contents(
         _blocks_of(block_bytes, not on_host),
         FakeTensorMode(allow_non_fake_inputs=True),
         tracer,
-        two_blocks_for_all(tracer),
-        # What malloc keeps depends on the size of each message.
-        nullcontext() if on_host else one_message_for_all_alike(tracer),
-        messages_take_time(tracer),
+        dry(Shortened(tracer, on_host)),
         weights_come_and_go(tracer),
-        fused_attention(tracer),
-        nullcontext() if on_host else host_is_elsewhere(tracer),
+        cuequivariance_counted(tracer),
         regions_compiled(tracer) if config.compile else nullcontext(),
     ):
         with tracer.category("parameters"):

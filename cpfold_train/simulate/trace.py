@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from cpfold_train.kernels.work import NAMESPACE, WORK
 from cpfold_train.parallel.ledger import Ledger
+from cpfold_train.simulate.contents import found_in
 from cpfold_train.simulate.work_counter import Kernel, Part, Speed, WorkCounter, WorkCounters
 
 CATEGORIES = (
@@ -246,6 +247,9 @@ class Tracer(TorchDispatchMode):
             # It comes again with the tensors inside.
             return NotImplemented
         kwargs = kwargs or {}
+        if func is torch.ops.aten.nonzero.default:
+            with self:
+                return found_in(args[0])
         out = func(*args, **kwargs)
         if func.namespace == "c10d":
             self._communicate(func._schema.name, args)
@@ -387,7 +391,8 @@ def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
 
 
 class TracedLedger(Ledger):
-    """Books what is sent with the module that sends it."""
+    """Books what is sent with the module that sends it, and tells when it arrives: a world that is not there has
+    everything at once."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
@@ -396,3 +401,12 @@ class TracedLedger(Ledger):
     def sent(self, op: str, n_bytes: int, messages: int = 1) -> None:
         super().sent(op, n_bytes, messages)
         self._tracer.send(op, n_bytes, messages)
+
+    def arrival(self) -> float:
+        return self._tracer.arrival()
+
+    @contextmanager
+    def waiting(self, op: str, device: torch.device, arrival: float = 0.0) -> Iterator[None]:
+        self._tracer.wait(arrival)
+        with super().waiting(op, device, arrival):
+            yield

@@ -102,7 +102,8 @@ class WorkCounter:
 
         def combined(mine: float | Counter, theirs: float | Counter) -> float | Counter:
             if isinstance(mine, Counter):
-                return Counter({key: mine[key] + times * theirs[key] for key in mine.keys() | theirs.keys()})
+                # Not a set of keys, whose order is another in each process: it is that in which a plan lists them.
+                return Counter({key: mine[key] + times * theirs[key] for key in dict.fromkeys([*mine, *theirs])})
             return mine + times * theirs
 
         return WorkCounter(*(combined(mine, theirs) for mine, theirs in zip(vars(self).values(), vars(other).values())))

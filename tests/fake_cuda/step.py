@@ -84,7 +84,6 @@ def waits_of(settings: list[str]) -> list[list]:
 
     from cpfold_train.config.compose import compose
     from cpfold_train.data.stream.padding import GPU_MULTIPLE
-    from cpfold_train.losses import smooth_lddt
     from cpfold_train.parallel.grid import Grid
     from cpfold_train.plan import forward, step
     from cpfold_train.simulate.batch import assumed_batch
@@ -120,12 +119,6 @@ def waits_of(settings: list[str]) -> list[list]:
         def synchronize(self) -> None:
             found["an event is waited for", caller()] += 1
 
-    def where(near):
-        found[WAITS["nonzero"], caller()] += 1
-        return _where(near)
-
-    # Without contents it would not know how many there are, and so asks for none.
-    _where = smooth_lddt._where
     kind, *settings = settings
     config, grid = compose(settings), Grid(2, 2, rank=1)
     traces = {
@@ -135,7 +128,6 @@ def waits_of(settings: list[str]) -> list[list]:
     }
     with (
         mock.patch.object(step, "Tracer", Listing),
-        mock.patch.object(smooth_lddt, "_where", where),
         mock.patch.object(torch.cuda, "Event", Event),
     ):
         traces[kind](config, grid, assumed_batch(config, grid, GPU_MULTIPLE), no_time, False, device="cuda")

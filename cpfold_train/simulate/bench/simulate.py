@@ -22,6 +22,7 @@ from cpfold_train.parallel.grid import Grid
 from cpfold_train.simulate.bench.case import Sizes
 from cpfold_train.simulate.bench.cases import CASES
 from cpfold_train.simulate.bench.inputs import allocate_gradients, make_features, make_inputs, precision
+from cpfold_train.simulate.contents import found_in
 
 
 class LiveMemory(TorchDispatchMode):
@@ -42,6 +43,9 @@ class LiveMemory(TorchDispatchMode):
         self.peak = self.now
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.nonzero.default:
+            with self:
+                return found_in(args[0])
         out = func(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
             if isinstance(tensor, torch.Tensor):
