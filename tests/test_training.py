@@ -13,11 +13,11 @@ from torch import nn
 
 from cpfold_train.config.schema import WandbConfig
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.reports.dashboard import wandb_logger
-from cpfold_train.reports.metrics_csv import MetricsCSV, read_metrics
+from cpfold_train.reports.metrics_csv import read_metrics
 from cpfold_train.training import validation_metrics as metrics
 from cpfold_train.training.ema import MovingAverage, average_decay
 from cpfold_train.training.optim import parameter_groups, warmup_then_steps
+from cpfold_train.training.reporting.loggers import MetricsCSV, wandb_logger
 
 N = 60
 
