@@ -9,14 +9,7 @@ from cpfold_train.reports.metrics import METRICS, VALIDATION
 
 def check_finetune(config: TrainConfig) -> None:
     """Raise ConfigError, one sentence that says what to type instead."""
-    finetune = config.finetune
-    if not 0 < finetune.layer_decay <= 1:
-        raise ConfigError(
-            f"finetune.layer_decay={finetune.layer_decay} is no decay: type a number above 0 and up to 1, as 0.95"
-        )
-    if finetune.lora.alpha <= 0:
-        raise ConfigError(f"finetune.lora.alpha={finetune.lora.alpha} trains nothing: type a number above 0, as 16")
-    _groups(finetune.lr_groups)
+    _groups(config.finetune.lr_groups)
     _start_step(config)
     _early_stop(config)
 
