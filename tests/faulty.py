@@ -102,8 +102,8 @@ def bad_gradient() -> None:
     """The gradient of one weight is infinite on rank 1 in the second step, though the loss is finite."""
     import torch
 
-    from cpfold_train.reports.module_statistics import trained_modules
     from cpfold_train.training.module import CoFoldingModule
+    from cpfold_train.training.reporting.module_statistics import trained_modules
 
     original = CoFoldingModule.configure_optimizers
 

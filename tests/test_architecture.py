@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "cpfold_train"
 ORDER = [
-    {"errors", "dry_run", "memory", "whole_file", "tables", "paths", "processes"},
+    {"bounds", "errors", "dry_run", "memory", "whole_file", "tables", "paths", "processes"},
     {"parallel"},
     {"kernels", "devices"},
     {"ops"},
@@ -15,10 +15,10 @@ ORDER = [
     {"losses"},
     {"data"},
     {"checkpoints"},
+    {"reports"},
     {"config"},
     {"faults"},
     {"training"},
-    {"reports"},
     {"evaluate"},
     {"predict"},
     {"simulate"},

@@ -14,9 +14,10 @@ from omegaconf import OmegaConf
 from cpfold_train.cli.train import main
 from cpfold_train.config.check import check
 from cpfold_train.config.composition import register, run_stamp, typed_config
-from cpfold_train.config.schema import CONFIDENCE, TrainerConfig
+from cpfold_train.config.schema import CONFIDENCE, FinetuneConfig, TrainerConfig
 from cpfold_train.config.world import is_first_rank, plan_world, starts_ranks
 from cpfold_train.errors import ConfigError
+from cpfold_train.model.config import MemoryConfig, ModelConfig
 from cpfold_train.parallel.grid import Grid, squarest
 from cpfold_train.paths import CHECKOUT, CONF
 
@@ -78,6 +79,12 @@ def test_every_file_fits_the_schema(group):
         assert not OmegaConf.missing_keys(config)
 
 
+def test_defaults_of_the_schema_are_those_of_the_files():
+    """Models that are made without ``conf`` are Boltz-2, and nothing of theirs is recomputed otherwise."""
+    typed = typed_config(compose("model=boltz2"))
+    assert (typed.model, typed.memory, typed.finetune) == (ModelConfig(), MemoryConfig(), FinetuneConfig())
+
+
 def test_crops_of_the_large_recipe_grow_to_the_size_that_is_typed():
     typed = typed_config(compose("recipe=finetune_boltz2_large_crop", "crop_size=2048"))
     assert typed.data.crop_schedule == {0: 768, 200: 1536, 1000: 2048}
@@ -117,10 +124,14 @@ def test_recipe_beats_the_defaults_and_the_command_line_beats_the_recipe():
         ("optim.lr=nan", ["optim.lr=1e-4"]),
         ("optim.betas=[0.9,1.0]", ["[0.9,0.95]"]),
         ("optim.weight_decay=-1", ["optim.weight_decay=0"]),
-        ("optim.ema_decay=1", ["a number below 1"]),
+        ("optim.ema_decay=1", ["below 1", "optim.ema_decay=0.999"]),
         ("trainer.gradient_clip_algorithm=foo", ["trainer.gradient_clip_algorithm=norm"]),
         ("trainer.num_nodes=0", ["trainer.num_nodes=1"]),
         ("seed=-1", ["seed=0"]),
+        ("model.msa.msa_s=0", ["model.msa.msa_s=1 or more"]),
+        ("model.diffusion.sigma_data=nan", ["model.diffusion.sigma_data=16"]),
+        ("memory.residual=fp8", ["memory.residual=fp32 or memory.residual=bf16"]),
+        ("finetune.lora.alpha=inf", ["finetune.lora.alpha=16"]),
         ("data.augmentation.contact=1", ["there would be no end"]),
         ("data.augmentation.pocket=-1", ["from 0 to 1"]),
         ("data.val=[{shards: [a.tar]}]", ["data.val", "type their paths"]),

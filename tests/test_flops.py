@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cpfold_train.model import flops
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.config import MemoryConfig, MSAConfig, PairformerConfig
-from cpfold_train.reports.stopwatch import Stopwatch
+from cpfold_train.training.reporting.stopwatch import Stopwatch
 from tests.test_parity import draws, features
 from tests.test_precision import SMALL
 

@@ -16,12 +16,12 @@ from torch import nn
 from cpfold_train.config.schema import WandbConfig
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.reports.dashboard import wandb_logger
-from cpfold_train.reports.metrics_csv import MetricsCSV, read_metrics
+from cpfold_train.reports.metrics_csv import read_metrics
 from cpfold_train.training import validation_metrics as metrics
 from cpfold_train.training.ema import MovingAverage, average_decay
 from cpfold_train.training.module import CoFoldingModule
 from cpfold_train.training.optim import parameter_groups, warmup_then_steps
+from cpfold_train.training.reporting.loggers import MetricsCSV, wandb_logger
 from tests.golden.case import CONFIG, DRAWN, OPTIM, WEIGHTS
 
 N = 60

@@ -17,8 +17,7 @@ import pytest
 
 from cpfold_train.data.stream.quarantine import read_quarantine
 from cpfold_train.data.stream.shards import open_shards
-from cpfold_train.reports.metrics_csv import COLUMNS
-from cpfold_train.training.module import VALIDATION
+from cpfold_train.reports.metrics import COLUMNS, RESULT, VALIDATION
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -131,6 +130,7 @@ def test_run_directory(rows_1x2, run_dir_1x2):
     result = json.loads((run_dir_1x2 / "result.json").read_text())
     expected = {"status": "completed", "steps": 4, "grid": "1x2", "dp": 1, "world_size": 2, "seed": 0}
     assert {key: result[key] for key in expected} == expected
+    assert [*result] == [name for name in RESULT if name != "error"]
     assert result["last_losses"] == losses
     assert result["kernels"] == "torch"
     for name in ("peak_memory_mib", "peak_memory_above_baseline_mib", "sent_mib", "exposed_comm_s"):

@@ -29,7 +29,6 @@ SAFE_TYPES: list[Any] = [
 ]
 """What the settings in a checkpoint are made of."""
 
-WEIGHTS = ("raw", "ema")
 CONSOLIDATE = "python -m cpfold_train consolidate {} OUT.ckpt"
 """What makes one file of a checkpoint of a run with FSDP."""
 _TASK, _TRUNK = "model.", "trunk."
@@ -115,7 +114,7 @@ def _reason(path: Path, error: Exception) -> str:
 def weights_of(checkpoint: dict[str, Any], weights: str, path: Path) -> dict[str, Tensor]:
     """Tensors of a checkpoint under Boltz-2's names, LoRA merged into the weights.
 
-    ``weights`` is one of ``WEIGHTS``, ``path`` is for errors.
+    ``weights`` is one of :data:`cpfold_train.model.config.WEIGHTS`, ``path`` is for errors.
 
     Raises:
         ConfigError: it has no moving average.

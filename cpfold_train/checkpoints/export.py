@@ -11,11 +11,11 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cpfold_train.checkpoints.boltz import WEIGHTS, boltz_name, read_checkpoint, weights_of
+from cpfold_train.checkpoints.boltz import boltz_name, read_checkpoint, weights_of
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.atom_encoder import FEATURES
 from cpfold_train.model.cofolding import CoFolding
-from cpfold_train.model.config import MemoryConfig, ModelConfig, MSAConfig, PairformerConfig
+from cpfold_train.model.config import WEIGHTS, MemoryConfig, ModelConfig, MSAConfig, PairformerConfig
 from cpfold_train.model.embedding import ContactConditioning
 from cpfold_train.whole_file import whole_file
 

@@ -25,12 +25,6 @@ from cpfold_train.faults.skip import SkipBadSteps
 from cpfold_train.kernels.by_rows import set_block_bytes
 from cpfold_train.kernels.regions import compile_regions, compiled_by
 from cpfold_train.memory import return_large_tensors
-from cpfold_train.reports.metrics_csv import MetricsCSV
-from cpfold_train.reports.module_statistics import ModuleStatistics
-from cpfold_train.reports.plots import Pictures
-from cpfold_train.reports.result import Result
-from cpfold_train.reports.step_metrics import StepFigures
-from cpfold_train.reports.trace_steps import TraceSteps
 from cpfold_train.training.datamodule import TileData
 from cpfold_train.training.early_stop import EarlyStop
 from cpfold_train.training.ema import MovingAverage
@@ -39,6 +33,12 @@ from cpfold_train.training.fsdp import ShardedGridStrategy
 from cpfold_train.training.module import CoFoldingModule
 from cpfold_train.training.precision import precision_arguments
 from cpfold_train.training.quiet import quiet_lightning
+from cpfold_train.training.reporting.loggers import MetricsCSV, wandb_logger
+from cpfold_train.training.reporting.module_statistics import ModuleStatistics
+from cpfold_train.training.reporting.pictures import Pictures
+from cpfold_train.training.reporting.result import Result
+from cpfold_train.training.reporting.step_metrics import StepMetrics
+from cpfold_train.training.reporting.trace_steps import TraceSteps
 from cpfold_train.training.save_last import SaveLast
 from cpfold_train.training.schedule_start import StartSchedule, schedule_start
 from cpfold_train.training.signals import SaveOnSigterm
@@ -53,7 +53,7 @@ def run(
     Args:
         config: what the user asked for; ``ckpt_path`` is a path or None.
         world: the ranks.
-        run_dir: receives checkpoints, figures and pictures.
+        run_dir: receives checkpoints, metrics and pictures.
         record: the configuration as plain containers, for W&B.
         again: what can start the run again after an error, where this process is the one to do so.
 
@@ -133,7 +133,7 @@ def _callbacks(config: TrainConfig, run_dir: Path, again: AutoRestart | None) ->
     # First, so that the others see the average in validation. It holds the weights once more.
     callbacks: list[Callback] = [MovingAverage(config.optim.ema_decay)] if config.optim.ema_decay else []
     skip = SkipBadSteps(config.faults.max_skipped, run_dir)
-    figures = StepFigures(skip, peak_flops(config.trainer))
+    metrics = StepMetrics(skip, peak_flops(config.trainer))
     if config.faults.memory_snapshot:
         callbacks.append(MemorySnapshot(run_dir / FAULTS))
     callbacks.append(FaultReporter(folder))
@@ -142,9 +142,9 @@ def _callbacks(config: TrainConfig, run_dir: Path, again: AutoRestart | None) ->
         callbacks.append(ModuleStatistics(run_dir / "modules.csv", every_n_steps))
     callbacks += [
         skip,
-        figures,
+        metrics,
         Pictures(run_dir),
-        Result(run_dir, config.seed, skip, figures),
+        Result(run_dir, config.seed, skip, metrics),
         SaveOnSigterm(last, again),
         last,
     ]
@@ -174,7 +174,5 @@ def peak_flops(trainer: TrainerConfig) -> float | None:
 def _loggers(config: TrainConfig, run_dir: Path, record: dict[str, Any]) -> list[Logger]:
     loggers: list[Logger] = [MetricsCSV(run_dir / "metrics.csv")]
     if config.wandb.enabled:
-        from cpfold_train.reports.dashboard import wandb_logger
-
         loggers.append(wandb_logger(config.wandb, run_dir, record, resumes=config.ckpt_path is not None))
     return loggers

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from importlib.util import find_spec
 
-from cpfold_train.checkpoints.boltz import WEIGHTS
+from cpfold_train.config.check_bounds import check_bounds
 from cpfold_train.config.check_checkpoint import check_checkpoints
 from cpfold_train.config.check_finetune import check_finetune
 from cpfold_train.config.check_precision import IN_BF16, check_precision
@@ -17,49 +16,13 @@ from cpfold_train.config.world import device_here
 from cpfold_train.data.features.tokens import NUM_BINS
 from cpfold_train.data.stream.sampling import open_source
 from cpfold_train.errors import ConfigError
-from cpfold_train.kernels.choice import INSTALL, KERNELS, PACKAGES, is_installed
-from cpfold_train.model.config import RESIDUALS
-from cpfold_train.parallel.cost import ALGORITHMS
+from cpfold_train.kernels.choice import INSTALL, PACKAGES, is_installed
 
 
 def check(config: TrainConfig) -> None:
     """Raise ConfigError or DataError, one sentence that says what to type instead."""
     check_checkpoints(config.ckpt_path, config.model.init_from, config.parallel.fsdp)
-    for name, value, least in (
-        ("crop_size", config.crop_size, 1),
-        ("batch_size", config.batch_size, 1),
-        ("data.max_msa_rows", config.data.max_msa_rows, 1),
-        ("data.max_atoms", config.data.max_atoms, 1),
-        ("data.buckets", config.data.buckets, 1),
-        ("data.samples_per_epoch", config.data.samples_per_epoch, 1),
-        ("data.num_workers", config.data.num_workers, 0),
-        ("memory.blocks_at_once", config.memory.blocks_at_once, 1),
-        ("memory.samples_at_once", config.memory.samples_at_once, 1),
-        ("memory.chunk_mib", config.memory.chunk_mib, 0.001),
-        ("diffusion.multiplicity", config.diffusion.multiplicity, 1),
-        ("diffusion.samples", config.diffusion.samples, 1),
-        ("diffusion.sampling_steps", config.diffusion.sampling_steps, 2),
-        ("diffusion.validation_steps", config.diffusion.validation_steps or 2, 2),
-        ("optim.decay_every", config.optim.decay_every, 1),
-        ("optim.weight_decay", config.optim.weight_decay, 0),
-        ("seed", config.seed, 0),
-        ("trainer.num_nodes", config.trainer.num_nodes, 1),
-        ("data.max_templates", config.data.max_templates, 0),
-        ("trainer.accumulate_grad_batches", config.trainer.accumulate_grad_batches, 1),
-        ("trainer.log_every_n_steps", config.trainer.log_every_n_steps, 1),
-        ("checkpoint.every_n_steps", config.checkpoint.every_n_steps, 1),
-        ("faults.max_skipped", config.faults.max_skipped, 0),
-        ("finetune.lora.rank", config.finetune.lora.rank, 1),
-        ("early_stop.patience", config.early_stop.patience, 1),
-        ("early_stop.min_delta", config.early_stop.min_delta, 0),
-        ("module_statistics.every_n_steps", config.module_statistics.every_n_steps, 0),
-    ):
-        # Not "less", which what is not a number never is.
-        if value is not None and not value >= least:
-            raise ConfigError(f"{name}={value} is too small: type {name}={least} or more")
-    _one_of("cp.algorithm", config.cp.algorithm, ALGORITHMS)
-    _one_of("model.init_weights", config.model.init_weights, WEIGHTS)
-    _one_of("memory.residual", config.memory.residual, RESIDUALS)
+    check_bounds(config)
     if config.memory.keep_attention and not config.memory.recompute:
         raise ConfigError("memory.keep_attention=true is for blocks that are recomputed: type memory.recompute=true")
     if config.memory.keep_attention and config.kernels == "cuequivariance":
@@ -75,34 +38,24 @@ def check(config: TrainConfig) -> None:
     if config.compile:
         _require_compiler(config)
     check_precision(config.trainer)
-    _one_of("model.num_bins", config.model.num_bins, (NUM_BINS,))
+    if config.model.num_bins != NUM_BINS:
+        raise ConfigError(f"model.num_bins={config.model.num_bins} is not supported: type model.num_bins={NUM_BINS}")
     atoms = config.model.atoms
     _divides("model.token_s", config.model.token_s, config.model.pairformer.num_heads)
     _divides("model.token_s", config.model.token_s, config.model.confidence.pairformer.num_heads)
     _divides("model.atoms.atom_s", atoms.atom_s, atoms.atom_encoder_heads)
     _divides("model.atoms.atom_s", atoms.atom_s, atoms.atom_decoder_heads)
-    if config.cp.timeout_s <= 0:
-        raise ConfigError(f"cp.timeout_s={config.cp.timeout_s} leaves no time: type a number of seconds above 0")
     if config.faults.memory_snapshot and device_here(config.trainer.accelerator) != "gpu":
         raise ConfigError(
             f"faults.memory_snapshot=true is for a GPU's memory, and trainer.accelerator={config.trainer.accelerator} "
             "finds none here: type faults.memory_snapshot=false"
         )
     drawn = config.data.augmentation
-    for name, value in (
-        ("data.max_bad_share", config.data.max_bad_share),
-        ("data.augmentation.single_sequence", drawn.single_sequence),
-        ("data.augmentation.pocket", drawn.pocket),
-        ("data.augmentation.contact", drawn.contact),
-    ):
-        if not 0 <= value <= 1:
-            raise ConfigError(f"{name}={value} is not a share: type a number from 0 to 1")
     if max(drawn.contact, drawn.pocket) == 1:
         raise ConfigError(
             "data.augmentation.contact and data.augmentation.pocket are also how likely another one follows, and with "
             "1 there would be no end: type 0.9 or less"
         )
-    _optimizer(config)
     check_finetune(config)
     _crop_schedule(config.data.crop_schedule)
     _profiled_steps(config.profile.steps)
@@ -117,22 +70,6 @@ def check(config: TrainConfig) -> None:
 def _require_wandb() -> None:
     if find_spec("wandb") is None:
         raise ConfigError("wandb.enabled=true needs the wandb package: type pip install -e '.[wandb]'")
-
-
-def _optimizer(config: TrainConfig) -> None:
-    """Raise ConfigError for what AdamW, the average or Lightning's clipping does not take, or goes wrong with."""
-    optim, clip = config.optim, config.trainer.gradient_clip_algorithm
-    for name, value in (("optim.lr", optim.lr), ("optim.eps", optim.eps), ("optim.decay", optim.decay)):
-        if not 0 < value < math.inf:
-            raise ConfigError(f"{name}={value} is not a number above 0: type for example {name}=1e-4")
-    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
-        raise ConfigError(f"optim.betas={list(optim.betas)} are not two numbers from 0 on below 1: type [0.9,0.95]")
-    if not 0 <= optim.ema_decay < 1:
-        raise ConfigError(
-            f"optim.ema_decay={optim.ema_decay} is no decay: type a number below 1, as 0.999, or 0 for none"
-        )
-    if clip is not None:
-        _one_of("trainer.gradient_clip_algorithm", clip, ("norm", "value"))
 
 
 def _crop_schedule(schedule: object) -> None:
@@ -179,9 +116,8 @@ def _require_installed(config: TrainConfig) -> None:
 
 
 def check_kernels(config: TrainConfig) -> None:
-    """Raise ConfigError for kernels that there are not, for cuEquivariance's in full fp32, where they have no backward
-    pass, and for Triton's in fp64, which they do not have."""
-    _one_of("kernels", config.kernels, KERNELS)
+    """Raise ConfigError for cuEquivariance's kernels in full fp32, where they have no backward pass, and for Triton's
+    in fp64, which they do not have."""
     if config.kernels == "triton" and config.trainer.precision == "64-true":
         raise ConfigError("kernels=triton has no fp64: type trainer.precision=32-true, or kernels=torch")
     if config.kernels == "cuequivariance" and config.trainer.precision not in IN_BF16:
@@ -195,8 +131,3 @@ def _divides(name: str, width: int, heads: int) -> None:
     if width % heads:
         enough = heads * -(-width // heads)
         raise ConfigError(f"{name}={width} does not divide into {heads} heads: type {name}={enough}")
-
-
-def _one_of(name: str, value: str | int, known: tuple[str | int, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"{name}={value} is not supported: type {name}=" + f" or {name}=".join(map(str, known)))

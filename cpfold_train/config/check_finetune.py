@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from cpfold_train.config.schema import CONFIDENCE, TrainConfig
+from cpfold_train.config.schema import TrainConfig
 from cpfold_train.errors import ConfigError
-
-OF_CONFIDENCE = tuple(f"val/{name}" for name in CONFIDENCE)
-LOWER_IS_BETTER = ("val/loss", "val/distogram", *OF_CONFIDENCE)
-HIGHER_IS_BETTER = ("val/contact_precision", "val/distance_lddt", "val/structure_lddt")
+from cpfold_train.reports.metrics import METRICS, VALIDATION
 
 
 def check_finetune(config: TrainConfig) -> None:
     """Raise ConfigError, one sentence that says what to type instead."""
-    finetune = config.finetune
-    if not 0 < finetune.layer_decay <= 1:
-        raise ConfigError(
-            f"finetune.layer_decay={finetune.layer_decay} is no decay: type a number above 0 and up to 1, as 0.95"
-        )
-    if finetune.lora.alpha <= 0:
-        raise ConfigError(f"finetune.lora.alpha={finetune.lora.alpha} trains nothing: type a number above 0, as 16")
-    _groups(finetune.lr_groups)
+    _groups(config.finetune.lr_groups)
     _start_step(config)
     _early_stop(config)
 
@@ -53,14 +43,15 @@ def _early_stop(config: TrainConfig) -> None:
     monitor, steps = config.early_stop.monitor, config.diffusion.validation_steps
     if monitor is None:
         return
-    known = (*LOWER_IS_BETTER, *HIGHER_IS_BETTER)
-    if monitor not in known:
-        raise ConfigError(f"early_stop.monitor={monitor} is not supported: type one of {', '.join(known)}, or null")
+    if monitor not in VALIDATION:
+        raise ConfigError(
+            f"early_stop.monitor={monitor} is not supported: type one of {', '.join(VALIDATION)}, or null"
+        )
     if not config.data.val or config.trainer.limit_val_batches == 0:
         raise ConfigError(
             f"early_stop.monitor={monitor} needs validation: type data.val=[...] or early_stop.monitor=null"
         )
-    if monitor in ("val/structure_lddt", *OF_CONFIDENCE) and not steps:
+    if METRICS[monitor].needs and not steps:
         raise ConfigError(f"early_stop.monitor={monitor} needs sampled structures: type diffusion.validation_steps=20")
     require_metric(monitor, config.loss.of_confidence)
 
@@ -72,7 +63,7 @@ def require_metric(monitor: str | None, trains_confidence: bool) -> None:
         monitor: the metric.
         trains_confidence: whether the confidence module is trained.
     """
-    if monitor in OF_CONFIDENCE and not trains_confidence:
+    if monitor is not None and METRICS[monitor].needs == "confidence" and not trains_confidence:
         raise ConfigError(
             f"early_stop.monitor={monitor} is of the confidence module, which is not trained: type loss.plddt=1e-4 "
             "loss.resolved=1e-4 loss.pde=1e-4 loss.pae=1e-4 and do not freeze it, or watch val/loss"

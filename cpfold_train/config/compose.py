@@ -9,6 +9,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from cpfold_train.config.check import check, check_kernels
+from cpfold_train.config.check_bounds import check_bounds
 from cpfold_train.config.composition import explain, register, typed_config
 from cpfold_train.config.schema import TrainConfig
 from cpfold_train.errors import ConfigError
@@ -84,6 +85,7 @@ def compose(settings: list[str]) -> TrainConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from None
     config = replace(config, model=replace(config.model, init_from=None), ckpt_path=None)
+    check_bounds(config)
     check_kernels(config)
     check(replace(config, kernels="torch", trainer=replace(config.trainer, accelerator="cpu")))
     return replace(config, trainer=replace(config.trainer, accelerator="cpu"), crop_size=config.largest_crop)

@@ -1,4 +1,4 @@
-"""The schema of a run: every key, its type and its meaning. The values people see and edit are in ``conf``."""
+"""The schema of a run: every key, its type, its bounds and its meaning. Default values and texts are in ``conf``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from cpfold_train.bounds import above, at_least, below, from_to, key, one_of, pair, up_to
+from cpfold_train.data.stream.sampling import SAMPLINGS
+from cpfold_train.kernels.choice import KERNELS
 from cpfold_train.model.config import MemoryConfig, ModelConfig
+from cpfold_train.parallel.cost import ALGORITHMS
+
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "transformer-engine", "64-true")
+"""Not fp16: its range ends at 65,504."""
 
 
 @dataclass
@@ -18,19 +25,19 @@ class ContextParallelConfig:
     """
 
     grid: str = MISSING
-    algorithm: str = MISSING
-    timeout_s: float = MISSING
+    algorithm: str = key(one_of(*ALGORITHMS))
+    timeout_s: float = key(above(0, "1800"))
 
 
 @dataclass
 class AugmentationConfig:
     """What is drawn about a training sample beside its crop: :class:`cpfold_train.data.stream.batch.Augmentation`."""
 
-    single_sequence: float = MISSING
+    single_sequence: float = key(from_to(0, 1))
     random_depth: bool = MISSING
     random_templates: bool = MISSING
-    pocket: float = MISSING
-    contact: float = MISSING
+    pocket: float = key(from_to(0, 1))
+    contact: float = key(from_to(0, 1))
 
 
 @dataclass
@@ -43,17 +50,17 @@ class DataConfig:
 
     train: list[Any] = MISSING
     val: list[str] = MISSING
-    samples_per_epoch: int | None = MISSING
-    sampling: str = MISSING
+    samples_per_epoch: int | None = key(at_least(1))
+    sampling: str = key(one_of(*SAMPLINGS))
     crop: Any = MISSING
     crop_schedule: Any = MISSING
-    max_atoms: int | None = MISSING
-    max_msa_rows: int = MISSING
-    max_templates: int = MISSING
-    buckets: int | None = MISSING
+    max_atoms: int | None = key(at_least(1))
+    max_msa_rows: int = key(at_least(1))
+    max_templates: int = key(at_least(0))
+    buckets: int | None = key(at_least(1))
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    max_bad_share: float = MISSING
-    num_workers: int = MISSING
+    max_bad_share: float = key(from_to(0, 1))
+    num_workers: int = key(at_least(0))
 
 
 CONFIDENCE = ("plddt", "resolved", "pde", "pae")
@@ -64,14 +71,14 @@ CONFIDENCE = ("plddt", "resolved", "pde", "pae")
 class LossConfig:
     """Weights of the losses; see ``conf/train.yaml``."""
 
-    diffusion: float = MISSING
-    smooth_lddt: float = MISSING
-    distogram: float = MISSING
-    bfactor: float = MISSING
-    plddt: float = MISSING
-    resolved: float = MISSING
-    pde: float = MISSING
-    pae: float = MISSING
+    diffusion: float = key(at_least(0))
+    smooth_lddt: float = key(at_least(0))
+    distogram: float = key(at_least(0))
+    bfactor: float = key(at_least(0))
+    plddt: float = key(at_least(0))
+    resolved: float = key(at_least(0))
+    pde: float = key(at_least(0))
+    pae: float = key(at_least(0))
 
     @property
     def of_confidence(self) -> bool:
@@ -83,10 +90,10 @@ class LossConfig:
 class DiffusionRunConfig:
     """How often structures are noised in training, and how they are sampled; see ``conf/train.yaml``."""
 
-    multiplicity: int = MISSING
-    sampling_steps: int = MISSING
-    samples: int = MISSING
-    validation_steps: int = MISSING
+    multiplicity: int = key(at_least(1))
+    sampling_steps: int = key(at_least(2))
+    samples: int = key(at_least(1))
+    validation_steps: int = key(at_least(2, or_zero=True))
 
 
 @dataclass
@@ -96,14 +103,14 @@ class OptimConfig:
     ``start_step`` is a step of the schedule, "checkpoint" or None.
     """
 
-    lr: float = MISSING
-    warmup_steps: int = MISSING
-    decay: float = MISSING
-    decay_every: int = MISSING
-    betas: tuple[float, float] = MISSING
-    eps: float = MISSING
-    weight_decay: float = MISSING
-    ema_decay: float = MISSING
+    lr: float = key(above(0, "1e-4"))
+    warmup_steps: int = key(at_least(0))
+    decay: float = key(above(0, "0.95"))
+    decay_every: int = key(at_least(1))
+    betas: tuple[float, float] = key(pair(below(1, "0.9"), "[0.9,0.95]"))
+    eps: float = key(above(0, "1e-8"))
+    weight_decay: float = key(at_least(0))
+    ema_decay: float = key(below(1, "0.999"))
     start_step: Any = MISSING
 
 
@@ -112,8 +119,8 @@ class LoRAConfig:
     """Layers that get a trained product of low rank, by pattern, its rank, and its scale times the rank."""
 
     patterns: list[str] = field(default_factory=list)
-    rank: int = 8
-    alpha: float = 16.0
+    rank: int = key(at_least(1), 8)
+    alpha: float = key(above(0, "16"), 16.0)
 
 
 @dataclass
@@ -126,7 +133,7 @@ class FinetuneConfig:
     freeze: list[str] = field(default_factory=list)
     train: list[str] = field(default_factory=list)
     lr_groups: Any = None
-    layer_decay: float = 1.0
+    layer_decay: float = key(up_to(1, "0.95"), 1.0)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
 
 
@@ -135,22 +142,22 @@ class EarlyStopConfig:
     """A validation metric, or None; how many validations it may stay without improvement; the least improvement."""
 
     monitor: str | None = MISSING
-    patience: int = MISSING
-    min_delta: float = MISSING
+    patience: int = key(at_least(1))
+    min_delta: float = key(at_least(0))
 
 
 @dataclass
 class ModuleStatisticsConfig:
     """``every_n_steps`` optimizer steps between two rows for each module; 0 writes none."""
 
-    every_n_steps: int = MISSING
+    every_n_steps: int = key(at_least(0))
 
 
 @dataclass
 class CheckpointConfig:
     """``every_n_steps`` optimizer steps between checkpoints; the last one is always written."""
 
-    every_n_steps: int = MISSING
+    every_n_steps: int = key(at_least(1))
 
 
 @dataclass
@@ -158,7 +165,7 @@ class FaultsConfig:
     """``max_skipped`` of 100 steps in a row may be without a finite loss and gradient; ``memory_snapshot`` has each
     rank write at out of memory what its GPU's memory was used for."""
 
-    max_skipped: int = MISSING
+    max_skipped: int = key(at_least(0))
     memory_snapshot: bool = MISSING
 
 
@@ -184,25 +191,25 @@ class TrainerConfig:
     """Arguments of ``lightning.Trainer`` under their own names; ``Any`` where Lightning takes several types."""
 
     accelerator: str = MISSING
-    num_nodes: int = MISSING
-    precision: Any = MISSING
+    num_nodes: int = key(at_least(1))
+    precision: Any = key(one_of(*PRECISIONS))
     fast_dev_run: Any = MISSING
-    max_epochs: int | None = MISSING
+    max_epochs: int | None = key(at_least(-1))
     min_epochs: int | None = MISSING
-    max_steps: int = MISSING
+    max_steps: int = key(at_least(-1))
     min_steps: int | None = MISSING
     max_time: Any = MISSING
     limit_train_batches: Any = MISSING
     limit_val_batches: Any = MISSING
     val_check_interval: Any = MISSING
     check_val_every_n_epoch: int | None = MISSING
-    num_sanity_val_steps: int | None = MISSING
-    log_every_n_steps: int = MISSING
+    num_sanity_val_steps: int | None = key(at_least(-1))
+    log_every_n_steps: int = key(at_least(1))
     enable_progress_bar: bool = MISSING
     enable_model_summary: bool = MISSING
-    accumulate_grad_batches: int = MISSING
-    gradient_clip_val: float | None = MISSING
-    gradient_clip_algorithm: str | None = MISSING
+    accumulate_grad_batches: int = key(at_least(1))
+    gradient_clip_val: float | None = key(at_least(0))
+    gradient_clip_algorithm: str | None = key(one_of("norm", "value"))
     deterministic: Any = MISSING
     benchmark: bool | None = MISSING
     inference_mode: bool = MISSING
@@ -222,12 +229,12 @@ class TrainConfig:
     """One run; ``kernels`` are those of attention and pair stack, ``compile`` fuses what launches many small ones, and
     ``tf32`` says how exact fp32 matrix products are on GPUs."""
 
-    crop_size: int = MISSING
-    batch_size: int = MISSING
+    crop_size: int = key(at_least(1))
+    batch_size: int = key(at_least(1))
     dp: Any = MISSING
-    seed: int = MISSING
+    seed: int = key(at_least(0))
     ckpt_path: str | None = MISSING
-    kernels: str = MISSING
+    kernels: str = key(one_of(*KERNELS))
     compile: bool = MISSING
     tf32: bool = MISSING
     cp: ContextParallelConfig = field(default_factory=ContextParallelConfig)

@@ -1,8 +1,15 @@
-"""Sizes of the model. The defaults are Boltz-2's; the presets are in ``conf/model``."""
+"""Sizes of the model and their bounds. The defaults are Boltz-2's; the presets are in ``conf/model``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+from cpfold_train.bounds import above, at_least, below, key, one_of
+
+RESIDUALS = ("fp32", "bf16")
+"""Precision of z between blocks; fp32 is that of the weights."""
+WEIGHTS = ("raw", "ema")
+"""Of a checkpoint: those under training, or their moving average."""
 
 
 @dataclass
@@ -30,40 +37,36 @@ class MemoryConfig:
 
     auto: bool = False
     recompute: bool = True
-    blocks_at_once: int = 1
+    blocks_at_once: int = key(at_least(1), 1)
     recompute_updates: bool = False
-    residual: str = "fp32"
+    residual: str = key(one_of(*RESIDUALS), "fp32")
     offload: bool | None = None
     keep_attention: bool | None = None
-    chunk_mib: float | None = None
-    samples_at_once: int | None = None
-
-
-RESIDUALS = ("fp32", "bf16")
-"""Precision of z between blocks; fp32 is that of the weights."""
+    chunk_mib: float | None = key(at_least(0.001), None)
+    samples_at_once: int | None = key(at_least(1), None)
 
 
 @dataclass
 class MSAConfig:
     """The MSA module: width of m, blocks, dropout of m and of z, and the triangle attention inside."""
 
-    msa_s: int = 64
-    msa_blocks: int = 4
-    msa_dropout: float = 0.15
-    z_dropout: float = 0.25
-    pairwise_head_width: int = 32
-    pairwise_num_heads: int = 4
+    msa_s: int = key(at_least(1), 64)
+    msa_blocks: int = key(at_least(0), 4)
+    msa_dropout: float = key(below(1, "0.25"), 0.15)
+    z_dropout: float = key(below(1, "0.25"), 0.25)
+    pairwise_head_width: int = key(at_least(1), 32)
+    pairwise_num_heads: int = key(at_least(1), 4)
 
 
 @dataclass
 class PairformerConfig:
     """The Pairformer: blocks, heads of the single attention, dropout of z, the triangle attention inside."""
 
-    num_blocks: int = 64
-    num_heads: int = 16
-    dropout: float = 0.25
-    pairwise_head_width: int = 32
-    pairwise_num_heads: int = 4
+    num_blocks: int = key(at_least(0), 64)
+    num_heads: int = key(at_least(1), 16)
+    dropout: float = key(below(1, "0.25"), 0.25)
+    pairwise_head_width: int = key(at_least(1), 32)
+    pairwise_num_heads: int = key(at_least(1), 4)
 
 
 @dataclass
@@ -71,12 +74,12 @@ class AtomConfig:
     """Atoms: width of their representation and of that of their pairs, and layers and heads of each encoder's and of
     the decoder's attention within windows."""
 
-    atom_s: int = 128
-    atom_z: int = 16
-    atom_encoder_depth: int = 3
-    atom_encoder_heads: int = 4
-    atom_decoder_depth: int = 3
-    atom_decoder_heads: int = 4
+    atom_s: int = key(at_least(1), 128)
+    atom_z: int = key(at_least(1), 16)
+    atom_encoder_depth: int = key(at_least(0), 3)
+    atom_encoder_heads: int = key(at_least(1), 4)
+    atom_decoder_depth: int = key(at_least(0), 3)
+    atom_decoder_heads: int = key(at_least(1), 4)
 
 
 @dataclass
@@ -100,31 +103,31 @@ class DiffusionConfig:
         step_scale: factor of each step towards the prediction.
     """
 
-    token_transformer_depth: int = 24
-    token_transformer_heads: int = 16
-    conditioning_transition_layers: int = 2
-    dim_fourier: int = 256
-    sigma_data: float = 16.0
+    token_transformer_depth: int = key(at_least(0), 24)
+    token_transformer_heads: int = key(at_least(1), 16)
+    conditioning_transition_layers: int = key(at_least(0), 2)
+    dim_fourier: int = key(at_least(1), 256)
+    sigma_data: float = key(above(0, "16"), 16.0)
     P_mean: float = -1.2
-    P_std: float = 1.5
-    sigma_max: float = 160.0
-    sigma_min: float = 0.0001
-    rho: float = 7.0
-    gamma_0: float = 0.8
-    gamma_min: float = 1.0
-    noise_scale: float = 1.003
-    step_scale: float = 1.5
+    P_std: float = key(at_least(0), 1.5)
+    sigma_max: float = key(above(0, "160"), 160.0)
+    sigma_min: float = key(above(0, "0.0001"), 0.0001)
+    rho: float = key(above(0, "7"), 7.0)
+    gamma_0: float = key(at_least(0), 0.8)
+    gamma_min: float = key(at_least(0), 1.0)
+    noise_scale: float = key(at_least(0), 1.003)
+    step_scale: float = key(above(0, "1.5"), 1.5)
 
 
 @dataclass
 class TemplateConfig:
     """The template module: width of its pair representation, blocks, their dropout and triangle attention."""
 
-    template_dim: int = 64
-    template_blocks: int = 2
-    dropout: float = 0.25
-    pairwise_head_width: int = 32
-    pairwise_num_heads: int = 4
+    template_dim: int = key(at_least(1), 64)
+    template_blocks: int = key(at_least(0), 2)
+    dropout: float = key(below(1, "0.25"), 0.25)
+    pairwise_head_width: int = key(at_least(1), 32)
+    pairwise_num_heads: int = key(at_least(1), 4)
 
 
 @dataclass
@@ -132,11 +135,11 @@ class ConfidenceConfig:
     """The confidence module: its Pairformer, and the bins of predicted distances and of what the heads predict."""
 
     pairformer: PairformerConfig = field(default_factory=lambda: PairformerConfig(num_blocks=8))
-    num_dist_bins: int = 64
-    max_dist: float = 22.0
-    num_plddt_bins: int = 50
-    num_pde_bins: int = 64
-    num_pae_bins: int = 64
+    num_dist_bins: int = key(at_least(2), 64)
+    max_dist: float = key(above(2, "22"), 22.0)
+    num_plddt_bins: int = key(at_least(1), 50)
+    num_pde_bins: int = key(at_least(1), 64)
+    num_pae_bins: int = key(at_least(1), 64)
 
 
 @dataclass
@@ -159,10 +162,10 @@ class ModelConfig:
         init_skip: modules, under Boltz-2's names, that start from fresh weights all the same.
     """
 
-    token_s: int = 384
-    token_z: int = 128
+    token_s: int = key(at_least(1), 384)
+    token_z: int = key(at_least(1), 128)
     num_bins: int = 64
-    recycling_steps: int = 3
+    recycling_steps: int = key(at_least(0), 3)
     msa: MSAConfig = field(default_factory=MSAConfig)
     pairformer: PairformerConfig = field(default_factory=PairformerConfig)
     atoms: AtomConfig = field(default_factory=AtomConfig)
@@ -170,5 +173,5 @@ class ModelConfig:
     template: TemplateConfig = field(default_factory=TemplateConfig)
     confidence: ConfidenceConfig = field(default_factory=ConfidenceConfig)
     init_from: str | None = None
-    init_weights: str = "raw"
+    init_weights: str = key(one_of(*WEIGHTS), "raw")
     init_skip: list[str] = field(default_factory=list)

@@ -1,1 +1,1 @@
-"""What a run reports: metrics, tables, plots and dashboards."""
+"""What a run reports: names of its metrics, files, plots, comparisons. Nothing here needs torch or Lightning."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from cpfold_train.reports.metrics import METRICS, charts
 from cpfold_train.reports.metrics_csv import read_metrics
 
 
@@ -15,9 +16,8 @@ def draw_curves(metrics: Path, path: Path) -> None:
     if not (rows := read_metrics(metrics)):
         return
     figure = Figure(figsize=(11, 4), layout="constrained")
-    for axis, names in zip(
-        figure.subplots(1, 2), (("train/loss", "val/loss"), ("val/contact_precision", "val/distance_lddt"))
-    ):
+    shown = charts()
+    for axis, names in zip(figure.subplots(1, len(shown)), shown.values()):
         for name in names:
             _draw_column(axis, rows, name, name)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,10 +25,10 @@ def draw_curves(metrics: Path, path: Path) -> None:
 
 
 def draw_runs(runs: list[Path], path: Path) -> None:
-    """The distogram's loss and the validation's scores of several runs, against the step."""
-    figure = Figure(figsize=(14, 4), layout="constrained")
-    names = "train/distogram", "val/distogram", "val/contact_precision", "val/distance_lddt"
-    for axis, name in zip(figure.subplots(1, 4), names):
+    """The metrics that several runs are compared by, against the step."""
+    names = [name for name, metric in METRICS.items() if metric.compared]
+    figure = Figure(figsize=(3.5 * len(names), 4), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names)), names):
         for run in runs:
             _draw_column(axis, read_metrics(run / "metrics.csv"), name, str(run))
         axis.set_title(name)

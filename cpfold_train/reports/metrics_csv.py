@@ -4,53 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
-
+from cpfold_train.reports.metrics import COLUMNS
 from cpfold_train.whole_file import whole_file
 
-COLUMNS = (
-    "step",
-    "train/loss",
-    "train/diffusion",
-    "train/smooth_lddt",
-    "train/distogram",
-    "train/bfactor",
-    "train/plddt",
-    "train/resolved",
-    "train/pde",
-    "train/pae",
-    "lr",
-    "grad_norm",
-    "tokens",
-    "crop_size",
-    "step_s",
-    "data_wait_s",
-    "quarantined",
-    "skipped",
-    "peak_memory_mib",
-    "sent_mib",
-    "exposed_comm_s",
-    "tokens_per_s",
-    "tflops",
-    "mfu",
-    "val/loss",
-    "val/distogram",
-    "val/contact_precision",
-    "val/distance_lddt",
-    "val/structure_lddt",
-    "val/plddt",
-    "val/resolved",
-    "val/pde",
-    "val/pae",
-)
 
-
-class MetricsCSV(Logger):
-    """Writes the columns above and leaves out every other metric.
+class MetricsFile:
+    """Writes :data:`~cpfold_train.reports.metrics.COLUMNS` and leaves out every other metric.
 
     Rows of the file from the first step logged on are dropped: what an earlier run in the directory did beyond the
     checkpoint that this one resumes from. Metrics of one step that come in several calls share a row; so does a
@@ -61,24 +24,12 @@ class MetricsCSV(Logger):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__()
         self._path = path
         self._row: dict[str, Any] = {}
         self._start = 0
 
-    @property
-    def name(self) -> None:
-        return None
-
-    @property
-    def version(self) -> None:
-        return None
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the configuration has a file of its own."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+    def add(self, metrics: dict[str, float], step: int) -> None:
+        """Write metrics of a step."""
         if not self._row:
             self._begin(step, metrics)
         if self._row.get("step") == step:
@@ -102,7 +53,7 @@ class MetricsCSV(Logger):
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a ``metrics.csv`` as text by column; empty where a step has no figure, no rows without a file.
+    """The rows of a ``metrics.csv`` as text by column; empty where a step has no value, no rows without a file.
 
     A line that a full disk cut short is none.
     """
@@ -112,7 +63,7 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if None not in row.values()]
 
 
-def _line(values: list[Any] | tuple[str, ...]) -> str:
+def _line(values: Sequence[Any]) -> str:
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerow(values)
     return buffer.getvalue()

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
-from cpfold_train.config.check_finetune import LOWER_IS_BETTER
+from cpfold_train.reports.metrics import METRICS
 
 
 class EarlyStop(EarlyStopping):
@@ -22,8 +22,7 @@ class EarlyStop(EarlyStopping):
     """
 
     def __init__(self, monitor: str, patience: int, min_delta: float) -> None:
-        mode = "min" if monitor in LOWER_IS_BETTER else "max"
-        super().__init__(monitor, min_delta, patience, mode=mode, check_on_train_epoch_end=False)
+        super().__init__(monitor, min_delta, patience, mode=METRICS[monitor].better, check_on_train_epoch_end=False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The count of a checkpoint, and the patience that is typed now."""

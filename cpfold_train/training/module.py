@@ -11,7 +11,6 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from cpfold_train.config.check_finetune import OF_CONFIDENCE
 from cpfold_train.config.schema import CONFIDENCE, DiffusionRunConfig, FinetuneConfig, LossConfig, OptimConfig
 from cpfold_train.losses.total import confidence_losses, structure_losses
 from cpfold_train.model.cofolding import CoFolding
@@ -21,6 +20,7 @@ from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.gather import gather_figures
 from cpfold_train.parallel.random import RandomStreams
 from cpfold_train.parallel.redistribute import all_reduce
+from cpfold_train.reports.metrics import VALIDATION, measured
 from cpfold_train.training.ema import MovingAverage
 from cpfold_train.training.freeze import require_fit, require_same
 from cpfold_train.training.learning_rates import learning_rate_factors
@@ -28,14 +28,6 @@ from cpfold_train.training.optim import adamw_with_schedule, warmup_then_steps
 from cpfold_train.training.validation import score_distances, score_structures
 
 Batch = dict[str, Tensor | DTensor | list[str]]
-VALIDATION = (
-    "val/loss",
-    "val/distogram",
-    "val/contact_precision",
-    "val/distance_lddt",
-    "val/structure_lddt",
-    *OF_CONFIDENCE,
-)
 
 
 class CoFoldingModule(LightningModule):
@@ -150,10 +142,11 @@ class CoFoldingModule(LightningModule):
             if self.trains_confidence:
                 logits = self.model.predict_confidence(out, coords, batch, self.cp, None)
                 confidence = confidence_losses(logits, coords, batch, self.cp)
-        measured = [confidence.get(name, absent) for name in CONFIDENCE]
-        shares = torch.stack([self._weighted(losses | confidence), losses["distogram"], *measured], 1)
+        heads = [confidence.get(name, absent) for name in CONFIDENCE]
+        shares = torch.stack([self._weighted(losses | confidence), losses["distogram"], *heads], 1)
         reduced = all_reduce(shares, self.cp, self.cp.all, "metrics")
         distances = score_distances(out["pdistogram"], batch, self.cp)
+        # In the order of VALIDATION, and last the number of samples.
         parts = reduced[:, :2], distances, structure[:, None], reduced[:, 2:], torch.ones_like(structure)[:, None]
         scores = torch.cat([part.double().cpu() for part in parts], 1)
         # Replicas have equally many batches; what fills the last one up has been counted already.
@@ -164,11 +157,9 @@ class CoFoldingModule(LightningModule):
         # All ranks of a replica hold the same sums: one of them speaks for it.
         sums = gather_figures(self.cp, self._sums.tolist())[:: self.cp.grid.cp_size].sum(0)
         means = (sums[:-1] / sums[-1].clamp(min=1)).tolist()
-        sampled = bool(self._diffusion.validation_steps)
-        absent = set() if sampled else {"val/structure_lddt"}
-        absent |= set() if sampled and self.trains_confidence else {*OF_CONFIDENCE}
+        has = measured(bool(self._diffusion.validation_steps), self.trains_confidence)
         # What is there and not a number is told, so that whoever watches it knows.
-        self.validation = {name: mean for name, mean in zip(VALIDATION, means) if name not in absent}
+        self.validation = {name: mean for name, mean in zip(VALIDATION, means) if name in has}
         # For the callbacks that watch a metric. The values are equal on all ranks, and so is their mean.
         self.log_dict(self.validation, logger=False, sync_dist=True)
 

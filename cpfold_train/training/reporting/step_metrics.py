@@ -1,4 +1,4 @@
-"""The figures of each step: measured on every rank, combined, sent to the loggers and the progress bar."""
+"""The metrics of each step: measured on every rank, combined, sent to the loggers and the progress bar."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from torch.optim import Optimizer
 from cpfold_train.faults.skip import SkipBadSteps
 from cpfold_train.memory import peak_mib
 from cpfold_train.parallel.gather import gather_figures
-from cpfold_train.reports.stopwatch import Stopwatch
+from cpfold_train.reports.metrics import COMMUNICATION, progress_bar
 from cpfold_train.training.optim import base_rate
+from cpfold_train.training.reporting.stopwatch import Stopwatch
 
 
-class StepFigures(Callback):
-    """One row of figures every ``log_every_n_steps`` optimizer steps, and the validation's figures beside it.
+class StepMetrics(Callback):
+    """One row of metrics every ``log_every_n_steps`` optimizer steps, and the validation's beside it.
 
     Losses are summed over the grid and averaged over the replicas, so a curve does not depend on the grid. Tokens are
     those of all replicas. ``data_wait_s`` is what the rank that waited longest for data waited within the step,
-    ``quarantined`` how many samples could not be used since the start. Memory is that of the fullest rank since the
+    ``quarantined`` how many samples could not be used since the start. Memory is the highest peak of a rank since the
     start; bytes sent and exposed communication are means over ranks within the step. Throughput is that of training
     alone, without waiting for data: tokens and model FLOPs (:mod:`cpfold_train.model.flops`) of all replicas by
-    ``step_s`` and by the number of ranks; ``mfu`` is the latter's part of the peak of ``peak_flops``.
+    ``step_s`` and by the number of ranks; ``mfu`` is the latter divided by the peak of ``peak_flops``.
 
     Args:
         skip: knows how many steps were skipped since the start.
@@ -91,7 +92,7 @@ class StepFigures(Callback):
         cp = trainer.strategy.cp
         shares, tokens, flops = zip(*self._batches)
         losses = {f"train/{name}": torch.stack([share[name] for share in shares]).double() for name in shares[0]}
-        figures = gather_figures(
+        numbers = gather_figures(
             cp,
             [
                 torch.stack(tokens).sum().item() / cp.grid.cp_size,
@@ -104,7 +105,7 @@ class StepFigures(Callback):
                 *(loss.mean().item() for loss in losses.values()),
             ],
         )
-        total, mean, highest = figures.sum(0).tolist(), figures.mean(0).tolist(), figures.amax(0).tolist()
+        total, mean, highest = numbers.sum(0).tolist(), numbers.mean(0).tolist(), numbers.amax(0).tolist()
         row = {
             **{name: value / cp.grid.dp for name, value in zip(losses, total[8:])},
             "lr": self._lr,
@@ -125,16 +126,13 @@ class StepFigures(Callback):
             row["mfu"] = mean[7] / mean[1] / self._peak_flops
         for logger in trainer.loggers:
             logger.log_metrics(row | _by_op(trainer), step=trainer.global_step)
-        shown = {"loss": "train/loss", "tokens": "tokens", "s/step": "step_s", "MiB": "peak_memory_mib"}
-        shown |= {"comm_s": "exposed_comm_s", "data_s": "data_wait_s", "tok/s": "tokens_per_s"}
-        shown |= {"mfu": "mfu"} if self._peak_flops else {}
-        self.log_dict({name: float(row[key]) for name, key in shown.items()}, prog_bar=True, logger=False)
+        self.log_dict(progress_bar(row), prog_bar=True, logger=False)
 
 
 def _by_op(trainer: Trainer) -> dict[str, float]:
     """What this rank has sent and waited for since the start, by operation."""
-    figures = {}
+    found = {}
     for op, entry in trainer.strategy.cp.ledger.by_op().items():
-        figures[f"comm/{op}/sent_mib"] = entry.sent_bytes / 2**20
-        figures[f"comm/{op}/exposed_s"] = entry.waited_s
-    return figures
+        values = entry.sent_bytes / 2**20, entry.waited_s
+        found |= {f"comm/{op}/{name}": value for name, value in zip(COMMUNICATION, values)}
+    return found

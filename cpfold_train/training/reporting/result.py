@@ -16,16 +16,16 @@ from cpfold_train.errors import DiskFullError
 from cpfold_train.faults.skip import SkipBadSteps
 from cpfold_train.memory import now_mib, peak_mib, reset_peak
 from cpfold_train.parallel.gather import gather_figures
+from cpfold_train.reports.metrics import METRICS, PER_RANK, VALIDATION
 from cpfold_train.reports.metrics_csv import read_metrics
 from cpfold_train.reports.result_file import write_result
-from cpfold_train.reports.step_metrics import StepFigures
-from cpfold_train.training.module import VALIDATION
+from cpfold_train.training.reporting.step_metrics import StepMetrics
 
 
 class Result(Callback):
     """Writes the result at the end, whether good or bad, and measures memory from the first step on.
 
-    Lists hold one figure per rank: ``peak_memory_mib``, the same above what the process used before the first step,
+    Lists hold one number per rank: ``peak_memory_mib``, the same above what the process used before the first step,
     ``sent_mib``, ``exposed_comm_s`` and ``data_wait_s`` of the whole run, and ``data_wait_share``, what part the last
     one is of the time spent on training steps. ``quarantined`` counts the samples that could not be used, ``skipped``
     the steps.
@@ -34,11 +34,11 @@ class Result(Callback):
         run_dir: where ``metrics.csv`` is and the result goes.
         seed: for the record.
         skip: knows how many steps were skipped.
-        figures: knows how long training steps took.
+        steps: knows how long training steps took.
     """
 
-    def __init__(self, run_dir: Path, seed: int, skip: SkipBadSteps, figures: StepFigures) -> None:
-        self._skip, self._figures = skip, figures
+    def __init__(self, run_dir: Path, seed: int, skip: SkipBadSteps, steps: StepMetrics) -> None:
+        self._skip, self._steps = skip, steps
         self._run_dir = run_dir
         self._seed = seed
         self._started = time.time()
@@ -55,19 +55,20 @@ class Result(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         cp, waited = trainer.strategy.cp, trainer.train_dataloader.waited_s
         peak, total = peak_mib(trainer.strategy.root_device), cp.ledger.total()
-        self._worked = self._figures.watch.seconds()
-        figures = {
+        self._worked = self._steps.watch.seconds()
+        of_this_rank = {
             "peak_memory_mib": peak,
             "peak_memory_above_baseline_mib": peak - self._baseline,
             "sent_mib": total.sent_bytes / 2**20,
             "exposed_comm_s": total.waited_s,
             "data_wait_s": waited,
             "data_wait_share": waited / max(waited + self._worked, 1e-9),
-            "quarantined": trainer.datamodule.quarantined,
         }
-        self._per_rank = dict(zip(figures, gather_figures(cp, list(figures.values())).T.tolist()))
+        numbers = [*(of_this_rank[name] for name in PER_RANK), trainer.datamodule.quarantined]
+        *columns, quarantined = gather_figures(cp, numbers).T.tolist()
+        self._per_rank = dict(zip(PER_RANK, columns))
         # All ranks of a replica count the same samples: one of them speaks for it.
-        self._quarantined = round(sum(self._per_rank.pop("quarantined")[:: cp.grid.cp_size]))
+        self._quarantined = round(sum(quarantined[:: cp.grid.cp_size]))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(trainer, {"status": "completed"})
@@ -90,7 +91,7 @@ class Result(Callback):
         grid = trainer.strategy.grid
         result = outcome | {
             "steps": trainer.global_step,
-            **_last_figures(self._run_dir / "metrics.csv"),
+            **_last_metrics(self._run_dir / "metrics.csv"),
             "seconds": round(time.time() - self._started, 1),
             "grid": str(grid),
             "kernels": trainer.strategy.kernels.name,
@@ -104,20 +105,20 @@ class Result(Callback):
         write_result(self._run_dir, result)
 
 
-def _last_figures(path: Path) -> dict[str, Any]:
-    """``last_losses`` of up to ten steps, and the last figure of each validation metric."""
+def _last_metrics(path: Path) -> dict[str, Any]:
+    """``last_losses`` of up to ten steps, and the last value of each validation metric."""
     rows = read_metrics(path)
     # A step whose loss is not a number was skipped.
     losses = [loss for row in rows if row["train/loss"] and isfinite(loss := float(row["train/loss"]))]
-    validation = {name: float(row[name]) for row in rows for name in row if name.startswith("val/") and row[name]}
+    validation = {name: float(row[name]) for row in rows for name in row if name in VALIDATION and row[name]}
     return {"train/loss": losses[-1] if losses else None, "last_losses": losses[-10:], **validation}
 
 
 def _print_summary(run_dir: Path) -> None:
-    """What the run did, from its first to its last figures, and where to look further."""
+    """What the run did, from its first to its last metrics, and where to look further."""
     rows = read_metrics(run_dir / "metrics.csv")
-    table = Table("figure", "first", "last", title="training")
-    for name in ("train/loss", "train/diffusion", "train/distogram", *VALIDATION):
+    table = Table("metric", "first", "last", title="training")
+    for name in (name for name, metric in METRICS.items() if metric.summarised):
         if values := [float(row[name]) for row in rows if row.get(name)]:
             table.add_row(name, f"{values[0]:.4f}", f"{values[-1]:.4f}")
     console = Console()

@@ -13,15 +13,17 @@ from torch.optim import Optimizer
 
 from cpfold_train.checkpoints.boltz import boltz_name
 from cpfold_train.parallel.sharding import whole
-from cpfold_train.reports.metrics_csv import MetricsCSV, read_metrics
+from cpfold_train.reports.metrics import MODULES
+from cpfold_train.reports.metrics_csv import read_metrics
+from cpfold_train.training.reporting.loggers import MetricsCSV
 from cpfold_train.whole_file import whole_file
 
-COLUMNS = ("step", "module", "gradient_norm", "weight_norm", "update_ratio", "non_finite")
+COLUMNS = ("step", "module", *MODULES)
 Named = dict[str, nn.Parameter]
 
 
 class ModuleStatistics(Callback):
-    """Rows of ``modules.csv``, and W&B's ``modules/MODULE/FIGURE``, of the trained weights of each top-level module.
+    """Rows of ``modules.csv``, and W&B's ``modules/MODULE/NAME``, of the trained weights of each top-level module.
 
     ``gradient_norm`` is that of the gradient as it came, before clipping. ``update_ratio`` is the norm of Adam's step,
     weight decay left out, relative to that of the weights; it is 0 where the step was skipped.
@@ -53,7 +55,7 @@ class ModuleStatistics(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
         if self._rows and trainer.is_global_zero:
             self._write()
-            figures = {
+            norms = {
                 f"modules/{row['module']}/{name}": value
                 for row in self._rows
                 for name, value in row.items()
@@ -61,7 +63,7 @@ class ModuleStatistics(Callback):
             }
             for logger in trainer.loggers:
                 if not isinstance(logger, MetricsCSV):
-                    logger.log_metrics(figures, step=trainer.global_step)
+                    logger.log_metrics(norms, step=trainer.global_step)
         self._rows = []
 
     def _add_updates(self, optimizer: Optimizer) -> None:

@@ -1,4 +1,4 @@
-"""Weights & Biases, for those who ask for it."""
+"""What receives the metrics of a run: ``metrics.csv``, and Weights & Biases for those who ask for it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,38 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from cpfold_train.config.schema import WandbConfig
+from cpfold_train.reports.metrics_csv import MetricsFile
+
+
+class MetricsCSV(Logger):
+    """Writes ``metrics.csv``, on the first rank alone.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._file = MetricsFile(path)
+
+    @property
+    def name(self) -> None:
+        return None
+
+    @property
+    def version(self) -> None:
+        return None
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the configuration has a file of its own."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self._file.add(metrics, step)
 
 
 def wandb_logger(config: WandbConfig, run_dir: Path, record: dict[str, Any], resumes: bool) -> WandbLogger:
