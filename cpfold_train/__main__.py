@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+from pathlib import Path
 
 from cpfold_train.errors import ConfigError, DataError, RunError
 from cpfold_train.paths import train_command
@@ -30,6 +31,9 @@ SUBCOMMANDS = {
 after ``train`` is Hydra's to read."""
 
 
+PROGRAM = "cpfold-train" if Path(sys.argv[0]).name == "cpfold-train" else "python -m cpfold_train"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand and return the exit code: 2 where the person at the keyboard has to change something."""
     argv = sys.argv[1:] if argv is None else argv
@@ -37,15 +41,20 @@ def main(argv: list[str] | None = None) -> int:
         command = [*train_command(), *argv[1:]]
         # In place of this process, so that signals and the exit code are the run's.
         os.execv(command[0], command)
-    parser = argparse.ArgumentParser(prog="python -m cpfold_train")
-    commands = parser.add_subparsers(dest="command", metavar="SUBCOMMAND", required=True)
-    for name, (module, summary) in SUBCOMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
-        if argv[:1] == [name]:
-            importlib.import_module(module).add_arguments(command)
-    args = parser.parse_args(argv)
+    if not argv or argv[0] not in SUBCOMMANDS:
+        parser = argparse.ArgumentParser(prog=PROGRAM)
+        commands = parser.add_subparsers(metavar="SUBCOMMAND", required=True)
+        for name, (_, summary) in SUBCOMMANDS.items():
+            commands.add_parser(name, help=summary)
+        parser.parse_args(argv)
+    name, (module, summary) = argv[0], SUBCOMMANDS[argv[0]]
+    command = importlib.import_module(module)
+    parser = argparse.ArgumentParser(prog=f"{PROGRAM} {name}", description=summary)
+    command.add_arguments(parser)
+    # Options and KEY=VALUE in any order.
+    args = parser.parse_intermixed_args(argv[1:])
     try:
-        importlib.import_module(SUBCOMMANDS[args.command][0]).run(args)
+        command.run(args)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
