@@ -9,10 +9,12 @@ from types import ModuleType
 import pytest
 import torch
 
-from cpfold_train.kernels import attention as blocks
+from cpfold_train.kernels import blockwise_attention as blocks
+from cpfold_train.kernels.attention import biased_attention, in_cuequivariance
+from cpfold_train.kernels.partial_attention import merge
 from cpfold_train.model.pair_stack import TriangleAttentionStartingNode
 from cpfold_train.ops.ring_attention import ring_attention
-from cpfold_train.parallel.redistribute import Route
+from cpfold_train.parallel.redistribute import ExchangePlan
 
 B, ROWS, HEADS, N, WIDTH = 2, 5, 3, 40, 4
 
@@ -45,8 +47,20 @@ def small_blocks(monkeypatch):
 def test_blocks(small_blocks):
     q, _, _, bias = inputs()
     assert len(list(blocks.score_blocks(q, bias))) == 9
-    for actual, expected in zip(with_gradients(blocks.biased_attention), with_gradients(formula)):
+    for actual, expected in zip(with_gradients(biased_attention), with_gradients(formula)):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_log_sum_exp_and_results_over_some_keys_merge(small_blocks):
+    q, k, v, bias = (x.detach() for x in inputs())
+    out, lse = blocks.blockwise_attention(q, k, v, bias, with_lse=True)
+    torch.testing.assert_close(lse, torch.logsumexp(q @ k.mT + bias[:, None], -1), rtol=1e-12, atol=1e-12)
+    first, last = (
+        blocks.blockwise_attention(q, k[..., keys, :], v[..., keys, :], bias[..., keys], with_lse=True)
+        for keys in (slice(0, 7), slice(7, None))
+    )
+    merged = merge(*first, *last)
+    torch.testing.assert_close((first[0], merged), (out, lse), rtol=1e-12, atol=1e-12)
 
 
 def triangle_attention(q, k, v, bias, mask=None, scale=None, return_aux=False, *, kv_lengths=None):
@@ -92,7 +106,7 @@ def test_the_stand_in_takes_what_cuequivariance_takes():
     ],
 )
 def test_what_would_fall_back_to_torch_does_not_go_to_cuequivariance(dtype, queries, width, fits):
-    assert blocks.in_cuequivariance(torch.empty(1, 1, 1, queries, width, dtype=dtype)) == fits
+    assert in_cuequivariance(torch.empty(1, 1, 1, queries, width, dtype=dtype)) == fits
 
 
 def test_kernel_of_cuequivariance_is_called_as_it_wants_to_be(monkeypatch):
@@ -100,7 +114,7 @@ def test_kernel_of_cuequivariance_is_called_as_it_wants_to_be(monkeypatch):
     monkeypatch.setitem(sys.modules, module.__name__, module)
     generator = torch.Generator().manual_seed(0)
     q, k, v, bias = (torch.randn(size, generator=generator) for size in [(2, 1, 2, 208, 8)] * 3 + [(2, 2, 208, 208)])
-    torch.testing.assert_close(blocks.biased_attention(q, k, v, bias, "cuequivariance"), formula(q, k, v, bias))
+    torch.testing.assert_close(biased_attention(q, k, v, bias, "cuequivariance"), formula(q, k, v, bias))
     assert calls == [tuple(q.shape)]
 
 
@@ -138,8 +152,8 @@ def ring(cp) -> list[torch.Tensor]:
         parts = [(0, 25), (25, N)]
         steps = [
             (
-                Route(cp, cp.all, (1, 3), has, (((0, ROWS), part),), "test"),
-                Route(cp, cp.all, (2, 3), (((0, N), (0, N)),), (((0, N), part),), "test"),
+                ExchangePlan(cp, cp.all, (1, 3), has, (((0, ROWS), part),), "test"),
+                ExchangePlan(cp, cp.all, (2, 3), (((0, N), (0, N)),), (((0, N), part),), "test"),
             )
             for part in parts
         ]

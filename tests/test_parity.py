@@ -62,7 +62,7 @@ def test_grid_parity(ranks, alone, case, grid):
 
 
 def grouped_attention(module, x, cp):
-    """Three groups of rows; on 2x3 two heads around the ending node make two panels of bias for each of them."""
+    """Three groups of rows; on 2x3 two heads around the ending node make two chunks of bias for each of them."""
     original, triangle_attention.row_groups = triangle_attention.row_groups, lambda *_, **__: 3
     try:
         return attention(module, x, cp, "alltoall")

@@ -10,7 +10,7 @@ from cpfold_train.parallel.context import fake_world
 from cpfold_train.parallel.exchange import Exchange
 from cpfold_train.parallel.grid import Grid, split
 from cpfold_train.parallel.random import RandomStreams
-from cpfold_train.parallel.redistribute import Route, finish, finish_added, start, sum_to_owners
+from cpfold_train.parallel.redistribute import ExchangePlan, finish, finish_added, start, sum_to_owners
 
 N = 20
 
@@ -86,20 +86,19 @@ def test_what_is_contiguous_there_is_received_where_it_belongs(monkeypatch, batc
     """Rows of one sample are, those of several are not; forward and for the gradient."""
     received = []
 
-    class FaultMixin(Exchange):
+    class Watched(Exchange):
         def __init__(self, axis, op, ledger, sends, receives):
             received.append(list(receives.values()))
             super().__init__(axis, op, ledger, sends, receives)
 
-    monkeypatch.setattr(redistribute, "Exchange", FaultMixin)
+    monkeypatch.setattr(redistribute, "Exchange", Watched)
     rows = (((0, 4),), ((4, 8),))
     with fake_world(Grid(2, 1)) as cp:
-        route = Route(cp, cp.all, (1,), rows, (((0, 8),), ((8, 8),)), "rows")
-        out = route.wait_forward(route.send_forward(torch.zeros(batch, 4, 3)))
-        there = Route(cp, cp.all, (1,), (((0, 8),), ((8, 8),)), rows, "rows")
+        plan = ExchangePlan(cp, cp.all, (1,), rows, (((0, 8),), ((8, 8),)), "rows")
+        out = plan.send_forward(torch.zeros(batch, 4, 3)).wait()
+        there = ExchangePlan(cp, cp.all, (1,), (((0, 8),), ((8, 8),)), rows, "rows")
         there.send_forward(torch.zeros(batch, 8, 3))
-        there.send_grad(grad := torch.zeros(batch, 4, 3))
-        back = there.wait_grad(grad)
+        back = there.send_grad(torch.zeros(batch, 4, 3)).wait()
     (forward,), _, (gradient,) = received
     assert (forward.data_ptr() == out[:, 4:].data_ptr()) is in_place
     assert (gradient.data_ptr() == back[:, 4:].data_ptr()) is in_place

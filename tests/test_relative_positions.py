@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cpfold_train.model.embedding import RelativePositionEncoder
+from cpfold_train.model.embedding import Positions, RelativePositionEncoder
 
 
 @pytest.mark.parametrize("period, same_bin", [(0, 1), (10_000, -1), (6_001, -1)])
@@ -14,12 +14,12 @@ def test_only_cyclic_chains_wrap(period: int, same_bin: int) -> None:
     encoder = RelativePositionEncoder(4).double()
     same, weight = torch.ones(1, 1, 1, dtype=torch.long), encoder.linear_layer.weight
 
-    def token(residue: int) -> tuple[torch.Tensor, ...]:
+    def token(residue: int) -> Positions:
         values = {"residue_index": same * residue, "token_index": same * residue, "cyclic_period": same * period}
-        return tuple(values.get(name, same) for name in encoder.FEATURES)
+        return Positions(*(values.get(name, same) for name in Positions._fields))
 
     def encode(ahead: int) -> torch.Tensor:
-        return encoder._encode(*token(1 + ahead), weight, *token(1))
+        return encoder._encode(token(1 + ahead), weight, token(1))
 
     far = encode(6_000)
     assert torch.equal(far, encode(40)) == (same_bin == 1)

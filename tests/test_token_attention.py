@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpfold_train.kernels import attention as blocks
+from cpfold_train.kernels import blockwise_attention as blocks
 from cpfold_train.ops.token_attention import OP, token_attention
 from cpfold_train.parallel.context import fake_world
 from cpfold_train.parallel.grid import Grid

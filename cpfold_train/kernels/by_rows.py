@@ -8,6 +8,7 @@ intermediates stay in cache and are never kept: the backward pass computes a blo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ _chosen_bytes: int | None = None
 _as_on_gpu = False
 
 AutocastState = tuple[str, torch.dtype, bool]
+Arguments = Sequence[Tensor | tuple[Tensor, ...]]
+"""Tensors, and named tuples of tensors."""
 
 
 def set_block_bytes(block_bytes: int | None, as_on_gpu: bool = False) -> None:
@@ -48,8 +51,8 @@ def rows_per_block(
 def by_rows(
     function: Callable[..., Tensor],
     rows: int,
-    inputs: Sequence[Tensor],
-    shared: Sequence[Tensor],
+    inputs: Arguments,
+    shared: Arguments,
     dim: int = 1,
 ) -> Tensor:
     """``function(*inputs, *shared)`` for ``rows`` rows of the inputs at a time.
@@ -57,14 +60,15 @@ def by_rows(
     Args:
         function: differentiable; treats the rows independently. Everything that needs a gradient must be an argument.
         rows: how many at a time; the last block may be smaller.
-        inputs: tensors whose dim 1 is the rows, (B, r, ...) with equal r.
-        shared: tensors that every row needs whole, such as weights.
+        inputs: tensors whose dim 1 is the rows, (B, r, ...) with equal r, and named tuples of such tensors.
+        shared: what every row needs whole, such as weights: tensors and named tuples of tensors.
         dim: where the rows are in the function's result.
 
     Returns:
         The results, joined along ``dim``.
     """
-    return _ByRows.apply(function, rows, dim, len(inputs), *inputs, *shared)
+    one_by_one, tensors = _of_tensors(function, (*inputs, *shared)), _tensors(inputs)
+    return _ByRows.apply(one_by_one, rows, dim, len(tensors), *tensors, *_tensors(shared))
 
 
 class _ByRows(torch.autograd.Function):
@@ -103,10 +107,9 @@ class _ByRows(torch.autograd.Function):
         return None, None, None, None, *cast
 
 
-def in_blocks(
-    function: Callable[..., Tensor], rows: int, inputs: Sequence[Tensor], shared: Sequence[Tensor], dim: int = 1
-) -> Tensor:
+def in_blocks(function: Callable[..., Tensor], rows: int, inputs: Arguments, shared: Arguments, dim: int = 1) -> Tensor:
     """What :func:`by_rows` returns, without gradient; all at once if there are no inputs."""
+    function, inputs, shared = _of_tensors(function, (*inputs, *shared)), _tensors(inputs), _tensors(shared)
     if _at_once(inputs, rows):
         return function(*inputs, *shared).contiguous()
     out = None
@@ -154,6 +157,24 @@ def block_gradients(
 def autocast_state(device: torch.device) -> AutocastState:
     """Device type, dtype and whether mixed precision is on: what ``torch.autocast`` takes."""
     return device.type, torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
+
+
+def _tensors(arguments: Arguments) -> list[Tensor]:
+    """All of them, which is how autograd takes them."""
+    return [x for argument in arguments for x in (argument if isinstance(argument, tuple) else (argument,))]
+
+
+def _of_tensors(function: Callable[..., Tensor], arguments: Arguments) -> Callable[..., Tensor]:
+    """``function``, which takes arguments of this form, of all their tensors one after the other."""
+    forms = [(type(x)._make, len(x)) if isinstance(x, tuple) else None for x in arguments]
+    if not any(forms):
+        return function
+
+    def call(*tensors: Tensor) -> Tensor:
+        rest = iter(tensors)
+        return function(*(next(rest) if form is None else form[0](islice(rest, form[1])) for form in forms))
+
+    return call
 
 
 def _at_once(inputs: Sequence[Tensor], rows: int) -> bool:

@@ -1,7 +1,7 @@
 """Attention to some of the keys: what several ranks, or several steps of a ring, find can be merged afterwards.
 
-Over the keys that are at hand, the softmax is complete; with it goes the logarithm of its denominator. Two such results
-merge by these logarithms, and given the merged one the gradients of each part are the part's own affair. As in
+Over the keys that are at hand, the softmax is complete; with it goes the log-sum-exp of its scores (lse). Two such
+results merge by their lse (:func:`merge`), and given the merged lse the gradients of a part need no other part. As in
 :mod:`cpfold_train.kernels.attention`, which is for all keys at once, the scores are never kept.
 """
 
@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpfold_train.kernels.attention import is_fused, score_blocks
+from cpfold_train.kernels.attention import is_fused
+from cpfold_train.kernels.blockwise_attention import blockwise_attention, blockwise_gradients
 
 
 def partial_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, kernels: str) -> tuple[Tensor, Tensor]:
-    """``softmax_j(q_i . k_j + bias_ij) v_j`` for each row and head on its own, and the logarithm of its denominator.
+    """``softmax_j(q_i . k_j + bias_ij) v_j`` for each row and head on its own, and the log-sum-exp of the scores.
 
     Args:
         q: (B, r, h, M, d) queries, already scaled.
@@ -27,16 +28,7 @@ def partial_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, kernels: st
     """
     if is_fused(kernels, q):
         return torch.ops.cpfold.attention(q, k, v, bias, None)
-    wide = torch.promote_types(bias.dtype, torch.float32)
-    out, log_total = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=wide)
-    for r, i in score_blocks(q, bias):
-        scores = (q[:, r, :, i] @ k[:, r].mT).to(wide).add_(bias[:, None, :, i])
-        highest = scores.amax(-1, keepdim=True)
-        weights = scores.sub_(highest).exp_()
-        total = weights.sum(-1, keepdim=True)
-        out[:, r, :, i] = (weights.to(v.dtype) @ v[:, r]) / total
-        log_total[:, r, :, i] = (highest + total.log()).squeeze(-1)
-    return out, log_total
+    return blockwise_attention(q, k, v, bias, with_lse=True)
 
 
 def partial_gradients(
@@ -45,8 +37,8 @@ def partial_gradients(
     v: Tensor,
     bias: Tensor,
     grad: Tensor,
-    log_total: Tensor,
-    shift: Tensor,
+    lse: Tensor,
+    delta: Tensor,
     dq: Tensor,
     dbias: Tensor,
     kernels: str,
@@ -56,30 +48,32 @@ def partial_gradients(
     Args:
         q, k, v, bias: as for :func:`partial_attention`.
         grad: (B, r, h, M, d) gradient of the merged result.
-        log_total: (B, r, h, M) logarithm of the denominator over all keys, not only these.
-        shift: (B, r, h, M) product of ``grad`` and the merged result.
+        lse: (B, r, h, M) log-sum-exp over all keys, not only these.
+        delta: (B, r, h, M) products of ``grad`` and the merged result.
         dq, dbias: gradients of ``q`` and ``bias``, to which these keys' are added in place; fp32 at least.
         kernels: as for :func:`partial_attention`.
 
     Returns:
         Gradients of ``k`` and ``v``, fp32 at least.
     """
-    wide = dbias.dtype
     if is_fused(kernels, q):
-        dk, dv = (torch.empty_like(x, dtype=wide) for x in (k, v))
-        torch.ops.cpfold.attention_backward(q, k, v, bias, grad, log_total, shift, dq, dk, dv, dbias, True)
+        dk, dv = (torch.empty_like(x, dtype=dbias.dtype) for x in (k, v))
+        torch.ops.cpfold.attention_backward(q, k, v, bias, grad, lse, delta, dq, dk, dv, dbias, True)
         return dk, dv
-    # Transposed: the product of a thin matrix with a wide one is several times faster than the other way around.
-    dk, dv = (torch.zeros_like(x.mT, dtype=wide, memory_format=torch.contiguous_format) for x in (k, v))
-    for r, i in score_blocks(q, bias):
-        q_i, g_i = q[:, r, :, i], grad[:, r, :, i]
-        scores = (q_i @ k[:, r].mT).to(wide).add_(bias[:, None, :, i])
-        weights = scores.sub_(log_total[:, r, :, i, None]).exp_()
-        dv[:, r] += g_i.mT @ weights.to(g_i.dtype)
-        dscores = (g_i @ v[:, r].mT).to(wide).sub_(shift[:, r, :, i, None]).mul_(weights)
-        for row in dscores.unbind(1):
-            dbias[:, :, i] += row
-        dscores = dscores.to(q.dtype)
-        dq[:, r, :, i] += dscores @ k[:, r]
-        dk[:, r] += q_i.mT @ dscores
-    return dk.mT, dv.mT
+    return blockwise_gradients(q, k, v, bias, grad, dq, dbias, lse, delta)
+
+
+def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> Tensor:
+    """Add the result over some more keys to one over others, in place.
+
+    Args:
+        out: (..., d) in fp32 at least; becomes the result over all of them.
+        lse: (...) of its keys.
+        part, part_lse: of the others.
+
+    Returns:
+        (...) log-sum-exp over all of them.
+    """
+    merged = torch.logaddexp(lse, part_lse)
+    out.mul_((lse - merged).exp_()[..., None]).addcmul_(part, (part_lse - merged).exp_()[..., None])
+    return merged

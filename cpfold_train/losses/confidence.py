@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -148,20 +149,20 @@ def pae_loss(pred_pae: Tensor, targets: ConfidenceTargets, feats: dict[str, Tens
     """
     (real,) = _repeated(targets, feats, "token_pad_mask")
     rows, columns = _tile_tokens(real.shape[1], cp)
-    spans, seen_from, seen = real > 0, [], []
+    spans, frames_i, origins_j = real > 0, [], []
     for coords in (targets.truth, targets.pred):
         frames = token_frames(coords, targets.resolved, feats, cp, OP)
         points = coords.gather(1, frames.flatten(1)[..., None].expand(-1, -1, 3)).unflatten(1, frames.shape[1:])
-        if not seen:
+        if not origins_j:
             resolved = targets.resolved.gather(1, frames.flatten(1)).view_as(frames)
             spans, known = spans & resolved.all(2), (resolved[..., 1] & (real > 0)).to(coords)
         spans = spans & spanning(points)
         origins = points[..., 1, :]
-        seen_from += [frame_axes(points[:, rows]), origins[:, rows]]
-        seen.append(origins[:, columns])
+        frames_i.append(_Frames(frame_axes(points[:, rows]), origins[:, rows]))
+        origins_j.append(origins[:, columns])
     spans = spans.to(known)
-    inputs = pred_pae, *seen_from, spans[:, rows]
-    errors = by_rows(_pae_of_rows, _rows_at_once(pred_pae, real), inputs, (*seen, known[:, columns])).sum(1)
+    inputs = pred_pae, *frames_i, spans[:, rows]
+    errors = by_rows(_pae_of_rows, _rows_at_once(pred_pae, real), inputs, (*origins_j, known[:, columns])).sum(1)
     return errors / (1e-7 + spans.sum(1) * known.sum(1))
 
 
@@ -220,24 +221,23 @@ def _pde_of_rows(
     return (_cross_entropy(logits, _bins(error, logits.shape[-1])) * mask).sum(2)
 
 
+class _Frames(NamedTuple):
+    """Axes (S, r, 3, 3) and origins (S, r, 3)."""
+
+    axes: Tensor
+    origin: Tensor
+
+
 def _pae_of_rows(
-    logits: Tensor,
-    true_axes: Tensor,
-    true_origin: Tensor,
-    pred_axes: Tensor,
-    pred_origin: Tensor,
-    spans: Tensor,
-    truths: Tensor,
-    preds: Tensor,
-    known: Tensor,
+    logits: Tensor, truth: _Frames, pred: _Frames, spans: Tensor, truths: Tensor, preds: Tensor, known: Tensor
 ) -> Tensor:
-    """As :func:`_pde_of_rows`, with axes (S, r, 3, 3) and origins (S, r, 3) of the rows' frames."""
+    """As :func:`_pde_of_rows`, with the frames of the rows and the origins (S, N/C, 3) of the columns."""
     square = 1e-8
     for axis in range(3):
         apart = 0
         for x in range(3):
-            apart = apart + true_axes[..., axis, x, None] * (truths[:, None, :, x] - true_origin[..., x, None])
-            apart = apart - pred_axes[..., axis, x, None] * (preds[:, None, :, x] - pred_origin[..., x, None])
+            apart = apart + truth.axes[..., axis, x, None] * (truths[:, None, :, x] - truth.origin[..., x, None])
+            apart = apart - pred.axes[..., axis, x, None] * (preds[:, None, :, x] - pred.origin[..., x, None])
         square = square + apart.square()
     mask = spans[..., None] * known[:, None]
     return (_cross_entropy(logits, _bins(square.sqrt(), logits.shape[-1])) * mask).sum(2)

@@ -7,6 +7,7 @@ Boltz-2's names and arithmetic: ``boltz/model/modules/trunkv2.py`` (InputEmbedde
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,17 @@ class InputEmbedder(nn.Module):
         return s + self.mol_type_conditioning_init(feats["mol_type"])
 
 
+class Positions(NamedTuple):
+    """What relative positions are of, under the names of the features."""
+
+    asym_id: Tensor
+    residue_index: Tensor
+    entity_id: Tensor
+    token_index: Tensor
+    sym_id: Tensor
+    cyclic_period: Tensor
+
+
 class RelativePositionEncoder(nn.Module):
     """Where two tokens stand to each other in sequence, residue and chain (AlphaFold 3, Algorithm 3).
 
@@ -73,7 +85,6 @@ class RelativePositionEncoder(nn.Module):
     """
 
     R_MAX, S_MAX = 32, 2
-    FEATURES = ("asym_id", "residue_index", "entity_id", "token_index", "sym_id", "cyclic_period")
 
     def __init__(self, token_z: int) -> None:
         super().__init__()
@@ -84,27 +95,25 @@ class RelativePositionEncoder(nn.Module):
         and ``cyclic_period`` (B, N)."""
         n = feats["asym_id"].shape[1]
         rows, cols = slice(*cp.grid.row_tokens(n)), slice(*cp.grid.col_tokens(n))
-        i = tuple(feats[name][:, rows, None] for name in self.FEATURES)
-        j = tuple(feats[name][:, None, cols] for name in self.FEATURES)
+        i = Positions(*(feats[name][:, rows, None] for name in Positions._fields))
+        j = Positions(*(feats[name][:, None, cols] for name in Positions._fields))
         weight = self.linear_layer.weight
-        row_bytes = j[0].numel() * weight.shape[0] * weight.element_size()
-        return by_rows(self._encode, rows_per_block(row_bytes, weight.device), i, (weight, *j))
+        row_bytes = j.asym_id.numel() * weight.shape[0] * weight.element_size()
+        return by_rows(self._encode, rows_per_block(row_bytes, weight.device), (i,), (weight, j))
 
-    def _encode(self, *inputs: Tensor) -> Tensor:
+    def _encode(self, i: Positions, weight: Tensor, j: Positions) -> Tensor:
         """Features of rows (B, r, 1), weight (token_z, 139), features of columns (B, 1, N/C) to a tile's rows."""
-        count = len(self.FEATURES)
-        i, weight, j = dict(zip(self.FEATURES, inputs)), inputs[count], dict(zip(self.FEATURES, inputs[count + 1 :]))
-        same_chain = i["asym_id"] == j["asym_id"]
-        same_residue = same_chain & (i["residue_index"] == j["residue_index"])
-        same_entity = i["entity_id"] == j["entity_id"]
+        same_chain = i.asym_id == j.asym_id
+        same_residue = same_chain & (i.residue_index == j.residue_index)
+        same_entity = i.entity_id == j.entity_id
 
-        period = j["cyclic_period"]  # 0 where a chain is not cyclic: its offsets never wrap, however long it is
-        offset = i["residue_index"] - j["residue_index"]
+        period = j.cyclic_period  # 0 where a chain is not cyclic: its offsets never wrap, however long it is
+        offset = i.residue_index - j.residue_index
         turns = torch.round(offset / period.clamp(min=1))
         offset = torch.where(period > 0, offset - period * turns, offset).long()
         residue = _bin(offset, self.R_MAX, same_chain)
-        token = _bin(i["token_index"] - j["token_index"], self.R_MAX, same_residue)
-        chain = _bin(i["sym_id"] - j["sym_id"], self.S_MAX, same_entity)
+        token = _bin(i.token_index - j.token_index, self.R_MAX, same_residue)
+        chain = _bin(i.sym_id - j.sym_id, self.S_MAX, same_entity)
 
         bins = 2 * (self.R_MAX + 1)
         by_residue, by_token, by_entity, by_chain = weight.T.split([bins, bins, 1, 2 * (self.S_MAX + 1)])
@@ -137,6 +146,15 @@ class FourierEmbedding(nn.Module):
         return torch.cos(2 * math.pi * linear_of_points(x[:, None], self.proj.weight, self.proj.bias))
 
 
+class _ContactWeights(NamedTuple):
+    weight: Tensor
+    bias: Tensor
+    unspecified: Tensor
+    unselected: Tensor
+    fourier_weight: Tensor
+    fourier_bias: Tensor
+
+
 class ContactConditioning(nn.Module):
     """What the user says about a pair: nothing, not chosen, or in contact below a threshold."""
 
@@ -156,7 +174,7 @@ class ContactConditioning(nn.Module):
         angstrom), (B, N/R, N/C)."""
         kind, threshold = feats["contact_conditioning"], feats["contact_threshold"]
         proj = self.fourier_embedding.proj
-        shared = (
+        weights = _ContactWeights(
             self.encoder.weight,
             self.encoder.bias,
             self.encoding_unspecified,
@@ -165,26 +183,16 @@ class ContactConditioning(nn.Module):
             proj.bias,
         )
         row_bytes = kind[:, :1].numel() * self.encoder.in_features * self.encoder.weight.element_size()
-        return by_rows(self._encode, rows_per_block(row_bytes, kind.device), (kind, threshold), shared)
+        return by_rows(self._encode, rows_per_block(row_bytes, kind.device), (kind, threshold), (weights,))
 
-    def _encode(
-        self,
-        kind: Tensor,
-        threshold: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        unspecified: Tensor,
-        unselected: Tensor,
-        fourier_weight: Tensor,
-        fourier_bias: Tensor,
-    ) -> Tensor:
-        threshold = ((threshold - self.CUTOFF_MIN) / (self.CUTOFF_MAX - self.CUTOFF_MIN)).to(weight.dtype)[..., None]
-        waves = torch.cos(2 * math.pi * linear_of(threshold, fourier_weight, fourier_bias))
-        by_kind, by_threshold = weight.split([self.NUM_CONTACTS, weight.shape[1] - self.NUM_CONTACTS], 1)
-        x = linear_of(torch.cat([threshold, waves], -1), by_threshold, bias)
+    def _encode(self, kind: Tensor, threshold: Tensor, w: _ContactWeights) -> Tensor:
+        threshold = ((threshold - self.CUTOFF_MIN) / (self.CUTOFF_MAX - self.CUTOFF_MIN)).to(w.weight.dtype)[..., None]
+        waves = torch.cos(2 * math.pi * linear_of(threshold, w.fourier_weight, w.fourier_bias))
+        by_kind, by_threshold = w.weight.split([self.NUM_CONTACTS, w.weight.shape[1] - self.NUM_CONTACTS], 1)
+        x = linear_of(torch.cat([threshold, waves], -1), by_threshold, w.bias)
         x = x + embedding((kind.long() - self.FIRST_CONTACT).clamp(min=0), by_kind.T)
         return (
             x * (kind >= self.FIRST_CONTACT)[..., None]
-            + unspecified * (kind == self.UNSPECIFIED)[..., None]
-            + unselected * (kind == self.UNSELECTED)[..., None]
+            + w.unspecified * (kind == self.UNSPECIFIED)[..., None]
+            + w.unselected * (kind == self.UNSELECTED)[..., None]
         )

@@ -6,6 +6,7 @@ AlphaFold 3, Algorithm 16, as Boltz-2 runs it (``boltz/model/modules/trunkv2.py`
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,26 @@ class TemplateStack(nn.Module):
         )
 
 
+class _Tokens(NamedTuple):
+    """What is known of a template's tokens, (B, n, ...): their types, representative atoms, which of these and of the
+    frames are known, and which tokens were seen together."""
+
+    restype: Tensor
+    cb: Tensor
+    cb_known: Tensor
+    frame_known: Tensor
+    visible: Tensor
+
+
+class _Weights(NamedTuple):
+    """Of what the stack starts from."""
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    z_proj: Tensor
+    a_proj: Tensor
+
+
 class TemplateV2Module(nn.Module):
     """Update of z from templates, each of which shows any number of chains.
 
@@ -44,7 +65,8 @@ class TemplateV2Module(nn.Module):
     """
 
     MIN_DIST, MAX_DIST, NUM_BINS = 3.25, 50.75, 38
-    ROW_FEATURES = ("template_restype", "template_cb", "template_mask_cb", "template_mask_frame", "visibility_ids")
+    TOKEN_FEATURES = ("template_restype", "template_cb", "template_mask_cb", "template_mask_frame", "visibility_ids")
+    """Those of :class:`_Tokens`."""
 
     def __init__(self, token_z: int, config: TemplateConfig, memory: MemoryConfig) -> None:
         super().__init__()
@@ -108,43 +130,33 @@ class TemplateV2Module(nn.Module):
         """What the stack starts from; the geometry is in fp32 whatever the precision of z."""
         n = template["template_mask"].shape[1]
         rows, cols = slice(*cp.grid.row_tokens(n)), slice(*cp.grid.col_tokens(n))
-        i = (template[name][:, rows] for name in (*self.ROW_FEATURES, "template_ca"))
-        j = (template[name][:, cols] for name in (*self.ROW_FEATURES, "template_frame_rot", "template_frame_t"))
-        weights = self.z_norm.weight, self.z_norm.bias, self.z_proj.weight, self.a_proj.weight
+        i, j = (_Tokens(*(template[name][:, part] for name in self.TOKEN_FEATURES)) for part in (rows, cols))
+        ca_i = template["template_ca"][:, rows]
+        frames_j = (template[name][:, cols] for name in ("template_frame_rot", "template_frame_t"))
+        weights = _Weights(self.z_norm.weight, self.z_norm.bias, self.z_proj.weight, self.a_proj.weight)
         row_bytes = z[:, :1].numel() * max(4, z.element_size())
         embed = partial(self._embed_rows, cp.kernels)
-        return by_rows(embed, rows_per_block(row_bytes, z.device), (z, *i), (*weights, *j))
+        return by_rows(embed, rows_per_block(row_bytes, z.device), (z, i, ca_i), (weights, j, *frames_j))
 
     def _embed_rows(
         self,
         kernels: str,
         z: Tensor,
-        type_i: Tensor,
-        cb_i: Tensor,
-        cb_known_i: Tensor,
-        frame_known_i: Tensor,
-        visible_i: Tensor,
+        i: _Tokens,
         ca_i: Tensor,
-        norm_weight: Tensor,
-        norm_bias: Tensor,
-        z_proj: Tensor,
-        a_proj: Tensor,
-        type_j: Tensor,
-        cb_j: Tensor,
-        cb_known_j: Tensor,
-        frame_known_j: Tensor,
-        visible_j: Tensor,
+        w: _Weights,
+        j: _Tokens,
         rotation_j: Tensor,
         origin_j: Tensor,
     ) -> Tensor:
         """Rows (B, r, N/C, token_z) and the features of their tokens (B, r, ...) and of the columns' (B, N/C, ...)."""
-        x = F.linear(layer_norm(z, norm_weight, norm_bias, kernels, product_dtype(z)), z_proj)
+        x = F.linear(layer_norm(z, w.norm_weight, w.norm_bias, kernels, product_dtype(z)), w.z_proj)
         with without_autocast(z):
-            by_bin, by_cb, by_sign, by_frame, by_type_i, by_type_j = a_proj.T.split(
+            by_bin, by_cb, by_sign, by_frame, by_type_i, by_type_j = w.a_proj.T.split(
                 [self.NUM_BINS, 1, 3, 1, NUM_TOKENS, NUM_TOKENS]
             )
-            dtype = a_proj.dtype
-            distance = torch.linalg.vector_norm(cb_i[:, :, None] - cb_j[:, None], dim=-1)
+            dtype = w.a_proj.dtype
+            distance = torch.linalg.vector_norm(i.cb[:, :, None] - j.cb[:, None], dim=-1)
             boundaries = torch.linspace(
                 self.MIN_DIST, self.MAX_DIST, self.NUM_BINS - 1, dtype=distance.dtype, device=distance.device
             )
@@ -154,9 +166,10 @@ class TemplateV2Module(nn.Module):
                 for y in range(3)
             ).sign()
             a = F.embedding(torch.bucketize(distance, boundaries), by_bin)
-            a = a + (cb_known_i[:, :, None] * cb_known_j[:, None])[..., None].to(dtype) * by_cb
+            a = a + (i.cb_known[:, :, None] * j.cb_known[:, None])[..., None].to(dtype) * by_cb
             a = a + direction.to(dtype) @ by_sign
-            a = a + (frame_known_i[:, :, None] * frame_known_j[:, None])[..., None].to(dtype) * by_frame
-            a = a * (visible_i[:, :, None] == visible_j[:, None])[..., None].to(dtype)
-            a = a + F.embedding(type_i.long(), by_type_i)[:, :, None] + F.embedding(type_j.long(), by_type_j)[:, None]
+            a = a + (i.frame_known[:, :, None] * j.frame_known[:, None])[..., None].to(dtype) * by_frame
+            a = a * (i.visible[:, :, None] == j.visible[:, None])[..., None].to(dtype)
+            a = a + F.embedding(i.restype.long(), by_type_i)[:, :, None]
+            a = a + F.embedding(j.restype.long(), by_type_j)[:, None]
             return (x + a).to(z.dtype)

@@ -41,23 +41,23 @@ def attention_pair_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, key_mask:
         masked = (key_mask[:, None, None].to(bias.dtype) - 1) * 1e6
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
         return _Merged.apply(*heads_first, bias.permute(0, 3, 1, 2), masked, cp).transpose(1, 2)
-    scores, highest = _scores(q, k, bias, key_mask)
-    found = _weighted(scores, all_reduce_max(highest, cp, cp.col, OP), v)
+    scores, row_max = _scores(q, k, bias, key_mask)
+    found = _weighted(scores, all_reduce_max(row_max, cp, cp.col, OP), v)
     return _quotient(all_reduce(found, cp, cp.col, OP))
 
 
 @region
 def _scores(q: Tensor, k: Tensor, bias: Tensor, key_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, h, N/R, N/C), and the highest of each query."""
+    """(B, h, N/R, N/C), and the largest of each query."""
     scores = q.transpose(1, 2) @ k.transpose(1, 2).mT + bias.permute(0, 3, 1, 2)
     scores = scores + (key_mask[:, None, None].to(scores.dtype) - 1) * 1e6
     return scores, scores.detach().amax(-1, keepdim=True)
 
 
 @region
-def _weighted(scores: Tensor, highest: Tensor, v: Tensor) -> Tensor:
+def _weighted(scores: Tensor, row_max: Tensor, v: Tensor) -> Tensor:
     """Sums of the values, and in the last channel those of their weights, (B, h, N/R, d + 1)."""
-    weights = (scores - highest).exp()
+    weights = (scores - row_max).exp()
     return torch.cat([weights @ v.transpose(1, 2), weights.sum(-1, keepdim=True)], -1)
 
 
@@ -74,27 +74,27 @@ class _Merged(torch.autograd.Function):
         # Keys last in memory, as the kernels want it.
         bias = torch.add(bias, masked, out=bias.new_empty(bias.shape))
         q, k, v = (x[:, None] for x in (q, k, v))
-        part, log_part = (x[:, 0] for x in partial_attention(q, k, v, bias, cp.kernels))
-        highest = all_reduce_max(log_part[..., None], cp, cp.col, OP)
-        weight = (log_part[..., None] - highest).exp()
+        part, part_lse = (x[:, 0] for x in partial_attention(q, k, v, bias, cp.kernels))
+        # The weight of a rank's part is the exponential of its lse, scaled by the largest so that it cannot overflow.
+        largest = all_reduce_max(part_lse[..., None], cp, cp.col, OP)
+        weight = (part_lse[..., None] - largest).exp()
         merged = all_reduce(torch.cat([part * weight, weight], -1), cp, cp.col, OP)
-        total = merged[..., -1:]
-        out = (merged[..., :-1] / total).to(q.dtype)
+        denom = merged[..., -1:]
+        out = (merged[..., :-1] / denom).to(q.dtype)
         ctx.cp = cp
-        ctx.save_for_backward(q, k, v, bias, out, (highest + total.log()).squeeze(-1))
+        ctx.save_for_backward(q, k, v, bias, out, (largest + denom.log()).squeeze(-1))
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        q, k, v, bias, out, log_total = ctx.saved_tensors
+        q, k, v, bias, out, lse = ctx.saved_tensors
         cp = ctx.cp
         # The ranks of a grid row have the same result, and each a part of its gradient.
         grad = all_reduce(grad, cp, cp.col, OP)
-        shift = (grad * out).sum(-1, dtype=log_total.dtype)
-        dq = torch.zeros_like(q, dtype=log_total.dtype)
-        dbias = torch.zeros_like(bias, dtype=log_total.dtype)
-        grad, log_total, shift = (x[:, None] for x in (grad, log_total, shift))
-        dk, dv = partial_gradients(q, k, v, bias, grad, log_total, shift, dq, dbias, cp.kernels)
+        delta = (grad * out).sum(-1, dtype=lse.dtype)
+        dq, dbias = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, bias))
+        grad, lse, delta = (x[:, None] for x in (grad, lse, delta))
+        dk, dv = partial_gradients(q, k, v, bias, grad, lse, delta, dq, dbias, cp.kernels)
         grads = [x[:, 0].to(q.dtype) for x in (dq, dk, dv)]
         return *grads, dbias.to(bias.dtype), None, None
 

@@ -16,7 +16,7 @@ from cpfold_train.ops.stream import stream
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import split
 from cpfold_train.parallel.layouts import all_rows_of_tile_cols, all_rows_of_tile_rows, col_parts, row_parts, tiles
-from cpfold_train.parallel.redistribute import Pending, Route, finish, start
+from cpfold_train.parallel.redistribute import ExchangePlan, Pending, finish, start
 
 OP = "outer_product_mean"
 FETCHED_BYTES = 1 << 31
@@ -48,13 +48,13 @@ def outer_product_mean(
     fetched_bytes = s * (n // cp.grid.rows + n // cp.grid.cols) * a.shape[0] * a.shape[3] * a.element_size()
     # While one part is worked on the next one travels.
     parts = 1 if fetched_bytes <= FETCHED_BYTES else min(s, -(-2 * fetched_bytes // FETCHED_BYTES))
-    routes = []
+    plans = []
     for depth in split(s, parts):
         wants = (tuple((depth, tokens) for tokens in parts) for parts in (rows, cols))
-        routes.append([Route(cp, cp.all, (1, 2), has, boxes, OP) for boxes in wants])
+        plans.append([ExchangePlan(cp, cp.all, (1, 2), has, boxes, OP) for boxes in wants])
     if fused:
-        return stream(_fused_part, routes, (count, weight, bias), (a, b), gradients=_fused_gradients)
-    return stream(_part, routes, (count, weight), (a, b)) + bias
+        return stream(_fused_part, plans, (count, weight, bias), (a, b), gradients=_fused_gradients)
+    return stream(_part, plans, (count, weight), (a, b)) + bias
 
 
 def _part(_: int, count: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from cpfold_train.ops.stream import stream
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import split
 from cpfold_train.parallel.layouts import bands_of_tile_cols, row_bands, tiles
-from cpfold_train.parallel.redistribute import Route
+from cpfold_train.parallel.redistribute import ExchangePlan
 
 
 def pair_weighted_averaging(v: Tensor, logits: Tensor, key_mask: Tensor, cp: ContextParallel) -> Tensor:
@@ -51,10 +51,10 @@ def pair_weighted_averaging(v: Tensor, logits: Tensor, key_mask: Tensor, cp: Con
         ((2, 3), tiles(cp.grid, n, n), bands_of_tile_cols(cp.grid, n)),
         ((3, 2), tiles(cp.grid, s, n), row_bands(cp.grid, s, n)),
     )
-    routes = [[Route(cp, cp.all, dims, has, wants, op) for dims, has, wants in moves] for _ in groups]
+    plans = [[ExchangePlan(cp, cp.all, dims, has, wants, op) for dims, has, wants in moves] for _ in groups]
     sources = logits.permute(0, 3, 1, 2), v.permute(0, 3, 2, 1, 4)
     average, gradients = (_fused_average, _fused_gradients) if fused else (_average, None)
-    o = stream(average, routes, (key_mask,), sources, dim=1, gradients=gradients, parts=groups)
+    o = stream(average, plans, (key_mask,), sources, dim=1, gradients=gradients, parts=groups)
     return o.permute(0, 3, 2, 1, 4)
 
 

@@ -1,14 +1,16 @@
 """Triangle attention: every pair (i, j) attends to the pairs of its row or of its column.
 
-AlphaFold 3, Algorithms 14 (starting node) and 15 (ending node). There are two ways to bring the pairs together;
+AlphaFold 3, Algorithms 14 (starting node) and 15 (ending node). The ending node is the starting node of the transposed
+pair representation, so both are one function of a tile and a grid: that of the transpose is
+:meth:`~cpfold_train.parallel.grid.Grid.transposed`. There are two ways to bring the pairs of a row together;
 T = B (N/R) (N/C) c is the size of a tile.
 
-All-to-all: an exchange inside the row group (the column group) turns tiles into complete rows (columns), on which
-attention is local; the result goes back the same way. Only the triangle bias, h channels of N x N, is needed by every
-rank; it is gathered whole where that is at most half a tile, else in panels of so many heads. Each rank sends
-2 T (C - 1) / C elements forward for the starting node, 2 T (R - 1) / R for the ending node, and (P - 1) T h / c of
-bias; as many backward, and the bias once more where there are several panels. On large grids the bias outweighs z:
-there q ranks hold the same rows, each attends for 1/q of the queries and gets 1/q of the bias.
+All-to-all: an exchange inside the row group turns tiles into complete rows, on which attention is local; the result
+goes back the same way. Only the triangle bias, h channels of N x N, is needed by every rank; it is gathered whole where
+that is at most half a tile, else in chunks of so many heads. Each rank sends 2 T (C - 1) / C elements forward and
+(P - 1) T h / c of bias; as many backward, and the bias once more where there are several chunks. On large grids the
+bias outweighs z: there every row has replicas on q ranks, each of which attends for 1/q of the queries and gets 1/q of
+the bias.
 
 Ring: queries stay where they are; keys, values and their bias come around the grid. Each rank sends 2 (C - 1) T and
 about C T h / c of bias forward, and twice that backward.
@@ -36,23 +38,11 @@ from cpfold_train.ops.pair_bias import pair_bias, project_bias
 from cpfold_train.ops.ring_attention import ring_attention
 from cpfold_train.ops.stream import stream
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.parallel.cost import bias_panels, choose, row_groups, row_sharers, triangle_attention_cost
-from cpfold_train.parallel.grid import Interval, split
-from cpfold_train.parallel.layouts import (
-    col_parts,
-    col_shares,
-    mirrored_tiles,
-    row_parts,
-    row_shares,
-    swapped,
-    tiles,
-    whole_cols,
-    whole_rows,
-    with_dim,
-)
-from cpfold_train.parallel.redistribute import Layout, Pending, Route, finish, finish_added, start
+from cpfold_train.parallel.cost import choose, head_chunks, row_groups, row_replicas, triangle_attention_cost
+from cpfold_train.parallel.grid import Grid, Interval, split
+from cpfold_train.parallel.layouts import col_parts, query_parts, row_parts, tiles, whole_rows, with_dim
+from cpfold_train.parallel.redistribute import ExchangePlan, Pending, finish, finish_added, start
 
-Parts = tuple[Interval, ...]
 Norm = tuple[Tensor, ...]
 """Weight and bias (c,) of a norm, or nothing where it is done."""
 
@@ -82,6 +72,29 @@ class _Residual(NamedTuple):
     factors: Tensor | None
 
 
+class _Tile(NamedTuple):
+    """What a rank has of the pairs (i, j), of which those with the same i attend to each other.
+
+    Attributes:
+        x: (B, r, q, c) z, or LN(z).
+        norm: that x still needs.
+        bias: (B, h, r, q) of query i and key j, contiguous; -1e9 where the key is no real token.
+        residual: what the update is added to, or None.
+        grid: whose tile (r, q) it is.
+    """
+
+    x: Tensor
+    norm: Norm
+    bias: Tensor
+    residual: _Residual | None
+    grid: Grid
+
+    def transposed(self) -> _Tile:
+        """The same of the pairs (j, i)."""
+        residual = self.residual and self.residual._replace(z=self.residual.z.transpose(1, 2))
+        return _Tile(self.x.transpose(1, 2), self.norm, self.bias.mT.contiguous(), residual, self.grid.transposed())
+
+
 def triangle_attention_starting(
     z: Tensor,
     token_mask: Tensor,
@@ -103,22 +116,9 @@ def triangle_attention_starting(
     Returns:
         Update of the tile (B, N/R, N/C, c), or, with the residual, the new tile.
     """
-    n, op = z.shape[1] * cp.grid.rows, "triangle_attention_start"
-    as_tiles = tiles(cp.grid, n, n)
-    key_mask = token_mask[:, None, slice(*cp.grid.col_tokens(n))].expand(z.shape[:3])
-    old, z, norm, bias = _normed(z, key_mask, w, cp)
-    add = _Residual(old, _of_pairs(factors)) if residual else None
-    bias = bias.contiguous()
-    if _algorithm(z, n, w, False, cp) == "ring":
-        blocks = [col_parts(cp.grid, n, k) for k in range(cp.grid.cols)]
-        rows, queries = row_parts(cp.grid, n), col_parts(cp.grid, n)
-        return _added(_around_the_grid(z, bias, norm, w, rows, queries, blocks, as_tiles, cp, op), add)
-    groups = row_groups(cp.grid, n, z.shape[3], bias.shape[1])
-    sharers = row_sharers(cp.grid, z.shape[3])
-    some = n // groups
-    as_rows, shares = whole_rows(cp.grid, some, n, sharers), col_shares(cp.grid, n, sharers)
-    has = tiles(cp.grid, some, n)
-    return _in_whole_rows(z.chunk(groups, 1), bias, norm, w, has, as_rows, shares, as_tiles, n, cp, op, add)
+    cols = slice(*cp.grid.col_tokens(token_mask.shape[1]))
+    tile = _tile(z, token_mask[:, None, cols], w, cp, residual, factors)
+    return _triangle_attention(tile, w, cp, "triangle_attention_start")
 
 
 def triangle_attention_ending(
@@ -131,141 +131,107 @@ def triangle_attention_ending(
 ) -> Tensor:
     """Pair (i, j) attends to the pairs (k, j), with the bias of (k, i); otherwise as
     :func:`triangle_attention_starting`, of which it is the transpose: ``factors`` (B, N/C) are those of columns."""
-    n, op = z.shape[1] * cp.grid.rows, "triangle_attention_end"
-    as_tiles = mirrored_tiles(cp.grid, n)
-    key_mask = token_mask[:, slice(*cp.grid.row_tokens(n)), None].expand(z.shape[:3])
-    old, z, norm, bias = _normed(z, key_mask, w, cp)
-    add = _Residual(old.transpose(1, 2), _of_pairs(factors)) if residual else None
-    z, bias = z.transpose(1, 2), bias.mT.contiguous()
-    if _algorithm(z, n, w, True, cp) == "ring":
-        blocks = [row_parts(cp.grid, n, k) for k in range(cp.grid.rows)]
-        rows, queries = col_parts(cp.grid, n), row_parts(cp.grid, n)
-        update = _around_the_grid(z, bias, norm, w, rows, queries, blocks, as_tiles, cp, op)
-        return _added(update, add).transpose(1, 2)
-    groups = row_groups(cp.grid, n, z.shape[3], bias.shape[1], ending=True)
-    sharers = row_sharers(cp.grid, z.shape[3], ending=True)
-    some = n // groups
-    has, as_rows = (swapped(layout) for layout in (tiles(cp.grid, n, some), whole_cols(cp.grid, n, some, sharers)))
-    shares = row_shares(cp.grid, n, sharers)
-    new = _in_whole_rows(z.chunk(groups, 1), bias, norm, w, has, as_rows, shares, as_tiles, n, cp, op, add)
-    return new.transpose(1, 2)
+    rows = slice(*cp.grid.row_tokens(token_mask.shape[1]))
+    tile = _tile(z, token_mask[:, rows, None], w, cp, residual, factors).transposed()
+    return _triangle_attention(tile, w, cp, "triangle_attention_end").transpose(1, 2)
 
 
-def _of_pairs(factors: Tensor | None) -> Tensor | None:
-    return None if factors is None else factors[:, :, None, None]
-
-
-def _added(update: Tensor, add: _Residual | None) -> Tensor:
-    if add is None:
-        return update
-    return add.z + (update if add.factors is None else update * add.factors.to(update.dtype))
-
-
-def _algorithm(z: Tensor, n: int, w: Weights, ending: bool, cp: ContextParallel) -> str:
-    sizes = n, z.shape[3], w.bias.shape[0], w.q.shape[0]
-    costs = (triangle_attention_cost(cp.grid, *sizes, way, ending) for way in ("ring", "alltoall"))
-    return choose(cp.algorithm, *costs, z.numel() * z.element_size())
-
-
-def _normed(z: Tensor, key_mask: Tensor, w: Weights, cp: ContextParallel) -> tuple[Tensor, Tensor, Norm, Tensor]:
-    """A tile z for its residual, what travels of it, the norm that this still wants, and the triangle bias (B, h, N/R,
-    N/C).
-
-    The bias is -1e9 where the key (B, N/R, N/C) is no real token.
-    """
-    norm = w.norm_weight, w.norm_bias
+def _tile(
+    z: Tensor, key_mask: Tensor, w: Weights, cp: ContextParallel, residual: bool, factors: Tensor | None
+) -> _Tile:
+    """Of z as it lies, with its residual; ``key_mask`` (B, 1 or N/R, N/C or 1) says which keys are real tokens."""
+    factors = None if factors is None else factors[:, :, None, None]
+    norm, key_mask = (w.norm_weight, w.norm_bias), key_mask.expand(z.shape[:3])
     if cp.kernels == "torch":
-        return z, z, norm, pair_bias(z, key_mask, *norm, w.bias, 1e9)
-    x, z = layer_norm_beside(z, *norm, cp.kernels, product_dtype(z))
-    return z, x, (), project_bias(x, key_mask, w.bias, 1e9)
-
-
-def _in_whole_rows(
-    z: tuple[Tensor, ...],
-    bias: Tensor,
-    norm: Norm,
-    w: Weights,
-    has: Layout,
-    as_rows: Layout,
-    shares: Parts,
-    bias_has: Layout,
-    n: int,
-    cp: ContextParallel,
-    op: str,
-    add: _Residual | None,
-) -> Tensor:
-    """Gated attention within complete rows: groups of a tile's rows (B, r, q, c) and its bias to the tile's update, or
-    to the new tile.
-
-    One group travels while another attends, there, back and in the backward pass. ``has`` and ``as_rows`` number the
-    rows of a group. Ranks that have the same rows attend for their ``shares`` of the queries.
-    """
-
-    def fetched(some: Iterable[Tensor]) -> list[Pending]:
-        return [start(part, cp, cp.all, (1, 2), has, as_rows, op) for part in some]
-
-    heads = bias.shape[1]
-    shared = (*_shared_weights(w, heads), *norm)
-    mine = shares[cp.all.index]
-    panels = bias_panels(cp.grid, z[0].shape[3], heads, n // (mine[1] - mine[0]))
-    if panels == 1:
-        wants = tuple((share, (0, n)) for share in shares)
-        # What the first group waits for goes first.
-        coming = fetched(z[:1])
-        bias = start(bias, cp, cp.all, (2, 3), bias_has, wants, op)
-        coming += fetched(z[1:])
-        bias = finish(bias)
-        updates = (_attend(finish(part), bias, shared, mine, cp.kernels) for part in coming)
+        x, bias = z, pair_bias(z, key_mask, *norm, w.bias, 1e9)
     else:
-        coming = fetched(z)
-        every, groups = ((0, heads),) * cp.all.size, split(heads, panels)
-        wants = tuple((share, (0, n)) for share in shares)
-        routes = [
-            [Route(cp, cp.all, (1, 2, 3), with_dim(every, bias_has), with_dim((group,) * cp.all.size, wants), op)]
-            for group in groups
+        x, z = layer_norm_beside(z, *norm, cp.kernels, product_dtype(z))
+        bias, norm = project_bias(x, key_mask, w.bias, 1e9), ()
+    return _Tile(x, norm, bias.contiguous(), _Residual(z, factors) if residual else None, cp.grid)
+
+
+def _triangle_attention(tile: _Tile, w: Weights, cp: ContextParallel, op: str) -> Tensor:
+    """Gated attention within rows by the cheaper of the two ways: (B, r, q, c), the update of a tile or the new one."""
+    x, grid = tile.x, tile.grid
+    sizes = x.shape[1] * grid.rows, x.shape[3], w.bias.shape[0], w.q.shape[0]
+    costs = (triangle_attention_cost(grid, *sizes, way) for way in ("ring", "alltoall"))
+    if choose(cp.algorithm, *costs, x.numel() * x.element_size()) == "ring":
+        return _around_the_grid(tile, w, cp, op)
+    return _in_whole_rows(tile, w, cp, op)
+
+
+def _added(update: Tensor, residual: _Residual | None) -> Tensor:
+    if residual is None:
+        return update
+    return residual.z + (update if residual.factors is None else update * residual.factors.to(update.dtype))
+
+
+def _in_whole_rows(tile: _Tile, w: Weights, cp: ContextParallel, op: str) -> Tensor:
+    """All-to-all. Rows go in groups: one travels while another attends, there, back and in the backward pass."""
+    grid, heads, c = tile.grid, w.bias.shape[0], tile.x.shape[3]
+    n = tile.x.shape[1] * grid.rows
+    groups, replicas = row_groups(grid, n, c, heads), row_replicas(grid, c)
+    some, queries = n // groups, query_parts(grid, n, replicas)
+    own_queries = queries[cp.all.index]
+    # These number the rows of a group. A replica gives back its part of the queries.
+    as_tiles, as_rows = tiles(grid, some, n), whole_rows(grid, some, n, replicas)
+    attended = tuple((rows, part) for (rows, _), part in zip(as_rows, queries))
+    bias_has, bias_wants = tiles(grid, n, n), tuple((part, (0, n)) for part in queries)
+    shared = (*_shared_weights(w, heads), *tile.norm)
+
+    def into_rows(parts: Iterable[Tensor]) -> list[Pending]:
+        return [start(part, cp, cp.all, (1, 2), as_tiles, as_rows, op) for part in parts]
+
+    parts = tile.x.chunk(groups, 1)
+    chunks = head_chunks(grid, c, heads)
+    if chunks == 1:
+        # What the first group waits for goes first.
+        coming = into_rows(parts[:1])
+        bias = start(tile.bias, cp, cp.all, (2, 3), bias_has, bias_wants, op)
+        coming += into_rows(parts[1:])
+        bias = finish(bias)
+        updates = (_attend(finish(part), bias, shared, own_queries, cp.kernels) for part in coming)
+    else:
+        coming = into_rows(parts)
+        all_heads, chunked = ((0, heads),) * cp.all.size, split(heads, chunks)
+        bias_has = with_dim(all_heads, bias_has)
+        plans = [
+            [ExchangePlan(cp, cp.all, (1, 2, 3), bias_has, with_dim((chunk,) * cp.all.size, bias_wants), op)]
+            for chunk in chunked
         ]
 
         def step(k: int, z: Tensor, *args: Tensor) -> Tensor:
             *shared, bias = args
-            return _attend_rows(mine, cp.kernels, z, bias, *_of_heads(shared, groups[k], heads))
+            return _attend_rows(own_queries, cp.kernels, z, bias, *_of_heads(shared, chunked[k], heads))
 
-        rows = _rows_at_once(z[0], n, shared, cp.kernels)
-        updates = (stream(step, routes, shared, (bias,), inputs=(finish(part),), rows=rows) for part in coming)
-    done = tuple((rows, share) for (rows, _), share in zip(as_rows, shares))
-    going = [start(update, cp, cp.all, (1, 2), done, has, op) for update in updates]
-    if add is not None and cp.kernels != "torch":
-        return finish_added(going, *add)
-    return _added(finish(going[0]) if len(going) == 1 else torch.cat([finish(part) for part in going], 1), add)
+        rows = _rows_at_once(parts[0], n, shared, cp.kernels)
+        updates = (stream(step, plans, shared, (tile.bias,), inputs=(finish(part),), rows=rows) for part in coming)
+    going = [start(update, cp, cp.all, (1, 2), attended, as_tiles, op) for update in updates]
+    if tile.residual is not None and cp.kernels != "torch":
+        return finish_added(going, *tile.residual)
+    update = finish(going[0]) if len(going) == 1 else torch.cat([finish(part) for part in going], 1)
+    return _added(update, tile.residual)
 
 
-def _around_the_grid(
-    z: Tensor,
-    bias: Tensor,
-    norm: Norm,
-    w: Weights,
-    rows: Parts,
-    queries: Parts,
-    blocks: list[Parts],
-    as_tiles: Layout,
-    cp: ContextParallel,
-    op: str,
-) -> Tensor:
-    """Gated attention of a tile's pairs (B, r, q, c), whose keys are fetched ``blocks[k]`` after ``blocks[k]``."""
-    heads = bias.shape[1]
+def _around_the_grid(tile: _Tile, w: Weights, cp: ContextParallel, op: str) -> Tensor:
+    """Ring: in each step come the keys and values of one more tile of the row, and the bias to them."""
+    grid, heads = tile.grid, w.bias.shape[0]
+    n = tile.x.shape[1] * grid.rows
     qg, kv, o = _shared_weights(w, heads)
-    x = _norm(z, *norm)
+    x = _norm(tile.x, *tile.norm)
     q, g = linear(x, qg).unflatten(-1, (2, heads, -1)).permute(3, 0, 1, 4, 2, 5).unbind()
     kv = linear(x, kv).unflatten(-1, (2, heads, -1)).permute(0, 1, 4, 2, 3, 5)
+    as_tiles, rows, queries = tiles(grid, n, n), row_parts(grid, n), col_parts(grid, n)
     steps = [
         (
-            Route(cp, cp.all, (1, 3), as_tiles, tuple(zip(rows, block)), op),
-            Route(cp, cp.all, (2, 3), as_tiles, tuple(zip(queries, block)), op),
+            ExchangePlan(cp, cp.all, (1, 3), as_tiles, tuple(zip(rows, keys)), op),
+            ExchangePlan(cp, cp.all, (2, 3), as_tiles, tuple(zip(queries, keys)), op),
         )
-        for block in blocks
+        for keys in (col_parts(grid, n, step) for step in range(grid.cols))
     ]
     q = q.contiguous() if cp.kernels == "torch" else q
-    attended = ring_attention(q, kv, bias, steps, cp.kernels) * g.sigmoid()
-    return linear(attended.transpose(2, 3).flatten(3), o)
+    attended = ring_attention(q, kv, tile.bias, steps, cp.kernels) * g.sigmoid()
+    return _added(linear(attended.transpose(2, 3).flatten(3), o), tile.residual)
 
 
 def _shared_weights(w: Weights, heads: int) -> tuple[Tensor, ...]:

@@ -27,7 +27,7 @@ from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.cost import channel_groups, choose, triangle_multiplication_cost
 from cpfold_train.parallel.grid import split
 from cpfold_train.parallel.layouts import col_parts, everything, row_parts, tiles, with_dim
-from cpfold_train.parallel.redistribute import Layout, Route
+from cpfold_train.parallel.redistribute import ExchangePlan, Layout
 
 OP = "triangle_multiplication"
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -108,9 +108,9 @@ def _product(
     a_and_b, z = gated_projection_beside(z, pair_mask, *norm, w.p_in, w.g_in, cp.kernels)
     if _algorithm(z, incoming, cp) == "ring":
         has = tiles(cp.grid, n, n)
-        routes = [[Route(cp, cp.all, (2, 3), has, wants, OP) for wants in step] for step in pieces]
+        plans = [[ExchangePlan(cp, cp.all, (2, 3), has, wants, OP) for wants in step] for step in pieces]
         a, b = a_and_b.chunk(2, 1)
-        return stream(lambda _, a, b: product(a, b), routes, (), (a, b)), z
+        return stream(lambda _, a, b: product(a, b), plans, (), (a, b)), z
     return _by_channels(a_and_b, product, n, incoming, cp), z
 
 
@@ -123,7 +123,8 @@ def _output(
 
 def _algorithm(z: Tensor, incoming: bool, cp: ContextParallel) -> str:
     size = z.numel() * z.element_size()
-    costs = (triangle_multiplication_cost(cp.grid, z.shape[3], way, incoming, size) for way in ("ring", "alltoall"))
+    grid = cp.grid.transposed() if incoming else cp.grid
+    costs = (triangle_multiplication_cost(grid, z.shape[3], way, size) for way in ("ring", "alltoall"))
     return choose(cp.algorithm, *costs, size)
 
 
@@ -142,18 +143,18 @@ def _by_channels(a_and_b: Tensor, product: Product, n: int, incoming: bool, cp: 
         c = last - first
         as_tiles = with_dim(((0, c),) * cp.all.size, tiles(cp.grid, n, n))
         as_channels = with_dim(split(c, cp.all.size)[:: -1 if incoming else 1], everything(cp.grid, n, n))
-        of_a, of_b = (Route(cp, cp.all, (1, 2, 3), as_tiles, as_channels, OP) for _ in range(2))
-        groups.append(_Group(slice(first, last), of_a, of_b, Route(cp, cp.all, (1, 2, 3), as_channels, as_tiles, OP)))
+        there = ExchangePlan(cp, cp.all, (1, 2, 3), as_tiles, as_channels, OP)
+        back = ExchangePlan(cp, cp.all, (1, 2, 3), as_channels, as_tiles, OP)
+        groups.append(_Group(slice(first, last), there, back))
     return _ByChannels.apply(a_and_b, groups, product, incoming)
 
 
 class _Group(NamedTuple):
-    """Some of the channels; how those of a and b come to the ranks that multiply them, and how the product leaves."""
+    """Some of the channels; how those of a and b come to the ranks that multiply them, and how the product returns."""
 
     channels: slice
-    of_a: Route
-    of_b: Route
-    back: Route
+    there: ExchangePlan
+    back: ExchangePlan
 
 
 class _ByChannels(torch.autograd.Function):
@@ -163,30 +164,28 @@ class _ByChannels(torch.autograd.Function):
     def forward(ctx, a_and_b: Tensor, groups: list[_Group], product: Product, incoming: bool) -> Tensor:
         ctx.groups, ctx.incoming = groups, incoming
         a, b = a_and_b.chunk(2, 1)
-        coming = [(g.of_a.send_forward(a[:, g.channels]), g.of_b.send_forward(b[:, g.channels])) for g in groups]
-        out = None
-        for g, (a_g, b_g) in zip(groups, coming):
-            x = product(g.of_a.wait_forward(a_g), g.of_b.wait_forward(b_g))
+        coming = [[g.there.send_forward(x[:, g.channels]) for x in (a, b)] for g in groups]
+        out, going, operands = None, [], []
+        for g, flights in zip(groups, coming):
+            operands += [flight.wait() for flight in flights]
+            x = product(*operands[-2:])
             out = x.new_empty(a.shape) if out is None else out
-            g.back.send_forward(x, out[:, g.channels])
-        for g in groups:
-            g.back.wait_forward(out[:, g.channels])
-        ctx.save_for_backward(*(x for pair in coming for x in pair))
+            going.append(g.back.send_forward(x, out[:, g.channels]))
+        for flight in going:
+            flight.wait()
+        ctx.save_for_backward(*operands)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        for g in ctx.groups:
-            g.back.send_grad(grad[:, g.channels])
+        coming = [g.back.send_grad(grad[:, g.channels]) for g in ctx.groups]
         found = grad.new_empty(grad.shape[0], 2 * grad.shape[1], *grad.shape[2:], dtype=saved[0].dtype)
         going = []
-        for g, a, b in zip(ctx.groups, saved[::2], saved[1::2]):
-            dx = g.back.wait_grad(grad[:, g.channels])
+        for g, flight, a, b in zip(ctx.groups, coming, saved[::2], saved[1::2]):
+            dx = flight.wait()
             da, db = ((dx @ b.mT).mT, a @ dx) if ctx.incoming else (dx @ b, (a.mT @ dx).mT)
-            for route, dy, whole in zip((g.of_a, g.of_b), (da, db), found.chunk(2, 1)):
-                route.send_grad(dy, whole[:, g.channels])
-                going.append((route, dy))
-        for route, dy in going:
-            route.wait_grad(dy)
+            going += [g.there.send_grad(dy, whole[:, g.channels]) for dy, whole in zip((da, db), found.chunk(2, 1))]
+        for flight in going:
+            flight.wait()
         return found, None, None, None

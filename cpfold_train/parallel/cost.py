@@ -1,7 +1,8 @@
 """What the two ways of communicating cost, and which of them ``cp.algorithm=auto`` takes.
 
-Figures are means over the ranks of a grid, forward and backward together; T is the number of elements of a tile of z,
-B (N/R) (N/C) c, of as many bytes as what travels has: z, or LN(z) in autocast's dtype. For the triangle multiplication:
+Numbers are means over the ranks of a grid, forward and backward together; T is the number of elements of a tile of z,
+B (N/R) (N/C) c, of as many bytes as what travels has: z, or LN(z) in autocast's dtype. For the triangle multiplication
+with outgoing edges:
 
     all-to-all   sent 6 T (P - 1) / P                    messages 6 (P - 1) g
     ring         sent 3 T (C - 1 + R - 1 / C)            messages 3 (C - 1 + (R + C - gcd(R, C)) (P - 1) / P)
@@ -15,9 +16,10 @@ and for the triangle attention around the starting node, with a bias of h channe
                                                          messages as for the triangle multiplication
 
 g is the number of groups, of channels or of rows, that travel one after the other so that one can be worked on
-meanwhile. b is 2 where the bias is gathered whole, and 3 where it comes in k panels of heads, which are fetched once
-more in the backward pass. q ranks hold the same rows, each with its own part of the queries and of the bias: rows cost
-q times as much then, the bias 1/q. The incoming edges and the ending node are the transpose: R and C change places.
+meanwhile. b is 2 where the bias is gathered whole, and 3 where it comes in k chunks of heads, which are fetched once
+more in the backward pass. q ranks are replicas of the same rows, each with its own part of the queries and of the bias:
+rows cost q times as much then, the bias 1/q. The incoming edges and the ending node are the transpose: their costs are
+those on :meth:`~cpfold_train.parallel.grid.Grid.transposed`.
 
 The faster way is the one with fewer bytes, where each message counts as ``MESSAGE_BYTES``, provided that it holds no
 more than ``HELD_TILES`` tiles. A ring repeats its products in the backward pass, so it has to be better by a tenth.
@@ -36,8 +38,8 @@ MESSAGE_BYTES = 1 << 16
 GROUPS = 2
 """Of rows or channels: one group that travels and one that is worked on."""
 MORE_GROUPS = 4
-"""Of channels, where each rank gets one of every group and messages stay long: what nothing overlaps, the first group's
-way there and the last one's back, is the smaller the more there are."""
+"""Of channels, where each rank gets one of every group and messages stay long. Nothing overlaps the first group's way
+there and the last one's way back, and with more groups these two are shorter."""
 LONG_MESSAGE = 1 << 20
 """Bytes whose way takes much longer than getting a message under way."""
 HELD_TILES = 10
@@ -46,55 +48,57 @@ HELD_TILES = 10
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one op on one rank: ``sent`` and ``held`` in tiles, and ``messages``."""
+    """Of one op on one rank, forward and backward.
+
+    Attributes:
+        sent: tiles of z.
+        messages: their number.
+        held: tiles of z, at the peak.
+    """
 
     sent: float
     messages: float
     held: float
 
 
-def triangle_multiplication_cost(
-    grid: Grid, c: int, algorithm: str, incoming: bool = False, tile_bytes: float = 0
-) -> Cost:
-    """``alltoall`` or ``ring``, for z of ``c`` channels and tiles of so many bytes."""
-    rows, cols, p = _oriented(grid, incoming)
+def triangle_multiplication_cost(grid: Grid, c: int, algorithm: str, tile_bytes: float = 0) -> Cost:
+    """Of the outgoing edges by ``alltoall`` or ``ring``, for z of ``c`` channels and tiles of so many bytes."""
+    rows, cols, p = grid.rows, grid.cols, grid.cp_size
     if algorithm == "ring":
-        return Cost(3 * (cols - 1 + rows - 1 / cols), 3 * _ring_messages(rows, cols), held=5)
+        return Cost(3 * (cols - 1 + rows - 1 / cols), 3 * _ring_messages(grid), held=5)
     # With more ranks than channels some hold a whole channel and others nothing.
     return Cost(6 * (p - 1) / p, 6 * (p - 1) * channel_groups(grid, c, tile_bytes), held=3 * ceil(c / p) * p / c)
 
 
-def triangle_attention_cost(
-    grid: Grid, n: int, c: int, heads: int, width: int, algorithm: str, ending: bool = False
-) -> Cost:
-    """``alltoall`` or ``ring``, for z of ``c`` channels and ``heads`` heads of ``width`` channels together."""
-    rows, cols, p = _oriented(grid, ending)
+def triangle_attention_cost(grid: Grid, n: int, c: int, heads: int, width: int, algorithm: str) -> Cost:
+    """Around the starting node by ``alltoall`` or ``ring``, for z of ``c`` channels and ``heads`` heads of ``width``
+    channels together."""
+    rows, cols, p = grid.rows, grid.cols, grid.cp_size
     if algorithm == "ring":
         sent = 3 * ((cols - 1) * 2 * width + (rows - 1 / cols) * heads) / c
-        return Cost(sent, 3 * _ring_messages(rows, cols), held=9 * width / c)
-    sharers = row_sharers(grid, c, ending)
-    panels = bias_panels(grid, c, heads, sharers)
-    times = 2 if panels == 1 else 3
-    sent = 2 * (sharers + 1 - 2 * sharers / cols) + times * (p - 1) * heads / (c * sharers)
-    shares_of_a_tile = (rows + sharers - gcd(rows, sharers)) / rows
-    messages = 2 * (cols - 1 + cols / sharers - 1) * row_groups(grid, n, c, heads, ending)
-    messages += times * (p - 1) * panels * shares_of_a_tile / sharers
-    return Cost(sent, messages, held=2 + sharers)
+        return Cost(sent, 3 * _ring_messages(grid), held=9 * width / c)
+    replicas = row_replicas(grid, c)
+    chunks = head_chunks(grid, c, heads)
+    times = 2 if chunks == 1 else 3
+    sent = 2 * (replicas + 1 - 2 * replicas / cols) + times * (p - 1) * heads / (c * replicas)
+    # A tile's rows overlap so many of the parts of the queries, on average over the tiles.
+    parts_of_a_tile = (rows + replicas - gcd(rows, replicas)) / rows
+    messages = 2 * (cols - 1 + cols / replicas - 1) * row_groups(grid, n, c, heads)
+    messages += times * (p - 1) * chunks * parts_of_a_tile / replicas
+    return Cost(sent, messages, held=2 + replicas)
 
 
-def bias_panels(grid: Grid, c: int, heads: int, sharers: int) -> int:
-    """Panels in which a rank's part of the triangle bias is gathered: of as many heads as are half a tile of z, or of
-    one head."""
-    return ceil(heads / max(1, c * sharers // (2 * grid.cp_size)))
+def head_chunks(grid: Grid, c: int, heads: int) -> int:
+    """In how many chunks of heads a rank gathers its part of the triangle bias: each half a tile of z, or one head."""
+    return ceil(heads / max(1, c * row_replicas(grid, c) // (2 * grid.cp_size)))
 
 
-def row_sharers(grid: Grid, c: int, ending: bool = False) -> int:
+def row_replicas(grid: Grid, c: int) -> int:
     """How many ranks hold the same complete rows in a triangle attention, each for a part of the queries.
 
     As few as make the bias of one head at most half a tile, and no more than ``HELD_TILES`` allows.
     """
-    cols = _oriented(grid, ending)[1]
-    possible = [q for q in range(1, HELD_TILES - 1) if cols % q == 0]
+    possible = [q for q in range(1, HELD_TILES - 1) if grid.cols % q == 0]
     return next((q for q in possible if c * q >= 2 * grid.cp_size), possible[-1])
 
 
@@ -107,15 +111,13 @@ def channel_groups(grid: Grid, c: int, tile_bytes: float) -> int:
     return next((groups for groups in possible if groups * grid.cp_size <= c), 1)
 
 
-def row_groups(grid: Grid, n: int, c: int, heads: int, ending: bool = False) -> int:
+def row_groups(grid: Grid, n: int, c: int, heads: int) -> int:
     """Groups of rows that a triangle attention exchanges one after the other.
 
-    Where the bias comes in panels there is one group: another would fetch all panels again.
+    Where the bias comes in chunks of heads there is one group: another would fetch all chunks again.
     """
-    rows, cols, _ = _oriented(grid, ending)
-    sharers = row_sharers(grid, c, ending)
-    divisible = n // rows % (GROUPS * cols) == 0
-    return GROUPS if cols > 1 and divisible and bias_panels(grid, c, heads, sharers) == 1 else 1
+    divisible = n // grid.rows % (GROUPS * grid.cols) == 0
+    return GROUPS if grid.cols > 1 and divisible and head_chunks(grid, c, heads) == 1 else 1
 
 
 def choose(algorithm: str, ring: Cost, alltoall: Cost, tile_bytes: int) -> str:
@@ -130,11 +132,7 @@ def choose(algorithm: str, ring: Cost, alltoall: Cost, tile_bytes: int) -> str:
     return "ring" if ring_bytes < 0.9 * alltoall_bytes else "alltoall"
 
 
-def _oriented(grid: Grid, transposed: bool) -> tuple[int, int, int]:
-    return (grid.cols, grid.rows, grid.cp_size) if transposed else (grid.rows, grid.cols, grid.cp_size)
-
-
-def _ring_messages(rows: int, cols: int) -> float:
+def _ring_messages(grid: Grid) -> float:
     """Messages of one pass: one a step along the rows, and one for each overlap of a part of R with a part of C."""
-    p = rows * cols
+    rows, cols, p = grid.rows, grid.cols, grid.cp_size
     return cols - 1 + (rows + cols - gcd(rows, cols)) * (p - 1) / p

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cpfold_train.errors import ConfigError
 
@@ -20,7 +20,7 @@ ATOM_WINDOW = 32
 
 @dataclass(frozen=True)
 class Grid:
-    """One rank's place in a world of ``dp`` replicas, each a grid of ``rows`` x ``cols`` ranks.
+    """One rank's position in a world of ``dp`` replicas, each a grid of ``rows`` x ``cols`` ranks.
 
     Ranks are numbered replica by replica and row by row: ``rank = (dp_index * rows + row) * cols + col``, so the
     ranks of one grid row, which exchange most, are neighbours and stay on one node where they can.
@@ -30,12 +30,14 @@ class Grid:
         cols: C, number of tiles along the second pair dim (mesh axis ``cp_col``).
         dp: number of replicas (mesh axis ``dp``).
         rank: this rank in the world, ``0 <= rank < dp * rows * cols``.
+        by_columns: ranks are numbered column by column instead: the view of :meth:`transposed`.
     """
 
     rows: int = 1
     cols: int = 1
     dp: int = 1
     rank: int = 0
+    by_columns: bool = False
 
     def __post_init__(self) -> None:
         if min(self.rows, self.cols, self.dp) < 1:
@@ -67,18 +69,33 @@ class Grid:
 
     @property
     def cp_index(self) -> int:
-        """This rank's number inside its replica, row by row."""
+        """This rank's number inside its replica, row by row (in a transposed view, column by column)."""
         return self.rank % self.cp_size
+
+    @property
+    def positions(self) -> tuple[tuple[int, int], ...]:
+        """Row and column of each rank of a replica, in the order of ranks."""
+        if self.by_columns:
+            return tuple((row, col) for col in range(self.cols) for row in range(self.rows))
+        return tuple((row, col) for row in range(self.rows) for col in range(self.cols))
 
     @property
     def row(self) -> int:
         """Row I of this rank's tile."""
-        return self.cp_index // self.cols
+        return self.positions[self.cp_index][0]
 
     @property
     def col(self) -> int:
         """Column J of this rank's tile."""
-        return self.cp_index % self.cols
+        return self.positions[self.cp_index][1]
+
+    def transposed(self) -> Grid:
+        """The same ranks as the grid of the transposed pair representation.
+
+        The rank of tile (I, J) here is that of tile (J, I) there, and its rows are the columns here: what an op does by
+        columns is the op by rows, on transposed tensors and this view.
+        """
+        return replace(self, rows=self.cols, cols=self.rows, by_columns=not self.by_columns)
 
     def rows_within_nodes(self, per_node: int) -> bool:
         """Whether each row of each replica's grid has its ranks on one machine, of ``per_node`` ranks."""

@@ -2,10 +2,13 @@
 
 Every distributed op of the trunk is described by two layouts: which box of the global tensor each rank *has* and which
 box it *wants*. Rank p sends rank q the intersection of what p has and what q wants, and nothing else. All-to-all,
-all-gather of even or uneven pieces and the fetch of a band of tiles are all of this form, on square and on rectangular
-grids alike. The backward is the transpose: the gradient of a box travels back to the rank that has it and is summed.
+all-gather of even or uneven pieces and the gathering of a band of tiles are all of this form, on square and on
+rectangular grids alike. The backward is the transpose: the gradient of a box travels back to the rank that has it and
+is summed.
 
-A box is a tuple of half-open intervals, one for each of the ``dims`` that the layouts speak of.
+A box is a tuple of half-open intervals, one for each of the ``dims`` that the layouts speak of. Who sends which box to
+whom is an :class:`ExchangePlan`, which knows of no tensor; a tensor on its way is :class:`InFlight`, and its gradient
+:class:`GradInFlight`.
 """
 
 from __future__ import annotations
@@ -32,10 +35,10 @@ Layout = tuple[Box, ...]
 
 @dataclass(frozen=True)
 class Pending:
-    """A redistribution in flight; :func:`finish` yields its result."""
+    """A redistribution between :func:`start` and :func:`finish`, which yields its result."""
 
     _out: Tensor
-    _route: Route | None
+    _trip: _Trip | None
 
 
 def redistribute(
@@ -67,13 +70,13 @@ def start(
     """
     if axis.size == 1:
         return Pending(x, None)
-    route = Route(cp, axis, dims, has, wants, op)
-    return Pending(_Start.apply(x, route), route)
+    trip = _Trip(ExchangePlan(cp, axis, dims, has, wants, op))
+    return Pending(_Start.apply(x, trip), trip)
 
 
 def finish(pending: Pending) -> Tensor:
     """Wait for a redistribution and return this rank's new box."""
-    return pending._out if pending._route is None else _Finish.apply(pending._out, pending._route)
+    return pending._out if pending._trip is None else _Finish.apply(pending._out, pending._trip)
 
 
 def finish_added(parts: Sequence[Pending], z: Tensor, row_factors: Tensor | None) -> Tensor:
@@ -87,7 +90,7 @@ def finish_added(parts: Sequence[Pending], z: Tensor, row_factors: Tensor | None
     Returns:
         (B, r, ..., c) in the dtype and with the strides of ``z``.
     """
-    return _FinishAdded.apply(z, row_factors, [part._route for part in parts], *(part._out for part in parts))
+    return _FinishAdded.apply(z, row_factors, [part._trip for part in parts], *(part._out for part in parts))
 
 
 def sum_to_owners(
@@ -104,7 +107,7 @@ def sum_to_owners(
     Returns:
         The sums, of the shape of ``owns[axis.index]`` in ``dims``; zero where no rank has an addend.
     """
-    return x if axis.size == 1 else _SumToOwners.apply(x, Route(cp, axis, dims, owns, has, op))
+    return x if axis.size == 1 else _SumToOwners.apply(x, ExchangePlan(cp, axis, dims, owns, has, op))
 
 
 def all_reduce(x: Tensor, cp: ContextParallel, axis: Axis, op: str) -> Tensor:
@@ -120,119 +123,156 @@ def all_reduce_max(x: Tensor, cp: ContextParallel, axis: Axis, op: str) -> Tenso
     return x.detach() if axis.size == 1 else _reduced(x, cp, axis, op, dist.ReduceOp.MAX)
 
 
-class Route:
-    """One redistribution and its transpose, without autograd: what :func:`start` and :func:`finish` consist of.
+class ExchangePlan:
+    """Who sends what to whom in one redistribution and in its transpose: boxes and ranks, no tensor and no message.
+
+    A plan may have any number of tensors in flight. What is done with it is outside of autograd.
 
     Args:
         cp, axis, dims, has, wants, op: as for :func:`start`; negative dims are not taken.
+
+    Attributes:
+        source: the box that this rank has.
+        target: the box that it wants.
+        sends: the boxes of ``source`` that ranks of the axis want, by their index; this rank's own is one of them.
+        receives: the boxes of ``target`` that ranks of the axis have, likewise.
+        disjoint: whether no index of ``source`` is wanted by two ranks, nor by none. Where it is, nothing is summed on
+            the way back.
     """
 
     def __init__(
         self, cp: ContextParallel, axis: Axis, dims: tuple[int, ...], has: Layout, wants: Layout, op: str
     ) -> None:
-        self._cp, self._axis, self._dims, self._op = cp, axis, dims, op
-        self._me = axis.index
-        self._has, self._wants = has[self._me], wants[self._me]
-        self._outgoing, self._incoming, self._disjoint = _plan(self._me, has, wants)
-        self._exchange: Exchange | None = None
-        self._back: Tensor | None = None
+        self.cp, self.axis, self.dims, self.op = cp, axis, dims, op
+        self.source, self.target = has[axis.index], wants[axis.index]
+        self.sends, self.receives, self.disjoint = _boxes(axis.index, has, wants)
 
-    def send_forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Post the messages; return the box that this rank wants with its own part filled in, and those of the others
-        at any time until :meth:`wait_forward`. It is made, unless ``out`` is to become it."""
-        out = x.new_empty(self._shape(x, self._wants)) if out is None else out
-        self._post(x, self._has, self._outgoing, self._incoming, out)
-        if self._me in self._outgoing:
-            box = self._outgoing[self._me]
-            self._view(out, self._wants, box).copy_(self._view(x, self._has, box))
-        return out
+    def send_forward(self, x: Tensor, out: Tensor | None = None) -> InFlight:
+        """Post the messages of ``x``, which covers ``source``.
 
-    def wait_forward(self, out: Tensor) -> Tensor:
-        """Wait, and fill in the parts of the others."""
-        received = self._exchange.wait()
-        for p, box in _in_turn(self._incoming, self._me):
-            place = self._view(out, self._wants, box)
-            if p != self._me and not place.is_contiguous():
-                place.copy_(received[p])
-        return out
+        Args:
+            x: may change and be freed once this has returned.
+            out: of the shape of ``target``, becomes the result; None makes it.
+        """
+        out = x.new_empty(self.shape(x, self.target)) if out is None else out
+        exchange = self._post(x, self.source, self.sends, self.receives, self.target, out)
+        if (me := self.axis.index) in self.sends:
+            box = self.sends[me]
+            self.view(out, self.target, box).copy_(self.view(x, self.source, box))
+        return InFlight(self, exchange, out)
 
-    def send_grad(self, grad: Tensor, into: Tensor | None = None) -> None:
-        """Post the gradient of the box that was wanted, on its way to the ranks that have it; ``into`` is to become
-        what :meth:`wait_grad` returns."""
-        if self._disjoint:
-            self._back = grad.new_empty(self._shape(grad, self._has)) if into is None else into
-        self._post(grad, self._wants, self._incoming, self._outgoing, self._back)
+    def send_grad(self, grad: Tensor, out: Tensor | None = None) -> GradInFlight:
+        """Post the gradient of what was wanted, which covers ``target``, on its way to the ranks that have it.
 
-    def wait_grad(self, grad: Tensor) -> Tensor:
-        """Wait, and return the gradient of the box that this rank has; ``grad`` is what :meth:`send_grad` was given."""
-        received = self._exchange.wait()
-        if self._me in self._outgoing:
-            received[self._me] = self._view(grad, self._wants, self._outgoing[self._me])
-        if self._disjoint:
-            out, self._back = self._back, None
-            for p, box in _in_turn(self._outgoing, self._me):
-                place = self._view(out, self._has, box)
-                if p == self._me or not place.is_contiguous():
-                    place.copy_(received[p])
-        else:
-            # As many addends as ranks: in bf16 each of them would be rounded once more.
-            wide = torch.promote_types(grad.dtype, torch.float32)
-            total = grad.new_zeros(self._shape(grad, self._has), dtype=wide)
-            for p, box in _in_turn(self._outgoing, self._me):
-                self._view(total, self._has, box).add_(received[p])
-            out = total.to(grad.dtype)
-        return out
+        Args:
+            grad: must not change before the result is there.
+            out: of the shape of ``source``, becomes the result where nothing is summed; None makes it.
+        """
+        if not self.disjoint:
+            out = None
+        elif out is None:
+            out = grad.new_empty(self.shape(grad, self.source))
+        return GradInFlight(self, self._post(grad, self.target, self.receives, self.sends, self.source, out), grad, out)
 
-    def _view(self, x: Tensor, origin: Box, box: Box) -> Tensor:
+    def view(self, x: Tensor, origin: Box, box: Box) -> Tensor:
         """The part ``box`` of a tensor that covers ``origin``."""
         index = [slice(None)] * x.ndim
-        for dim, (lo, hi), (base, _) in zip(self._dims, box, origin):
+        for dim, (lo, hi), (base, _) in zip(self.dims, box, origin):
             index[dim] = slice(lo - base, hi - base)
         return x[tuple(index)]
 
-    def _shape(self, x: Tensor, box: Box) -> list[int]:
+    def shape(self, x: Tensor, box: Box) -> list[int]:
+        """Of a tensor like ``x`` that covers ``box``."""
         sizes = list(x.shape)
-        for dim, (lo, hi) in zip(self._dims, box):
+        for dim, (lo, hi) in zip(self.dims, box):
             sizes[dim] = hi - lo
         return sizes
 
+    def messages(self, boxes: dict[int, Box]) -> Iterator[tuple[int, Box]]:
+        """The ranks that boxes are exchanged with, this one included, in their order on the axis."""
+        me = self.axis.index
+        return each_message(
+            boxes.items(), lambda message: None if message[0] == me else tuple(hi - lo for lo, hi in message[1])
+        )
+
     def _post(
-        self, x: Tensor, origin: Box, outgoing: dict[int, Box], incoming: dict[int, Box], out: Tensor | None
-    ) -> None:
-        """Messages from ``outgoing`` boxes of x, which covers ``origin``. Those received come straight to where they
-        belong in ``out`` if that is contiguous there."""
-        sends: dict[int, Tensor] = {}
-        for p, box in _in_turn(outgoing, self._me):
-            if p != self._me:
-                sends[p] = self._view(x, origin, box).contiguous()
-                self._cp.ledger.sent(self._op, sends[p].nbytes)
-        receives: dict[int, Tensor] = {}
-        target = self._wants if incoming is self._incoming else self._has
-        for p, box in _in_turn(incoming, self._me):
-            if p != self._me:
-                place = None if out is None else self._view(out, target, box)
-                fits = place is not None and place.is_contiguous()
-                receives[p] = place if fits else x.new_empty(self._shape(x, box))
-        self._exchange = Exchange(self._axis, self._op, self._cp.ledger, sends, receives)
+        self, x: Tensor, origin: Box, sends: dict[int, Box], receives: dict[int, Box], target: Box, out: Tensor | None
+    ) -> Exchange:
+        """Messages of boxes of x, which covers ``origin``. Those received come straight to their position in ``out``,
+        which covers ``target``, if that is contiguous there."""
+        me = self.axis.index
+        sent: dict[int, Tensor] = {}
+        for p, box in self.messages(sends):
+            if p != me:
+                sent[p] = self.view(x, origin, box).contiguous()
+                self.cp.ledger.sent(self.op, sent[p].nbytes)
+        received: dict[int, Tensor] = {}
+        for p, box in self.messages(receives):
+            if p != me:
+                part = None if out is None else self.view(out, target, box)
+                fits = part is not None and part.is_contiguous()
+                received[p] = part if fits else x.new_empty(self.shape(x, box))
+        return Exchange(self.axis, self.op, self.cp.ledger, sent, received)
 
 
-def _in_turn(boxes: dict[int, Box], me: int) -> Iterator[tuple[int, Box]]:
-    """The ranks that ``me`` exchanges boxes with, itself included, in their order on the axis."""
-    return each_message(
-        boxes.items(), lambda message: None if message[0] == me else tuple(hi - lo for lo, hi in message[1])
-    )
+class InFlight:
+    """A tensor on its way to the ranks that want its boxes.
+
+    Attributes:
+        out: the box that this rank wants, with its own part filled in; the others' come at any time until :meth:`wait`.
+    """
+
+    def __init__(self, plan: ExchangePlan, exchange: Exchange, out: Tensor) -> None:
+        self._plan, self._exchange, self.out = plan, exchange, out
+
+    def wait(self) -> Tensor:
+        """Wait for the parts of the others, and return the box that this rank wants; it is not kept here."""
+        plan, received = self._plan, self._exchange.wait()
+        out, self.out = self.out, None
+        for p, box in plan.messages(plan.receives):
+            part = plan.view(out, plan.target, box)
+            if p != plan.axis.index and not part.is_contiguous():
+                part.copy_(received[p])
+        return out
+
+
+class GradInFlight:
+    """The gradient of what ranks wanted, on its way to the ranks that have it."""
+
+    def __init__(self, plan: ExchangePlan, exchange: Exchange, grad: Tensor, out: Tensor | None) -> None:
+        self._plan, self._exchange, self._grad, self._out = plan, exchange, grad, out
+
+    def wait(self) -> Tensor:
+        """Wait, and return the gradient of the box that this rank has; it is not kept here."""
+        plan, received, me = self._plan, self._exchange.wait(), self._plan.axis.index
+        grad, out, self._grad, self._out = self._grad, self._out, None, None
+        if me in plan.sends:
+            received[me] = plan.view(grad, plan.target, plan.sends[me])
+        if plan.disjoint:
+            for p, box in plan.messages(plan.sends):
+                part = plan.view(out, plan.source, box)
+                if p == me or not part.is_contiguous():
+                    part.copy_(received[p])
+            return out
+        # As many addends as ranks: in bf16 each of them would be rounded once more.
+        acc_dtype = torch.promote_types(grad.dtype, torch.float32)
+        total = grad.new_zeros(plan.shape(grad, plan.source), dtype=acc_dtype)
+        for p, box in plan.messages(plan.sends):
+            plan.view(total, plan.source, box).add_(received[p])
+        return total.to(grad.dtype)
 
 
 @lru_cache(maxsize=4096)
-def _plan(me: int, has: Layout, wants: Layout) -> tuple[dict[int, Box], dict[int, Box], bool]:
-    """Boxes that ``me`` sends to and receives from each rank, itself included, and whether those sent are disjoint."""
-    outgoing = {p: box for p, want in enumerate(wants) if (box := _intersection(has[me], want))}
-    incoming = {p: box for p, have in enumerate(has) if (box := _intersection(have, wants[me]))}
-    boxes = list(outgoing.values())
+def _boxes(me: int, has: Layout, wants: Layout) -> tuple[dict[int, Box], dict[int, Box], bool]:
+    """Boxes that ``me`` sends to and receives from each rank, itself included, and whether those sent are disjoint and
+    all that it has."""
+    sends = {p: box for p, want in enumerate(wants) if (box := _intersection(has[me], want))}
+    receives = {p: box for p, have in enumerate(has) if (box := _intersection(have, wants[me]))}
+    boxes = list(sends.values())
     disjoint = sum(map(_volume, boxes)) == _volume(has[me]) and not any(
         _intersection(a, b) for i, a in enumerate(boxes) for b in boxes[:i]
     )
-    return outgoing, incoming, disjoint
+    return sends, receives, disjoint
 
 
 def _intersection(a: Box, b: Box) -> Box | None:
@@ -244,38 +284,60 @@ def _volume(box: Box) -> int:
     return prod(hi - lo for lo, hi in box)
 
 
+class _Trip:
+    """What :func:`start` and :func:`finish` have in common: a plan, and what of it is in flight, there or back."""
+
+    def __init__(self, plan: ExchangePlan) -> None:
+        self._plan = plan
+        self._flight: InFlight | GradInFlight | None = None
+
+    def send_forward(self, x: Tensor) -> Tensor:
+        """Post x; returns what :meth:`wait` fills in."""
+        self._flight = self._plan.send_forward(x)
+        return self._flight.out
+
+    def send_grad(self, grad: Tensor) -> None:
+        """Post a gradient."""
+        self._flight = self._plan.send_grad(grad)
+
+    def wait(self) -> Tensor:
+        """What was in flight. Autograd keeps the trip with the graph of the result, which it must not hold itself."""
+        flight, self._flight = self._flight, None
+        return flight.wait()
+
+
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, route: Route) -> Tensor:
-        ctx.route = route
-        return route.send_forward(x)
+    def forward(ctx, x: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip
+        return trip.send_forward(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.route.wait_grad(grad), None
+        return ctx.trip.wait(), None
 
 
 class _Finish(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, out: Tensor, route: Route) -> Tensor:
-        ctx.route = route
+    def forward(ctx, out: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip
         ctx.mark_dirty(out)
-        return route.wait_forward(out)
+        return trip.wait()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.route.send_grad(grad)
+        ctx.trip.send_grad(grad)
         return grad, None
 
 
 class _FinishAdded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z: Tensor, factors: Tensor | None, routes: list[Route | None], *outs: Tensor) -> Tensor:
-        ctx.factors, ctx.routes, ctx.dtypes = factors, routes, [out.dtype for out in outs]
+    def forward(ctx, z: Tensor, factors: Tensor | None, trips: list[_Trip | None], *outs: Tensor) -> Tensor:
+        ctx.factors, ctx.trips, ctx.dtypes = factors, trips, [out.dtype for out in outs]
         ctx.sizes = [out.shape[1] for out in outs]
         new = torch.empty_like(z)
-        for route, out, rows in zip(routes, outs, _slices(ctx.sizes)):
-            update = out if route is None else route.wait_forward(out)
+        for trip, out, rows in zip(trips, outs, _slices(ctx.sizes)):
+            update = out if trip is None else trip.wait()
             if factors is None:
                 torch.add(z[:, rows], update, out=new[:, rows])
             else:
@@ -285,7 +347,7 @@ class _FinishAdded(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         back = []
-        for route, dtype, rows in zip(ctx.routes, ctx.dtypes, _slices(ctx.sizes)):
+        for trip, dtype, rows in zip(ctx.trips, ctx.dtypes, _slices(ctx.sizes)):
             part = grad[:, rows]
             # Contiguous whatever the strides of z: messages are made of it.
             back.append(part.new_empty(part.shape, dtype=dtype))
@@ -293,8 +355,8 @@ class _FinishAdded(torch.autograd.Function):
                 back[-1].copy_(part)
             else:
                 torch.mul(part, _of_rows(ctx.factors, rows), out=back[-1])
-            if route is not None:
-                route.send_grad(back[-1])
+            if trip is not None:
+                trip.send_grad(back[-1])
         return grad, None, None, *back
 
 
@@ -309,14 +371,13 @@ def _of_rows(factors: Tensor, rows: slice) -> Tensor:
 
 class _SumToOwners(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, route: Route) -> Tensor:
-        ctx.route = route
-        route.send_grad(x)
-        return route.wait_grad(x)
+    def forward(ctx, x: Tensor, plan: ExchangePlan) -> Tensor:
+        ctx.plan = plan
+        return plan.send_grad(x).wait()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.route.wait_forward(ctx.route.send_forward(grad)), None
+        return ctx.plan.send_forward(grad).wait(), None
 
 
 def _reduced(x: Tensor, cp: ContextParallel, axis: Axis, op: str, reduce_op: dist.ReduceOp) -> Tensor:

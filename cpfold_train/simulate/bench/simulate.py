@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from cpfold_train.kernels import attention
+from cpfold_train.kernels import blockwise_attention
 from cpfold_train.kernels.by_rows import BLOCK_BYTES
 from cpfold_train.model.config import ModelConfig
 from cpfold_train.parallel.context import fake_world
@@ -85,7 +85,7 @@ def simulate(
     """
     case, device = CASES[op], torch.device("cpu")
     # Every call is made in Python, block for block, and a real core's cache does not matter here.
-    attention.SCORE_BYTES = BLOCK_BYTES
+    blockwise_attention.SCORE_BYTES = BLOCK_BYTES
     with torch.device("meta"):
         weights, mixed = precision(dtype, device)
         module = case.build(config).to(weights)
