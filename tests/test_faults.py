@@ -25,8 +25,8 @@ from cpfold_train.checkpoints.lightning_io import WholeCheckpointIO
 from cpfold_train.checkpoints.sharded import INDEX, load_sharded, remove_unfinished
 from cpfold_train.cli.sweep import run_job
 from cpfold_train.errors import DiskFullError
-from cpfold_train.faults.launcher import RankLauncher
 from cpfold_train.faults.restart import AutoRestart
+from cpfold_train.training.launcher import RankLauncher
 from cpfold_train.training.save_last import SaveLast
 from cpfold_train.training.signals import SaveOnSigterm
 from cpfold_train.whole_file import PARTIAL, remove_partial_files
@@ -289,7 +289,7 @@ def test_the_port_of_the_ranks_is_held_before_they_are_started(monkeypatch):
             other.bind(("127.0.0.1", environment.main_port))
         launcher.procs = []
 
-    launcher._call_children_scripts = start
+    launcher.start_ranks = start
 
     def rank_0() -> str:
         launcher._meeting_point.set("from", "launcher")

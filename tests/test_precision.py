@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -25,7 +23,7 @@ from cpfold_train.ops import outer_product_mean as opm
 from cpfold_train.ops.shares import gather_shares
 from cpfold_train.parallel.context import to_local
 from cpfold_train.testing.trunk_cases import draws, features
-from cpfold_train.training.precision import Bf16Precision
+from cpfold_train.training.apply import set_width
 from tests.parity import randomise
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -58,8 +56,7 @@ def step(cp, precision: str) -> dict[str, Tensor]:
     for parameter in model.parameters():
         parameter.data *= 0.3
     seen = watch_islands(model)
-    if precision == "bf16-true":
-        Bf16Precision("cpu").convert_module(SimpleNamespace(model=model))
+    set_width(model, precision)
     feats = {name: x.float() if x.dtype == torch.float64 else x for name, x in features(cp.grid).items()}
     feats |= {
         "coords": 5 * feats["ref_pos"],

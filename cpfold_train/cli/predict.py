@@ -86,16 +86,15 @@ def _predict(args: argparse.Namespace, world: World, queries: list[Any]) -> None
     from torch.utils.data import DataLoader
 
     from cpfold_train.checkpoints import load as checkpoint
-    from cpfold_train.memory import return_large_tensors
+    from cpfold_train.model.config import MemoryConfig
     from cpfold_train.predict.predictor import Predictor, Queries, Settings
     from cpfold_train.predict.progress import QueryBar
     from cpfold_train.predict.results import Results
+    from cpfold_train.training.apply import set_up_process
     from cpfold_train.training.gpus import set_up_gpus
-    from cpfold_train.training.quiet import quiet_lightning
     from cpfold_train.training.strategy import GridStrategy
 
-    quiet_lightning()
-    return_large_tensors()
+    set_up_process(MemoryConfig(), compile=False)
     if device_here(args.accelerator) == "gpu":
         set_up_gpus(tf32=False)
     settings = Settings(

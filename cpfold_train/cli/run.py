@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 
-from cpfold_train.checkpoints.boltz import initialise
 from cpfold_train.config.check_finetune import require_metric
 from cpfold_train.config.check_precision import IN_BF16
 from cpfold_train.config.schema import TrainConfig, TrainerConfig
@@ -22,17 +20,11 @@ from cpfold_train.faults.out_of_memory import MemorySnapshot
 from cpfold_train.faults.reporter import FAULTS, FaultReporter, sentence_on
 from cpfold_train.faults.restart import AutoRestart
 from cpfold_train.faults.skip import SkipBadSteps
-from cpfold_train.kernels.by_rows import set_block_bytes
-from cpfold_train.kernels.regions import compile_regions, compiled_by
-from cpfold_train.memory import return_large_tensors
+from cpfold_train.training.apply import make_strategy, prepare_module, set_up_process
 from cpfold_train.training.datamodule import TileData
 from cpfold_train.training.early_stop import EarlyStop
 from cpfold_train.training.ema import MovingAverage
-from cpfold_train.training.freeze import choose_trained
-from cpfold_train.training.fsdp import ShardedGridStrategy
-from cpfold_train.training.module import CoFoldingModule
 from cpfold_train.training.precision import precision_arguments
-from cpfold_train.training.quiet import quiet_lightning
 from cpfold_train.training.reporting.loggers import MetricsCSV, wandb_logger
 from cpfold_train.training.reporting.module_statistics import ModuleStatistics
 from cpfold_train.training.reporting.pictures import Pictures
@@ -42,7 +34,6 @@ from cpfold_train.training.reporting.trace_steps import TraceSteps
 from cpfold_train.training.save_last import SaveLast
 from cpfold_train.training.schedule_start import StartSchedule, schedule_start
 from cpfold_train.training.signals import SaveOnSigterm
-from cpfold_train.training.strategy import GridStrategy, leave_out
 
 
 def run(
@@ -60,25 +51,11 @@ def run(
     Raises:
         RunError: the run could not go on.
     """
-    quiet_lightning()
-    return_large_tensors()
-    chunk_mib = config.memory.chunk_mib
-    set_block_bytes(None if chunk_mib is None else int(chunk_mib * 2**20))
-    compile_regions(compiled_by("inductor") if config.compile else None)
+    set_up_process(config.memory, config.compile)
     pl.seed_everything(config.seed, verbose=False)
-    timeout = timedelta(seconds=config.cp.timeout_s)
-    module = CoFoldingModule(
-        config.model, config.memory, config.optim, config.loss, config.diffusion, config.seed, config.finetune
-    )
-    grid = world.grid
-    strategy = (ShardedGridStrategy if config.parallel.fsdp else GridStrategy)(
-        grid.rows,
-        grid.cols,
-        grid.dp,
-        timeout,
-        config.cp.algorithm,
-        config.kernels,
-    )
+    module = prepare_module(config)
+    require_metric(config.early_stop.monitor, module.trains_confidence)
+    strategy = make_strategy(config, world.grid)
     strategy.again, strategy.faults = again, run_dir / FAULTS
     # What FSDP gathers in inference mode could not be used in training.
     inference_mode = config.trainer.inference_mode and not config.parallel.fsdp
@@ -94,15 +71,6 @@ def run(
         # The loader divides the samples itself, over replicas only.
         use_distributed_sampler=False,
     )
-    if config.trainer.precision == "64-true":
-        # Lightning converts the module after it has read the checkpoint, whose weights would be rounded to fp32.
-        module.double()
-    if config.model.init_from and not config.ckpt_path:
-        initialise(module.model, Path(config.model.init_from), config.model.init_weights, config.model.init_skip)
-    module.trains_confidence = choose_trained(module.model, config.finetune, module.trains_confidence)
-    if not module.trains_confidence:
-        leave_out(module, "model.confidence_module")
-    require_metric(config.early_stop.monitor, module.trains_confidence)
     accumulate = config.trainer.accumulate_grad_batches
     quarantine = run_dir / "quarantine.jsonl"
     data = TileData(config.data, config.crop_size, config.batch_size, accumulate, config.seed, quarantine)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from cpfold_train.errors import ConfigError, DataError, RunError
-from cpfold_train.faults.launcher import RankLauncher
 from cpfold_train.faults.out_of_memory import is_out_of_memory, out_of_memory_sentence
 from cpfold_train.faults.restart import AutoRestart
 from cpfold_train.parallel.flight_recorder import keep_dumps_in
@@ -18,7 +17,8 @@ from cpfold_train.whole_file import is_disk_full
 
 
 class FaultMixin:
-    """To be inherited before a Lightning strategy, which calls :meth:`start_watch` once it has its ``cp``.
+    """To be inherited before a Lightning strategy, which calls :meth:`start_watch` once it has its ``cp``, and whose
+    ``launcher`` can ``end_ranks``.
 
     Attributes:
         fault: after a failure, a sentence on the rank that caused it, where that is another one.
@@ -30,9 +30,6 @@ class FaultMixin:
     fault: str | None = None
     again: AutoRestart | None = None
     faults: Path | None = None
-
-    def _configure_launcher(self) -> None:
-        self._launcher = RankLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def setup_distributed(self) -> None:
         if self.faults is not None and self.root_device.type == "cuda":

@@ -30,7 +30,7 @@ from cpfold_train.simulate.regions import regions_compiled
 from cpfold_train.simulate.shortened import Shortened, weights_come_and_go
 from cpfold_train.simulate.trace import Moment, Phase, TracedLedger, Tracer
 from cpfold_train.simulate.work_counter import Speed, WorkCounters, combined
-from cpfold_train.training.freeze import choose_trained
+from cpfold_train.training.apply import block_bytes, prepare_module
 from cpfold_train.training.fsdp import shard_model
 from cpfold_train.training.module import CoFoldingModule
 
@@ -95,11 +95,9 @@ def trace_step(
 
 
 def build(config: TrainConfig) -> CoFoldingModule:
-    """The module that is trained, on the meta device. Learning rates are those of a run that sets none."""
+    """The module that is trained, on the meta device."""
     with torch.device("meta"):
-        module = CoFoldingModule(config.model, config.memory, config.optim, config.loss, config.diffusion, config.seed)
-        module.trains_confidence = choose_trained(module.model, config.finetune, module.trains_confidence)
-    return module
+        return prepare_module(config)
 
 
 @contextmanager
@@ -114,17 +112,11 @@ def without_contents(
 ) -> Iterator[tuple[ContextParallel, Tracer]]:
     """Inside, the module's weights are on the device, tensors have no contents, other ranks are not there, and all that
     is done is counted. Arguments are those of :func:`trace_step`."""
-    chunk_mib = config.memory.chunk_mib
-    block_bytes = int(chunk_mib * 2**20) if chunk_mib else None
-    if config.trainer.precision == "bf16-true":
-        module.model.trunk.pair_dtype = torch.bfloat16
-    elif config.trainer.precision == "64-true":
-        module.double()
     tracer = Tracer(speed, large_bytes if on_host else 0)
     with (
         fake_world(grid, config.cp.algorithm, config.kernels, device) as cp,
         _shared_out(module, cp) if config.parallel.fsdp else nullcontext(),
-        _blocks_of(block_bytes, not on_host),
+        _blocks_of(block_bytes(config.memory), not on_host),
         FakeTensorMode(allow_non_fake_inputs=True),
         tracer,
         dry(Shortened(tracer, on_host)),
@@ -213,9 +205,9 @@ def _shared_out(module: CoFoldingModule, cp: ContextParallel) -> Iterator[None]:
 
 
 @contextmanager
-def _blocks_of(block_bytes: int | None, as_on_gpu: bool) -> Iterator[None]:
+def _blocks_of(size: int | None, as_on_gpu: bool) -> Iterator[None]:
     """Tensors are on the CPU in name only: what a GPU takes at a time has to be said."""
-    set_block_bytes(block_bytes, as_on_gpu)
+    set_block_bytes(size, as_on_gpu)
     try:
         yield
     finally:

@@ -23,30 +23,11 @@ ROWS = 32
 
 def precision_arguments(config: TrainerConfig) -> dict[str, Any]:
     """The arguments of ``lightning.Trainer`` that ``trainer.precision`` stands for."""
-    plugins = {"bf16-true": Bf16Precision, "transformer-engine": Fp8Precision}
-    if config.precision not in plugins:
-        return {"precision": config.precision}
-    device = "cpu" if config.accelerator == "cpu" or not torch.cuda.is_available() else "cuda"
-    return {"precision": None, "plugins": [plugins[config.precision](device)]}
-
-
-class Bf16Precision(MixedPrecision):
-    """bf16-mixed, and the pair representation, the MSA and all that has their size are held in bf16 as well.
-
-    Lightning's own bf16-true casts all weights and the batch, coordinates included, and with them the fp32 islands.
-    Here weights stay in fp32, and are rounded where they are used: those outside the islands are few, and AdamW's steps
-    are mostly too small to change a bf16 weight.
-
-    Args:
-        device: type of the device.
-    """
-
-    def __init__(self, device: str) -> None:
-        super().__init__("bf16-mixed", device)
-
-    def convert_module(self, module: nn.Module) -> nn.Module:
-        module.model.trunk.pair_dtype = torch.bfloat16
-        return module
+    if config.precision == "transformer-engine":
+        device = "cpu" if config.accelerator == "cpu" or not torch.cuda.is_available() else "cuda"
+        return {"precision": None, "plugins": [Fp8Precision(device)]}
+    # What bf16-true is beside that, the model does itself.
+    return {"precision": "bf16-mixed" if config.precision == "bf16-true" else config.precision}
 
 
 class Fp8Precision(MixedPrecision):
@@ -58,7 +39,7 @@ class Fp8Precision(MixedPrecision):
     is scaled by its present values: scales of earlier calls, Lightning's default, would mix the cycles of recycling.
 
     Args:
-        device: type of the device, ``cuda`` in earnest.
+        device: type of the device, ``cuda`` but in tests.
     """
 
     def __init__(self, device: str) -> None:

@@ -9,7 +9,15 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-Advance = Callable[[object], None]
+from cpfold_train.training.lightning_loop import (
+    accumulates,
+    around_end_of_batch,
+    before_each_batch,
+    begin_next_epoch,
+    between_steps,
+    count_batches_from,
+    ends_within_epoch,
+)
 
 
 class SaveLast(Checkpoint):
@@ -31,19 +39,14 @@ class SaveLast(Checkpoint):
         self._stop = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        loop = trainer.fit_loop.epoch_loop
-        # No hook lies between the last thing that belongs to a step and the next batch, or the end.
-        loop.advance = partial(self._advance, trainer, loop.advance)
-        loop.on_advance_end = partial(self._advance_end, trainer, loop.on_advance_end)
+        before_each_batch(trainer, partial(self._before_batch, trainer))
+        around_end_of_batch(trainer, partial(self._end_of_batch, trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved = trainer.global_step
         if trainer.train_dataloader.resumed:
-            # With other replicas the epoch has other batches, of which Lightning keeps count by itself.
-            done = trainer.fit_loop.epoch_loop.batch_progress.current
-            moved = trainer.train_dataloader.position - done.ready
-            for count in ("ready", "started", "processed", "completed"):
-                setattr(done, count, getattr(done, count) + moved)
+            # With other replicas the epoch has other batches.
+            count_batches_from(trainer, trainer.train_dataloader.position)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Where the last one was cut short by ``trainer.limit_train_batches`` the loader is still in it.
@@ -51,12 +54,9 @@ class SaveLast(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step > self._saved:
-            # The run has ended with an epoch. Lightning does not resume that well, but it does the start of the next.
-            loop = trainer.fit_loop
+            # The run has ended with an epoch.
             trainer.train_dataloader.set_epoch(trainer.current_epoch)
-            loop.epoch_progress.increment_ready()
-            loop.epoch_progress.increment_started()
-            loop.epoch_loop.reset()
+            begin_next_epoch(trainer)
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
@@ -66,30 +66,23 @@ class SaveLast(Checkpoint):
             trainer.save_checkpoint(self.path)
             self._saved = trainer.global_step
 
-    def _advance(self, trainer: Trainer, advance: Advance, data_fetcher: object) -> None:
+    def _before_batch(self, trainer: Trainer) -> None:
         if between_steps(trainer) and trainer.global_step % self._every == 0:
             self.save(trainer)
-        advance(data_fetcher)
 
-    def _advance_end(self, trainer: Trainer, advance_end: Advance, data_fetcher: object) -> None:
-        loop = trainer.fit_loop.epoch_loop
-        if loop._should_accumulate():
+    def _end_of_batch(self, trainer: Trainer, end: Callable[[], None]) -> None:
+        if accumulates(trainer):
             self._stop_later(trainer)
             # Validation, which may ask to stop.
-            advance_end(data_fetcher)
+            end()
             self._stop_later(trainer)
             return
-        advance_end(data_fetcher)
+        end()
         trainer.should_stop |= self._stop
-        if loop.done and not loop._num_ready_batches_reached():
-            # Amidst an epoch, which Lightning counts as a whole one from here on.
+        if ends_within_epoch(trainer):
+            # Lightning counts the epoch as a whole one from here on.
             self.save(trainer)
 
     def _stop_later(self, trainer: Trainer) -> None:
         self._stop |= trainer.should_stop
         trainer.should_stop = False
-
-
-def between_steps(trainer: Trainer) -> bool:
-    """Whether the micro-batches so far are those of whole steps."""
-    return trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches == 0

@@ -6,14 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from cpfold_train.faults.restart import AutoRestart
 from cpfold_train.parallel.gather import barrier, on_any_rank
-from cpfold_train.training.save_last import SaveLast, between_steps
+from cpfold_train.training.lightning_loop import before_each_batch, between_steps, leave_signals_alone
+from cpfold_train.training.save_last import SaveLast
 
 
 class SaveOnSigterm(Callback):
@@ -36,10 +36,8 @@ class SaveOnSigterm(Callback):
         self._worked = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        loop = trainer.fit_loop.epoch_loop
-        loop.advance = partial(self._advance, trainer, loop.advance)
-        loop._broadcast_sigterm_tensor = _nothing
-        trainer._signal_connector.register_signal_handlers = _nothing
+        before_each_batch(trainer, partial(self._before_batch, trainer))
+        leave_signals_alone(trainer)
         signals = [signal.SIGTERM] + [signal.SIGUSR1] * ("SLURM_JOB_ID" in os.environ)
         for number in signals:
             signal.signal(number, self._note)
@@ -56,11 +54,10 @@ class SaveOnSigterm(Callback):
         if self._again is not None:
             self._again.allowed = False
 
-    def _advance(self, trainer: Trainer, advance: Callable[[object], None], data_fetcher: object) -> None:
+    def _before_batch(self, trainer: Trainer) -> None:
         # Between two batches of one step there is nothing to save: gradients are in no checkpoint.
         if between_steps(trainer) and on_any_rank(trainer.strategy.cp, self._asked is not None):
             self._end(trainer)
-        advance(data_fetcher)
 
     def _end(self, trainer: Trainer) -> None:
         step = trainer.global_step
@@ -74,7 +71,3 @@ class SaveOnSigterm(Callback):
         # The first rank that ends may have the others killed.
         barrier(trainer.strategy.cp)
         sys.exit(128 + signal.SIGTERM)
-
-
-def _nothing() -> None:
-    """Instead of what Lightning does about signals."""

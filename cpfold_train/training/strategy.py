@@ -19,6 +19,8 @@ from cpfold_train.faults.mixin import FaultMixin
 from cpfold_train.kernels.choice import Choice, capability_of, choose_kernels
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import Grid
+from cpfold_train.training.launcher import RankLauncher
+from cpfold_train.training.lightning_loop import OwnLauncher
 
 
 def leave_out(module: LightningModule, part: str) -> None:
@@ -31,7 +33,7 @@ def leave_out(module: LightningModule, part: str) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
 
-class GridStrategy(FaultMixin, DDPStrategy):
+class GridStrategy(FaultMixin, OwnLauncher, DDPStrategy):
     """``DistributedDataParallel`` over dp x cp ranks; samples are divided over dp only.
 
     Every gradient on a rank is a partial sum, and each rank's loss is its share of the sample's loss times the number
@@ -67,6 +69,10 @@ class GridStrategy(FaultMixin, DDPStrategy):
         )
         self.grid = Grid(rows, cols, dp)
         self._algorithm, self._kernels = algorithm, kernels
+
+    def make_launcher(self) -> RankLauncher:
+        """What starts the other ranks of this machine."""
+        return RankLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def setup_distributed(self) -> None:
         super().setup_distributed()

@@ -10,18 +10,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from cpfold_train.parallel.rendezvous import open_rendezvous
 from cpfold_train.processes import end_process
+from cpfold_train.training.lightning_loop import ScriptLauncher
 
 _PATIENCE = 25.0
 """Seconds after the end of a failed rank in which the others are to end by themselves."""
 
 
-class RankLauncher(_SubprocessScriptLauncher):
+class RankLauncher(ScriptLauncher):
     """Lightning's launcher, but for what it does when a rank has ended, and for how the ranks find each other.
 
     Lightning kills all ranks, itself included, within five seconds: too soon for them to say why, and a run that ends
@@ -40,9 +39,9 @@ class RankLauncher(_SubprocessScriptLauncher):
             if "MASTER_PORT" not in os.environ:
                 self._meeting_point = open_rendezvous()
                 os.environ["MASTER_PORT"] = str(self._meeting_point.port)
-            self._call_children_scripts()
+            self.start_ranks()
             threading.Thread(target=_guard, args=(self.procs, self._ending), daemon=True, name="ranks").start()
-        _set_num_threads_if_needed(num_processes=self.num_processes)
+        self.limit_threads()
         return function(*args, **kwargs)
 
     def end_ranks(self, patience: float = 10.0) -> None:

@@ -1,0 +1,157 @@
+"""All that depends on how Lightning 2.6 is made inside: its training loop, its answer to signals, its launcher.
+
+No other file touches a private name of Lightning, or replaces a method of an object of its. :data:`USED` lists what
+must be there; ``tests/test_lightning_loop.py`` names what a new release no longer has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.progress import _ProcessedTracker, _Progress
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+
+USED: dict[type, tuple[str, ...]] = {
+    _TrainingEpochLoop: (
+        "advance",
+        "on_advance_end",
+        "reset",
+        "done",
+        "_should_accumulate",
+        "_num_ready_batches_reached",
+        "_broadcast_sigterm_tensor",
+    ),
+    _SignalConnector: ("register_signal_handlers",),
+    _Progress: ("increment_ready", "increment_started"),
+    _ProcessedTracker: ("ready", "started", "processed", "completed"),
+    _SubprocessScriptLauncher: ("launch", "_call_children_scripts"),
+    DDPStrategy: ("_configure_launcher", "launcher"),
+}
+"""Names of classes that are called, read or replaced here."""
+ATTRIBUTES = {
+    "fit_loop": _FitLoop,
+    "fit_loop.epoch_loop": _TrainingEpochLoop,
+    "fit_loop.epoch_progress": _Progress,
+    "fit_loop.epoch_loop.batch_progress": _Progress,
+    "fit_loop.epoch_loop.batch_progress.current": _ProcessedTracker,
+    "_signal_connector": _SignalConnector,
+}
+"""Of a trainer, and what each of them is."""
+_COUNTS = USED[_ProcessedTracker]
+
+
+def before_each_batch(trainer: Trainer, call: Callable[[], None]) -> None:
+    """Call this before every batch of training is fetched, where all that belongs to the batch before it is done, its
+    validation included. No hook of a callback lies there. What is asked for last is called first."""
+    loop = trainer.fit_loop.epoch_loop
+    advance = loop.advance
+
+    def advance_after_call(data_fetcher: object) -> None:
+        call()
+        advance(data_fetcher)
+
+    _replace(loop, "advance", advance_after_call)
+
+
+def around_end_of_batch(trainer: Trainer, around: Callable[[Callable[[], None]], None]) -> None:
+    """Call this instead of what ends a batch, its validation included; it is given what it stands for."""
+    loop = trainer.fit_loop.epoch_loop
+    end = loop.on_advance_end
+    _replace(loop, "on_advance_end", lambda data_fetcher: around(partial(end, data_fetcher)))
+
+
+def leave_signals_alone(trainer: Trainer) -> None:
+    """Have Lightning do nothing about signals: no handlers, and before each batch no broadcast that asks for SIGTERM."""
+    _replace(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", _nothing)
+    _replace(trainer._signal_connector, "register_signal_handlers", _nothing)
+
+
+def between_steps(trainer: Trainer) -> bool:
+    """Whether the micro-batches so far are those of whole steps."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches == 0
+
+
+def accumulates(trainer: Trainer) -> bool:
+    """Whether the micro-batch at hand is not the last one of its step."""
+    return trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def ends_within_epoch(trainer: Trainer) -> bool:
+    """Whether training is to end here, and the epoch has more batches."""
+    loop = trainer.fit_loop.epoch_loop
+    return loop.done and not loop._num_ready_batches_reached()
+
+
+def count_batches_from(trainer: Trainer, position: int) -> None:
+    """Let so many batches of the epoch be those that were done: Lightning keeps count of its own."""
+    done = trainer.fit_loop.epoch_loop.batch_progress.current
+    moved = position - done.ready
+    for count in _COUNTS:
+        setattr(done, count, getattr(done, count) + moved)
+
+
+def begin_next_epoch(trainer: Trainer) -> None:
+    """Count the start of the next epoch, so that a checkpoint is of that: Lightning does not resume well at the end of
+    one."""
+    loop = trainer.fit_loop
+    loop.epoch_progress.increment_ready()
+    loop.epoch_progress.increment_started()
+    loop.epoch_loop.reset()
+
+
+class ScriptLauncher(_SubprocessScriptLauncher):
+    """Lightning's launcher of a process for each rank of this machine, what it is made of under public names."""
+
+    def start_ranks(self) -> None:
+        """Start the same command again for each other rank of this machine; their processes are ``procs``."""
+        self._call_children_scripts()
+
+    def limit_threads(self) -> None:
+        """Let the ranks of this machine have as many threads together as it has cores, unless the user has said."""
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+
+
+class OwnLauncher:
+    """To be inherited before a Lightning strategy that starts its ranks by what :meth:`make_launcher` returns."""
+
+    def _configure_launcher(self) -> None:
+        self._launcher = self.make_launcher()
+
+
+def missing() -> list[str]:
+    """What of this Lightning is not there any more, by name."""
+    names = [f"{owner.__name__}.{name}" for owner, names in USED.items() for name in names if not _has(owner, name)]
+    trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
+    for path, kind in ATTRIBUTES.items():
+        found: Any = trainer
+        for name in path.split("."):
+            found = getattr(found, name, None)
+        if not isinstance(found, kind):
+            names.append(f"Trainer.{path}, a {kind.__name__}")
+    return names
+
+
+def _has(owner: type, name: str) -> bool:
+    return hasattr(owner, name) or name in getattr(owner, "__dataclass_fields__", ())
+
+
+def _replace(owner: object, name: str, method: Callable) -> None:
+    """Replace a method of one object.
+
+    Raises:
+        AttributeError: it has none of the name, so that nothing would call what is put there.
+    """
+    getattr(owner, name)
+    setattr(owner, name, method)
+
+
+def _nothing(*args: object) -> None:
+    """Instead of what Lightning would do."""
