@@ -28,7 +28,7 @@ ORDER = [
     {"cli", "__main__"},
 ]
 """Within a set, too, no two packages import each other."""
-OF_DATA = ["structures", "alignments", "features", "stream", "prepare", "inputs", "inspect"]
+OF_DATA = ["structures", "alignments", "schema", "features", "stream", "prepare", "inputs", "inspect"]
 
 
 def imported() -> list[tuple[list[str], list[str]]]:

@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 
 from cpfold_train.data.inputs.complex import crop_of
 from cpfold_train.data.inputs.inputs import Query
-from cpfold_train.data.stream.batch import ON_HOST, Crop, collate
+from cpfold_train.data.schema import ON_HOST
+from cpfold_train.data.stream.batch import Crop, collate
 from cpfold_train.data.stream.padding import GPU_MULTIPLE, Padding
 from cpfold_train.errors import DataError
 from cpfold_train.parallel.context import Axis, ContextParallel

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cpfold_train.data.schema import FEATURES
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import ATOM_WINDOW, Grid, split
 
@@ -36,6 +37,7 @@ SHARED = ("share", "atom", "window")
 PARTED = ("pair", "msa", *SHARED)
 """What no two ranks hold the same of."""
 
+_KIND_OF_DIMS = {"token token": "pair", "sequence token": "msa", "atom": "atom", "token": "token"}
 Call = Callable[[nn.Module, dict[str, Tensor], ContextParallel], Tensor]
 
 
@@ -78,6 +80,16 @@ def pad(x: Tensor, placement: str, grid: Grid) -> Tensor:
         shape[dim] = size - x.shape[dim]
         x = torch.cat([x, x.new_zeros(shape)], dim)
     return x
+
+
+def cut_features(whole: dict[str, Tensor], grid: Grid) -> dict[str, Tensor]:
+    """This rank's parts of features of the two samples, padded; where they lie follows from the schema."""
+    found = {}
+    for name, x in whole.items():
+        dims = FEATURES[name].dims
+        kind = next(kind for words, kind in _KIND_OF_DIMS.items() if dims.startswith(words))
+        found[name] = cut(pad(x, kind, grid), kind, grid)
+    return found
 
 
 def cut(x: Tensor, placement: str, grid: Grid) -> Tensor:

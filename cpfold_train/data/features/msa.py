@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpfold_train.data.alignments.alignment import UNPAIRED, Alignment
+from cpfold_train.data.schema import FEATURES
 from cpfold_train.data.structures.residues import GAP, TOKENS
 from cpfold_train.data.structures.structure import Structure
 from cpfold_train.parallel.grid import Interval
@@ -162,7 +163,7 @@ def tile(rows: Rows, which: Interval, columns: Interval) -> dict[str, np.ndarray
         ``deletion_value`` and ``msa_paired`` float32.
     """
     shape = (which[1] - which[0], columns[1] - columns[0])
-    tokens, deletions = np.full(shape, GAP, dtype=np.int64), np.zeros(shape, dtype=np.uint8)
+    tokens, deletions = np.full(shape, FEATURES["msa"].pad, dtype=np.int64), np.zeros(shape, dtype=np.uint8)
     mask, paired = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
     real = rows.sampled[which[0] : which[1]]
     for chain, segment in enumerate(rows.segments):
