@@ -16,9 +16,9 @@ from cpfold_train.data.features.symmetry import find_symmetry
 from cpfold_train.data.schema import FEATURES
 from cpfold_train.data.stream.batch import Crop, make_crop, tile_features
 from cpfold_train.data.stream.shards import open_shards, read_sample
-from cpfold_train.data.structures.residues import DNA, NONPOLYMER, PROTEIN
 from cpfold_train.data.structures.structure import Structure
 from cpfold_train.parallel.grid import Grid, split
+from cpfold_train.vocabulary import DNA, NONPOLYMER, PROTEIN
 
 SAMPLES = 3
 """Diffusion samples of each."""

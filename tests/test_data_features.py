@@ -15,8 +15,8 @@ from cpfold_train.data.features.tokens import bond_tile, distogram_tile, token_f
 from cpfold_train.data.schema import ATOMS, FEATURES, HOST, TILE
 from cpfold_train.data.stream.batch import Augmentation, make_crop, tile_features
 from cpfold_train.data.stream.shards import open_shards, read_sample
-from cpfold_train.data.structures.residues import BOND_TYPES, GAP
 from cpfold_train.parallel.grid import Grid
+from cpfold_train.vocabulary import BOND_TYPES, GAP
 
 GRIDS = [(1, 2), (2, 1), (2, 2), (2, 3), (3, 3)]
 ALL = Augmentation(single_sequence=0.0, random_depth=True, random_templates=True, pocket=0.8, contact=0.8)

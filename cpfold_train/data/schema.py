@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cpfold_train.data.structures.residues import GAP, TOKENS
 from cpfold_train.parallel.grid import Grid
+from cpfold_train.vocabulary import GAP, NUM_TOKENS
 
 TILE, ATOMS, REPLICATED, PLAIN, HOST = "tile", "atoms", "replicated", "plain", "host"
 """Placements: a tile of dims 1 (mesh axis cp_row) and 2 (cp_col); of atoms, an equal part of dim 1 for each rank, row
@@ -92,7 +92,6 @@ _TOKEN, _FRAME, _POSITION = (
 _ATOM, _SYMMETRY = "features.atoms.atom_features", "features.symmetry.symmetry_features"
 _MSA, _PROFILE = "features.msa.tile", "features.msa.profile"
 _TEMPLATE, _BATCH = "features.templates.template_features", "stream.batch.tile_features"
-_NUM_TOKENS = len(TOKENS)
 
 FEATURES: dict[str, Feature] = {
     "token_index": Feature("int64", "token", _TOKEN, "position in the crop"),
@@ -107,7 +106,7 @@ FEATURES: dict[str, Feature] = {
     "token_resolved_mask": Feature("float32", "token", _TOKEN, "1 where the center atom is resolved"),
     "token_disto_mask": Feature("float32", "token", _TOKEN, "1 where the representative atom is resolved"),
     "cyclic_period": Feature("float32", "token", _TOKEN, "residues of the chain if it is cyclic, else 0"),
-    "res_type": Feature("float32", f"token {_NUM_TOKENS}", _TOKEN, "residue token, one-hot"),
+    "res_type": Feature("float32", f"token {NUM_TOKENS}", _TOKEN, "residue token, one-hot"),
     "disto_center": Feature("float32", "token 3", _TOKEN, "Å, representative atom, zero where unresolved"),
     "frames_idx": Feature("int32", "token 3", _FRAME, "atoms of the token's frame, the origin in the middle"),
     "frame_resolved_mask": Feature("float32", "token", _FRAME, "1 where these are resolved and not in line"),
@@ -115,7 +114,7 @@ FEATURES: dict[str, Feature] = {
         "int32", "token", _POSITION, "its representative atom (C-beta, of glycine C-alpha, ...)"
     ),
     "token_to_center_atom": Feature("int32", "token", _POSITION, "its center atom (C-alpha, C1', the ligand's atom)"),
-    "profile": Feature("float32", f"token {_NUM_TOKENS}", _PROFILE, "frequency of residue tokens in the whole MSA"),
+    "profile": Feature("float32", f"token {NUM_TOKENS}", _PROFILE, "frequency of residue tokens in the whole MSA"),
     "deletion_mean": Feature("float32", "token", _PROFILE, "mean deletion value in the whole MSA"),
     "token_atom_start": Feature(
         "int32", "token+1", _BATCH, "first atom of each token, and the end of the last", "edge"

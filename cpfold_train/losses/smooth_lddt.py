@@ -17,11 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from cpfold_train.kernels.by_rows import rows_per_block
 from cpfold_train.kernels.smooth_lddt import NEIGHBOURS, smooth_lddt
-from cpfold_train.model.constants import DNA, RNA
 from cpfold_train.ops.distances import distances
 from cpfold_train.ops.shares import gather_shares
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.redistribute import all_reduce
+from cpfold_train.vocabulary import DNA, RNA
 
 OP = "smooth_lddt"
 THRESHOLDS = (0.5, 1.0, 2.0, 4.0)

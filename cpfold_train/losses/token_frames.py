@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from cpfold_train.kernels.by_rows import in_blocks, rows_per_block
-from cpfold_train.model.constants import NONPOLYMER
 from cpfold_train.ops.distances import distances
 from cpfold_train.ops.shares import gather_shares, own_share
 from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.vocabulary import NONPOLYMER
 
 _BIG = 1e9
 """Angstrom: further than any atom."""

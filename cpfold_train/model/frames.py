@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpfold_train.model.constants import NONPOLYMER
 from cpfold_train.ops.atoms_at import atoms_at
 from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.vocabulary import NONPOLYMER
 
 MAX_COSINE = 0.9063
 """Atoms are in line where the angle at the origin is within 25 degrees of 0 or 180."""

@@ -12,8 +12,8 @@ import numpy as np
 from cpfold_train.data.features.atoms import CropAtoms
 from cpfold_train.data.structures.components import SYMBOLS
 from cpfold_train.data.structures.parse import chain_letters
-from cpfold_train.data.structures.residues import BOND_TYPES
 from cpfold_train.data.structures.structure import Structure
+from cpfold_train.vocabulary import BOND_TYPES
 
 _POLYMERS = {"protein": "polypeptide(L)", "dna": "polydeoxyribonucleotide", "rna": "polyribonucleotide"}
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from cpfold_train.data.features.atoms import CropAtoms
-from cpfold_train.data.structures.residues import PROTEIN
 from cpfold_train.data.structures.structure import Structure
+from cpfold_train.vocabulary import PROTEIN
 
 BACKBONE = ((b"N", b"CA", b"C"), (b"C1'", b"C3'", b"C4'"))
 """Atoms of the frame of an amino acid and of a nucleotide; the second is the origin."""

@@ -22,9 +22,10 @@ from cpfold_train.data.inputs.hints import links_of, read_conditions, read_templ
 from cpfold_train.data.structures.components import component
 from cpfold_train.data.structures.entry import Chain, Entry
 from cpfold_train.data.structures.parse import build, chain_letters, entry_id
-from cpfold_train.data.structures.residues import DNA, NONPOLYMER, PROTEIN, RNA, TOKENS, letter_table
+from cpfold_train.data.structures.residues import letter_table
 from cpfold_train.data.structures.structure import Structure
 from cpfold_train.errors import DataError
+from cpfold_train.vocabulary import DNA, NONPOLYMER, PROTEIN, RNA, TOKENS
 
 SUFFIXES = (".fasta", ".fa", ".yaml", ".yml")
 MAX_ROWS = 16384

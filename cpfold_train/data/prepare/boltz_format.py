@@ -20,9 +20,9 @@ from cpfold_train.data.alignments.alignment import Alignment
 from cpfold_train.data.structures.components import component
 from cpfold_train.data.structures.entry import Chain, Entry, Site, is_backbone
 from cpfold_train.data.structures.parse import build
-from cpfold_train.data.structures.residues import NONPOLYMER
 from cpfold_train.data.structures.structure import Structure
 from cpfold_train.errors import DataError
+from cpfold_train.vocabulary import NONPOLYMER
 
 
 def read_boltz(path: Path) -> tuple[Structure, Counter]:

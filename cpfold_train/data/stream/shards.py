@@ -23,7 +23,6 @@ import numpy as np
 from cpfold_train.data.alignments.alignment import Alignment, unpack_alignments
 from cpfold_train.data.features.templates import Template, unpack_templates
 from cpfold_train.data.stream.validate import check_sample
-from cpfold_train.data.structures.residues import MOL_TYPES
 from cpfold_train.data.structures.structure import (
     FORMAT_VERSION,
     Structure,
@@ -33,6 +32,7 @@ from cpfold_train.data.structures.structure import (
     unpack_structure,
 )
 from cpfold_train.errors import ConfigError, DataError
+from cpfold_train.vocabulary import MOL_TYPES
 from cpfold_train.whole_file import whole_file
 
 MAX_NAME = 100

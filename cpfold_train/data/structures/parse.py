@@ -21,19 +21,10 @@ from cpfold_train.data.structures.components import Component, component, parent
 from cpfold_train.data.structures.entry import Chain, Entry, Site
 from cpfold_train.data.structures.mmcif import read_mmcif
 from cpfold_train.data.structures.pdb import read_pdb
-from cpfold_train.data.structures.residues import (
-    BOND_TYPES,
-    CENTER_ATOM,
-    DISTO_ATOM,
-    MOL_TYPES,
-    NONPOLYMER,
-    TOKENS,
-    UNKNOWN,
-    letter_of,
-    token_of,
-)
+from cpfold_train.data.structures.residues import CENTER_ATOM, DISTO_ATOM, letter_of, token_of
 from cpfold_train.data.structures.structure import FORMAT_VERSION, Structure
 from cpfold_train.errors import DataError
+from cpfold_train.vocabulary import BOND_TYPES, MOL_TYPES, NONPOLYMER, TOKENS, UNKNOWN
 
 SUFFIXES = (".cif", ".mmcif", ".bcif", ".pdb", ".ent")
 
