@@ -17,7 +17,7 @@ from cpfold_train.data.schema import FEATURES
 from cpfold_train.data.stream.batch import Crop, make_crop, tile_features
 from cpfold_train.data.stream.shards import open_shards, read_sample
 from cpfold_train.data.structures.structure import Structure
-from cpfold_train.parallel.grid import Grid, split
+from cpfold_train.parallel.grid import Grid, join_tiles, split
 from cpfold_train.vocabulary import DNA, NONPOLYMER, PROTEIN
 
 SAMPLES = 3
@@ -143,6 +143,5 @@ def join(parts: list[Tensor], name: str, grid: Grid) -> Tensor:
     if name.endswith("coords"):
         return torch.cat(parts, 1)
     if LOGITS[name] == "pair":
-        rows = [torch.cat(parts[r * grid.cols : (r + 1) * grid.cols], 2) for r in range(grid.rows)]
-        return torch.cat(rows, 1)
+        return join_tiles(parts, grid, torch.cat, 1)
     return sum(parts)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cpfold_train.data.schema import FEATURES
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.parallel.grid import ATOM_WINDOW, Grid, split
+from cpfold_train.parallel.grid import ATOM_WINDOW, Grid, join_tiles, split
 
 LENGTHS = (13, 9)
 """Real tokens of the two samples: not a multiple of any grid, and one of them padded even on 1x1."""
@@ -106,8 +106,7 @@ def cut(x: Tensor, placement: str, grid: Grid) -> Tensor:
 def join(parts: list[Tensor], placement: str, grid: Grid, partial: bool) -> Tensor:
     """The global tensor of all ranks' parts; replicated values are summed where they are partial, else compared."""
     if placement in ("pair", "msa"):
-        rows = [torch.cat(parts[r * grid.cols : (r + 1) * grid.cols], 2) for r in range(grid.rows)]
-        return torch.cat(rows, 1)
+        return join_tiles(parts, grid, torch.cat, 1)
     if placement in SHARED:
         return torch.cat(parts, 1)
     if partial:

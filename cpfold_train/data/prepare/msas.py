@@ -11,7 +11,7 @@ from cpfold_train.data.alignments.alignment import Alignment
 from cpfold_train.data.prepare.boltz_format import read_boltz_alignment, read_record
 from cpfold_train.data.structures.parse import chain_letters
 from cpfold_train.data.structures.structure import Structure
-from cpfold_train.errors import ConfigError, DataError
+from cpfold_train.errors import ConfigError, DataError, in_one_line
 from cpfold_train.vocabulary import MOL_TYPES
 
 AlignmentFile = tuple[Path, str]
@@ -90,7 +90,7 @@ def align_entities(
             except DataError as error:
                 problems.append(str(error))
             except Exception as error:  # a damaged file can fail anywhere in gzip, csv or numpy
-                problems.append(f"{path.name} cannot be read: {type(error).__name__}: {error}")
+                problems.append(f"{path.name} cannot be read: {in_one_line(error)}")
     return {entity: merge(alignments, depth) for entity, alignments in sorted(found.items()) if alignments}
 
 
