@@ -15,3 +15,9 @@ class RunError(RuntimeError):
 
 class DiskFullError(RunError):
     """There is no room for a file that the run has to write."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """Kind and first line of an error that is not ours."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

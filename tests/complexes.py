@@ -13,11 +13,12 @@ from torch.nn.functional import pad
 from cpfold_train.data.features import msa
 from cpfold_train.data.features.atoms import crop_atoms
 from cpfold_train.data.features.symmetry import find_symmetry
-from cpfold_train.data.stream.batch import PLACEMENTS, Crop, make_crop, tile_features
+from cpfold_train.data.schema import FEATURES
+from cpfold_train.data.stream.batch import Crop, make_crop, tile_features
 from cpfold_train.data.stream.shards import open_shards, read_sample
-from cpfold_train.data.structures.residues import DNA, NONPOLYMER, PROTEIN
 from cpfold_train.data.structures.structure import Structure
-from cpfold_train.parallel.grid import Grid, split
+from cpfold_train.parallel.grid import Grid, join_tiles, split
+from cpfold_train.vocabulary import DNA, NONPOLYMER, PROTEIN
 
 SAMPLES = 3
 """Diffusion samples of each."""
@@ -134,7 +135,7 @@ def cut(feats: Tensors, given: Tensors, grid: Grid) -> tuple[Tensors, Tensors]:
     atoms = ["pred_coords", "turned_coords", "true_coords", "true_resolved"]
     placements = LOGITS | dict.fromkeys(atoms, "atoms") | {"sigmas": "whole"}
     own = {name: part(x, placements[name]) for name, x in given.items()}
-    return {name: part(x, PLACEMENTS[name]) for name, x in feats.items()}, own
+    return {name: part(x, FEATURES[name].placement) for name, x in feats.items()}, own
 
 
 def join(parts: list[Tensor], name: str, grid: Grid) -> Tensor:
@@ -142,6 +143,5 @@ def join(parts: list[Tensor], name: str, grid: Grid) -> Tensor:
     if name.endswith("coords"):
         return torch.cat(parts, 1)
     if LOGITS[name] == "pair":
-        rows = [torch.cat(parts[r * grid.cols : (r + 1) * grid.cols], 2) for r in range(grid.rows)]
-        return torch.cat(rows, 1)
+        return join_tiles(parts, grid, torch.cat, 1)
     return sum(parts)

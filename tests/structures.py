@@ -6,7 +6,7 @@ import numpy as np
 from cpfold_train.data.structures.components import component
 from cpfold_train.data.structures.entry import Chain, Entry
 from cpfold_train.data.structures.parse import build
-from cpfold_train.data.structures.residues import NONPOLYMER, PROTEIN
+from cpfold_train.vocabulary import NONPOLYMER, PROTEIN
 
 ATOMS = {"GLY": ["N", "CA", "C", "O"], "DA": ["P", "C1'", "C2", "C4"], "DC": ["P", "C1'", "C2", "C4"], "HOH": ["O"]}
 PROTEIN_ATOMS = ["N", "CA", "C", "O", "CB"]

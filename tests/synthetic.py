@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from cpfold_train.data.structures.residues import MOL_TYPES, NONPOLYMER, UNKNOWN
 from cpfold_train.data.structures.structure import FORMAT_VERSION, Structure
+from cpfold_train.vocabulary import MOL_TYPES, NONPOLYMER, UNKNOWN
 
 
 def make_structure(lengths, types, seed=0, unresolved=0.1, atoms=(4, 9), spread=15.0, interfaces=()):

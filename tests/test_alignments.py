@@ -7,8 +7,9 @@ import pytest
 
 from cpfold_train.data.alignments.a3m import chains_of, file_key, merge, read_alignment, species_key
 from cpfold_train.data.alignments.alignment import UNPAIRED, Alignment
-from cpfold_train.data.structures.residues import GAP, PROTEIN, RNA, letter_table
+from cpfold_train.data.structures.residues import letter_table
 from cpfold_train.errors import DataError
+from cpfold_train.vocabulary import GAP, PROTEIN, RNA
 from tests.structures import write_a3m
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "cpfold_train"
 ORDER = [
-    {"bounds", "errors", "dry_run", "memory", "whole_file", "tables", "paths", "processes"},
+    {"bounds", "errors", "dry_run", "memory", "whole_file", "tables", "paths", "processes", "vocabulary"},
     {"parallel"},
     {"kernels", "devices"},
     {"ops"},
@@ -28,7 +28,7 @@ ORDER = [
     {"cli", "__main__"},
 ]
 """Within a set, too, no two packages import each other."""
-OF_DATA = ["structures", "alignments", "features", "stream", "prepare", "inputs", "inspect"]
+OF_DATA = ["structures", "alignments", "schema", "features", "stream", "prepare", "inputs", "inspect"]
 
 
 def imported() -> list[tuple[list[str], list[str]]]:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cpfold_train.data.schema import FEATURES
 from cpfold_train.model.atom_attention import AtomAttentionDecoder, AtomAttentionEncoder
 from cpfold_train.model.atom_encoder import AtomEncoder
 from cpfold_train.model.config import AtomConfig, MemoryConfig
@@ -15,18 +16,18 @@ from cpfold_train.parallel.grid import Grid
 from cpfold_train.simulate.bench.simulate import LiveMemory
 
 TOKENS, ATOMS, SAMPLES = 768, 6144, 4
+FEATURES_OF_ATOMS = """
+ref_pos ref_charge ref_element ref_atom_name_chars ref_space_uid atom_to_token atom_pad_mask atoms_per_token
+"""
 TOKEN_S, TOKEN_Z, CONFIG = 384, 128, AtomConfig(atom_encoder_depth=1, atom_decoder_depth=1)
 HEADS = CONFIG.atom_encoder_depth * CONFIG.atom_encoder_heads
 
 
 def features(grid):
     """A complex with eight atoms in each token; what says how much travels is real."""
-    own = ATOMS // grid.cp_size
-    integers = dict.fromkeys(["ref_element", "ref_space_uid", "atom_to_token"], torch.int32)
-    feats = {name: torch.zeros(1, own, dtype=dtype) for name, dtype in integers.items()}
-    feats |= {name: torch.zeros(1, own) for name in ("ref_charge", "atom_pad_mask")}
-    feats["atoms_per_token"] = torch.zeros(1, TOKENS, dtype=torch.int32)
-    return feats | {"ref_pos": torch.zeros(1, own, 3), "ref_atom_name_chars": torch.zeros(1, own, 4, dtype=torch.uint8)}
+    sizes = {"token": TOKENS, "atom": ATOMS}
+    used = {name: feature for name, feature in FEATURES.items() if name in FEATURES_OF_ATOMS.split()}
+    return {name: torch.zeros(1, *f.shape(sizes, grid), dtype=f.torch_dtype) for name, f in used.items()}
 
 
 class Encode(nn.Module):

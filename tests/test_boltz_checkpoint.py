@@ -17,7 +17,6 @@ from cpfold_train.checkpoints.boltz import boltz_name, initialise, read_checkpoi
 from cpfold_train.checkpoints.export import hyper_parameters, predicts
 from cpfold_train.cli.bench import boltz_python
 from cpfold_train.data.structures.components import component
-from cpfold_train.data.structures.residues import AMINO_ACIDS
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.config import (
@@ -30,6 +29,7 @@ from cpfold_train.model.config import (
     PairformerConfig,
     TemplateConfig,
 )
+from cpfold_train.vocabulary import AMINO_ACIDS
 from tests.parity import randomise
 
 CONFIG = ModelConfig(

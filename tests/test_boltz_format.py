@@ -10,9 +10,9 @@ from cpfold_train.data.alignments.a3m import file_key
 from cpfold_train.data.prepare.boltz_format import read_boltz, read_boltz_alignment
 from cpfold_train.data.stream.shards import open_shards, read_sample
 from cpfold_train.data.structures.entry import Site
-from cpfold_train.data.structures.residues import MOL_TYPES, NONPOLYMER
 from cpfold_train.data.structures.structure import ARRAYS
 from cpfold_train.errors import DataError
+from cpfold_train.vocabulary import MOL_TYPES, NONPOLYMER
 from tests.structures import make_chain, make_structure
 
 ATOM_V1 = [("name", "4i1"), ("element", "i1"), ("charge", "i1"), ("coords", "3f4"), ("conformer", "3f4")]

@@ -14,10 +14,10 @@ from cpfold_train.model.bfactor import BFactorModule
 from cpfold_train.model.confidence import ConfidenceModule
 from cpfold_train.model.confidence_scores import confidence_scores
 from cpfold_train.model.config import ConfidenceConfig, MemoryConfig, ModelConfig, PairformerConfig
-from cpfold_train.model.constants import DNA, NONPOLYMER, PROTEIN
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.random import RandomStreams
 from cpfold_train.testing.trunk_cases import features
+from cpfold_train.vocabulary import DNA, NONPOLYMER, PROTEIN
 from tests.parity import LENGTHS, cut, join, pad, randomise, real
 
 C_S, C_Z, M = 16, 10, 2

@@ -12,10 +12,11 @@ from cpfold_train.data.alignments.alignment import UNPAIRED, Alignment
 from cpfold_train.data.features import msa
 from cpfold_train.data.features.make_template import make_template
 from cpfold_train.data.features.tokens import bond_tile, distogram_tile, token_features
-from cpfold_train.data.stream.batch import ON_HOST, PLACEMENTS, Augmentation, make_crop, tile_features
+from cpfold_train.data.schema import ATOMS, FEATURES, HOST, TILE
+from cpfold_train.data.stream.batch import Augmentation, make_crop, tile_features
 from cpfold_train.data.stream.shards import open_shards, read_sample
-from cpfold_train.data.structures.residues import BOND_TYPES, GAP
 from cpfold_train.parallel.grid import Grid
+from cpfold_train.vocabulary import BOND_TYPES, GAP
 
 GRIDS = [(1, 2), (2, 1), (2, 2), (2, 3), (3, 3)]
 ALL = Augmentation(single_sequence=0.0, random_depth=True, random_templates=True, pocket=0.8, contact=0.8)
@@ -60,13 +61,13 @@ def test_tiles_are_parts_of_the_whole(samples, key, rows, cols):
         grid = Grid(rows, cols, 1, rank)
         part = tile_features(crop, grid, n, s, a, t)
         (i0, i1), (j0, j1), (r0, r1) = grid.row_tokens(n), grid.col_tokens(n), grid.msa_rows(s)
-        assert {*part} == {*PLACEMENTS, ON_HOST, "id"}
-        for name, placement in PLACEMENTS.items():
+        assert {*part} == {*FEATURES, "id"}
+        for name, feature in FEATURES.items():
             expected = whole[name]
-            if placement == "tile":
+            if feature.placement == TILE:
                 first = slice(r0, r1) if expected.shape[0] == s else slice(i0, i1)
                 expected = expected[first, j0:j1]
-            elif placement == "atoms":
+            elif feature.placement == ATOMS:
                 expected = expected[rank * a // (rows * cols) : (rank + 1) * a // (rows * cols)]
             assert part[name].dtype == expected.dtype
             np.testing.assert_array_equal(part[name], expected, err_msg=name)
@@ -76,15 +77,15 @@ def test_padding_is_zero(samples):
     crop = crop_of(samples, "3l4q", augmentation=replace(ALL, random_depth=False))
     real, atoms = len(crop.tokens), len(crop.atoms.atom)
     features = tile_features(crop, Grid(), 144, 42, 1152, 2)
-    for name, placement in PLACEMENTS.items():
-        value = features[name]
-        if np.ndim(value) == 0:
+    for name, feature in FEATURES.items():
+        value, placement = features[name], feature.placement
+        if np.ndim(value) == 0 or placement == HOST:
             continue
         if name.startswith("template_") or name == "visibility_ids":
             value = np.swapaxes(value, 0, 1)
         padding = GAP if name == "msa" else 0
-        assert (value[atoms if placement == "atoms" else real :] == padding).all(), name
-        if placement == "tile":
+        assert feature.pad == padding and (value[atoms if placement == ATOMS else real :] == padding).all(), name
+        if placement == TILE:
             assert (value[:, real:] == padding).all(), name
     assert features["num_tokens"] == real == features["token_pad_mask"].sum()
     assert features["atom_pad_mask"].sum() == atoms

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpfold_train.data.stream.batch import ON_HOST, PLACEMENTS
+from cpfold_train.data.schema import FEATURES
 from cpfold_train.data.stream.loader import TileLoader
 from cpfold_train.data.stream.sampling import Source
 from cpfold_train.errors import ConfigError, DataError
@@ -44,7 +44,7 @@ def test_batch_shapes():
     n, s = grid.pad_tokens(100), 16
     assert batch["res_type"].shape == (2, n, 33) and batch["token_bonds"].shape == (2, n // 2, n // 3, 1)
     assert batch["disto_target"].shape == (2, n // 2, n // 3, 1) and batch["msa"].shape == (2, s // 2, n // 3)
-    assert set(batch) == {*PLACEMENTS, ON_HOST, "id", "filler", "crop_size"} and batch["num_tokens"].tolist() == [
+    assert set(batch) == {*FEATURES, "id", "filler", "crop_size"} and batch["num_tokens"].tolist() == [
         100,
         100,
     ]

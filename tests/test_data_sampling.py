@@ -9,8 +9,8 @@ import pytest
 
 from cpfold_train.data.stream.sampling import Pool, Source, Stream, open_source, weigh
 from cpfold_train.data.stream.shards import open_shards
-from cpfold_train.data.structures.residues import MOL_TYPES
 from cpfold_train.errors import ConfigError
+from cpfold_train.vocabulary import MOL_TYPES
 
 SHARDS = ("data/shards/*.tar", "tests/data/*.tar", "data/large/*.tar")
 

@@ -9,12 +9,12 @@ import tmtools
 
 from cpfold_train.data.features.atoms import rotations
 from cpfold_train.data.stream.shards import open_shards, read_sample
-from cpfold_train.data.structures.residues import DNA
 from cpfold_train.errors import DataError
 from cpfold_train.evaluate.interfaces import BACKBONE
 from cpfold_train.evaluate.match import match
 from cpfold_train.evaluate.scores import score
 from cpfold_train.evaluate.superpose import superposition, tm_score
+from cpfold_train.vocabulary import DNA
 from tests.structures import make_chain, make_structure
 
 SHARD = str(Path(__file__).parent / "data" / "train-000000.tar")

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpfold_train.cli import predict as command
-from cpfold_train.data.stream.batch import ON_HOST
+from cpfold_train.data.schema import ON_HOST
 from cpfold_train.data.stream.loader import TileLoader
 from cpfold_train.data.stream.sampling import Source
 from cpfold_train.errors import ConfigError

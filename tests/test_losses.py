@@ -13,7 +13,7 @@ from cpfold_train.losses.bfactor import bfactor_loss
 from cpfold_train.losses.confidence import confidence_targets, pae_loss, pde_loss, plddt_loss, resolved_loss
 from cpfold_train.losses.diffusion import diffusion_loss
 from cpfold_train.losses.smooth_lddt import smooth_lddt_loss
-from cpfold_train.losses.token_frames import token_frames
+from cpfold_train.model.frames import token_frames
 from cpfold_train.parallel.grid import Grid
 from tests import complexes
 from tests.complexes import SAMPLES

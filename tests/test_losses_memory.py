@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from cpfold_train.data.schema import FEATURES
 from cpfold_train.kernels.by_rows import BLOCK_BYTES
 from cpfold_train.losses.symmetry import matched_truth
 from cpfold_train.parallel.context import fake_world
@@ -17,6 +18,10 @@ from tests.complexes import LOGITS, SAMPLES
 from tests.test_losses import USES, one_loss
 
 TOKENS, ATOMS, BINS = 384, 3072, 64
+FEATURES_OF_LOSSES = """
+asym_id mol_type token_to_rep_atom token_to_center_atom token_pad_mask token_resolved_mask frames_idx chain_copies
+atom_resolved_mask bfactor coords atom_to_token atom_pad_mask ref_space_uid copy_coords copy_resolved atom_swaps
+"""
 
 
 class Largest(TorchDispatchMode):
@@ -34,15 +39,9 @@ def inputs(grid, tokens, atoms):
     """Features and predictions of one sample for a rank, all zero."""
     n, a = (tokens,), (atoms // grid.cp_size,)
     tile = tokens // grid.rows, tokens // grid.cols
-    whole = dict.fromkeys(["asym_id", "mol_type", "token_to_rep_atom", "token_to_center_atom"], torch.long)
-    feats = {name: torch.zeros(1, *n, dtype=dtype) for name, dtype in whole.items()}
-    feats |= {name: torch.zeros(1, *n) for name in ("token_pad_mask", "token_resolved_mask")}
-    feats |= {name: torch.zeros(1, *a) for name in ("atom_resolved_mask", "bfactor")}
-    feats |= {"frames_idx": torch.zeros(1, *n, 3, dtype=torch.long), "coords": torch.zeros(1, *a, 3)}
-    feats["atom_to_token"] = torch.zeros(1, *a, dtype=torch.long)
-    feats |= {"atom_pad_mask": torch.zeros(1, *a), "ref_space_uid": torch.zeros(1, *a, dtype=torch.long)}
-    feats |= {"copy_coords": torch.zeros(1, *a, 3, 3), "copy_resolved": torch.zeros(1, *a, 3)}
-    feats |= {"atom_swaps": torch.zeros(1, *a, 4), "chain_copies": torch.zeros(1, 6, 3, dtype=torch.long)}
+    sizes = {"token": tokens, "atom": atoms, "chain": 6, "copy": 3, "order": 4}
+    used = {name: feature for name, feature in FEATURES.items() if name in FEATURES_OF_LOSSES.split()}
+    feats = {name: torch.zeros(1, *f.shape(sizes, grid), dtype=f.torch_dtype) for name, f in used.items()}
     given = {name: torch.zeros(SAMPLES, *a, 3) for name in ("pred_coords", "turned_coords", "true_coords")}
     given |= {
         "sigmas": torch.zeros(SAMPLES),

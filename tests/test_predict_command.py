@@ -21,8 +21,7 @@ from cpfold_train.data.structures.parse import read_structure
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.config import MemoryConfig, ModelConfig
-from cpfold_train.parallel.grid import Grid
-from cpfold_train.predict.predictor import assembled
+from cpfold_train.parallel.grid import Grid, join_tiles
 from tests.structures import write_a3m, write_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,7 +139,7 @@ def test_tiles_come_together():
     whole = np.arange(36).reshape(6, 6)
     grids = [Grid(2, 3, rank=rank) for rank in range(6)]
     tiles = [whole[slice(*grid.row_tokens(6)), slice(*grid.col_tokens(6))] for grid in grids]
-    assert np.array_equal(assembled(np.stack(tiles), grids[0]), whole)
+    assert np.array_equal(join_tiles(tiles, grids[0], np.concatenate), whole)
 
 
 def test_sequences_alone(on_1x1):

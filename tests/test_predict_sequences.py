@@ -11,9 +11,9 @@ from cpfold_train.data.inputs.complex import crop_of
 from cpfold_train.data.inputs.sequences import read_sequences
 from cpfold_train.data.stream.batch import collate
 from cpfold_train.data.structures.parse import chain_letters
-from cpfold_train.data.structures.residues import BOND_TYPES
 from cpfold_train.errors import DataError
 from cpfold_train.parallel.grid import Grid
+from cpfold_train.vocabulary import BOND_TYPES
 from tests.structures import write_a3m, write_mmcif
 
 YAML = """

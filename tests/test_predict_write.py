@@ -12,9 +12,9 @@ from cpfold_train.data.features.atoms import crop_atoms
 from cpfold_train.data.inputs.sequences import read_sequences
 from cpfold_train.data.stream.shards import open_shards, read_sample
 from cpfold_train.data.structures.parse import read_structure
-from cpfold_train.data.structures.residues import BOND_TYPES, NONPOLYMER
 from cpfold_train.data.structures.structure import ARRAYS, Structure
 from cpfold_train.predict.write import write_arrays, write_structure
+from cpfold_train.vocabulary import BOND_TYPES, NONPOLYMER
 from tests.structures import make_chain, make_structure
 
 SHARD = str(Path(__file__).parent / "data" / "train-000000.tar")

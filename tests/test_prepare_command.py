@@ -16,7 +16,7 @@ from cpfold_train.data.prepare.convert import Result
 from cpfold_train.data.prepare.report import write_report
 from cpfold_train.data.stream.shards import index_path, open_shards, read_sample
 from cpfold_train.data.structures.parse import read_structure
-from cpfold_train.data.structures.residues import GAP, TOKEN_IDS
+from cpfold_train.vocabulary import GAP, TOKEN_IDS
 from tests.structures import write_a3m, write_mmcif, write_tiny
 
 

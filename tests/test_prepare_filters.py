@@ -3,7 +3,7 @@
 import pytest
 
 from cpfold_train.data.prepare.filters import Limits, fit_chains, unfit_entry
-from cpfold_train.data.structures.residues import NONPOLYMER
+from cpfold_train.vocabulary import NONPOLYMER
 from tests.structures import make_chain, make_structure
 
 PEPTIDE = ["ALA", "GLY", "SER", "LEU", "VAL", "LYS"]

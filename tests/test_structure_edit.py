@@ -7,8 +7,8 @@ from cpfold_train.data.features import contacts
 from cpfold_train.data.features.contacts import clashing_chains, interfaces
 from cpfold_train.data.structures.edit import take_chains
 from cpfold_train.data.structures.entry import Site
-from cpfold_train.data.structures.residues import BOND_TYPES, NONPOLYMER, RNA
 from cpfold_train.data.structures.structure import ARRAYS
+from cpfold_train.vocabulary import BOND_TYPES, NONPOLYMER, RNA
 from tests.structures import make_chain, make_structure
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cpfold_train.data.structures.parse import chain_letters, read_structure
-from cpfold_train.data.structures.residues import BOND_TYPES, TOKENS
+from cpfold_train.vocabulary import BOND_TYPES, TOKENS
 from tests.structures import ATOMS, PROTEIN_ATOMS, write_tiny
 
 

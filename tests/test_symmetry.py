@@ -12,7 +12,8 @@ from torch.nn.functional import pad
 from cpfold_train.data.features import msa
 from cpfold_train.data.features.atoms import crop_atoms
 from cpfold_train.data.features.symmetry import find_symmetry
-from cpfold_train.data.stream.batch import PLACEMENTS, make_crop, tile_features
+from cpfold_train.data.schema import ATOMS, FEATURES
+from cpfold_train.data.stream.batch import make_crop, tile_features
 from cpfold_train.data.structures.automorphisms import MOST, automorphisms
 from cpfold_train.data.structures.components import component
 from cpfold_train.losses.symmetry import matched_truth
@@ -96,7 +97,7 @@ def match(cp, feats, pred):
     def own(x):
         return x[:, slice(*split(x.shape[1], cp.all.size)[cp.all.index])]
 
-    feats = {name: own(x) if PLACEMENTS[name] == "atoms" else x for name, x in feats.items()}
+    feats = {name: own(x) if FEATURES[name].placement == ATOMS else x for name, x in feats.items()}
     return matched_truth(own(pred), feats, cp)
 
 

@@ -7,7 +7,6 @@ are empty ones of their shape, and the name of the directory beside it in which 
 
 from __future__ import annotations
 
-import os
 import shutil
 import uuid
 import warnings
@@ -24,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from cpfold_train.errors import DiskFullError, RunError
 from cpfold_train.parallel.sharding import sharded_empty
-from cpfold_train.whole_file import disk_full_sentence, is_disk_full
+from cpfold_train.whole_file import disk_full_sentence, is_disk_full, whole_file
 
 INDEX = "meta.pt"
 
@@ -90,12 +89,8 @@ def save_sharded(checkpoint: dict[str, Any], path: Path) -> None:
 
 def _publish(index: dict[str, Any], folder: Path) -> None:
     """Make ``index`` the one that holds, and remove the shards of others."""
-    written = folder / f"{INDEX}.new"
-    with written.open("wb") as file:
+    with whole_file(folder / INDEX, "wb") as file:
         torch.save(index, file)
-        file.flush()
-        os.fsync(file.fileno())
-    written.replace(folder / INDEX)
     _remove_all_but(index["shards"], folder)
 
 

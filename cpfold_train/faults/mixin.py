@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from cpfold_train.errors import ConfigError, DataError, RunError
+from cpfold_train.errors import ConfigError, DataError, RunError, in_one_line
 from cpfold_train.faults.out_of_memory import is_out_of_memory, out_of_memory_sentence
 from cpfold_train.faults.restart import AutoRestart
 from cpfold_train.parallel.flight_recorder import keep_dumps_in
@@ -84,4 +84,4 @@ def describe(error: BaseException) -> str:
         return out_of_memory_sentence(error)
     if is_disk_full(error):
         return "the disk is full"
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    return in_one_line(error)

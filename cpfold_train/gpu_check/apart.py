@@ -12,7 +12,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from cpfold_train.gpu_check.record import Record, sentence_of
+from cpfold_train.errors import in_one_line
+from cpfold_train.gpu_check.record import Record
 from cpfold_train.processes import end_process
 
 GRACE_S = 5.0
@@ -70,7 +71,7 @@ def _serve(work: Callable[[Record], None], file: Path, log: Path, limit_s: float
         code = 0
     except Exception as error:
         traceback.print_exc()
-        record.fail("phase", sentence_of(error))
+        record.fail("phase", in_one_line(error))
         code = 0
     except BaseException:
         traceback.print_exc()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cpfold_train.errors import in_one_line
 from cpfold_train.whole_file import whole_file
 
 Measured = dict[str, Any]
@@ -69,7 +70,7 @@ class Record:
             call(*args)
         except Exception as error:
             traceback.print_exc()
-            self.fail(name, sentence_of(error))
+            self.fail(name, in_one_line(error))
         finally:
             self.at("")
             release()
@@ -77,12 +78,6 @@ class Record:
     def _write(self) -> None:
         with whole_file(self._file) as text:
             json.dump(self.found, text, indent=1)
-
-
-def sentence_of(error: BaseException) -> str:
-    """Kind and first line of an error."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}"[:300] if lines else type(error).__name__
 
 
 def release() -> None:

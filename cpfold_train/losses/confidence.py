@@ -18,18 +18,16 @@ from torch import Tensor
 
 from cpfold_train.kernels.by_rows import by_rows, in_blocks, rows_per_block
 from cpfold_train.losses.geometry import frame_axes
-from cpfold_train.losses.token_frames import token_frames
-from cpfold_train.model.constants import DNA, NONPOLYMER, RNA
-from cpfold_train.model.frames import spanning
-from cpfold_train.ops.distances import distances
+from cpfold_train.model.frames import spanning, token_frames
+from cpfold_train.ops.distances import LDDT_THRESHOLDS, distances
 from cpfold_train.ops.shares import gather_shares, own_share
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.redistribute import all_reduce
+from cpfold_train.vocabulary import DNA, NONPOLYMER, RNA
 
 OP = "confidence_loss"
 MAX_DISTANCE = 32.0
 """Angstrom: errors of pairs beyond it are in the last bin."""
-THRESHOLDS = (0.5, 1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True)
@@ -206,10 +204,10 @@ def _lddt_bins(
     true_distance = distances(truth, truths)
     error = (true_distance - distances(pred, preds)).abs()
     scored = (true_distance < cutoff[:, None]) & partner[:, None] & (atom[..., None] != atoms[:, None])
-    kept = sum(((error < threshold) & scored).sum(2) for threshold in THRESHOLDS)
+    kept = sum(((error < threshold) & scored).sum(2) for threshold in LDDT_THRESHOLDS)
     pairs = scored.sum(2)
     # In whole numbers, so that a score on a boundary is in the same bin in every precision.
-    return torch.where(pairs > 0, (bins * kept // (len(THRESHOLDS) * pairs.clamp(min=1))).clamp(max=bins - 1), -1)
+    return torch.where(pairs > 0, (bins * kept // (len(LDDT_THRESHOLDS) * pairs.clamp(min=1))).clamp(max=bins - 1), -1)
 
 
 def _pde_of_rows(

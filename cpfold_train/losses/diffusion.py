@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpfold_train.model.constants import DNA, NONPOLYMER, RNA
 from cpfold_train.ops.rigid_align import weighted_rigid_align
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.redistribute import all_reduce
+from cpfold_train.vocabulary import DNA, NONPOLYMER, RNA
 
 OP = "diffusion_loss"
 

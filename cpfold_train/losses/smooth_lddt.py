@@ -17,14 +17,13 @@ from torch import Tensor
 from cpfold_train.dry_run import each_block
 from cpfold_train.kernels.by_rows import rows_per_block
 from cpfold_train.kernels.smooth_lddt import smooth_lddt
-from cpfold_train.model.constants import DNA, RNA
-from cpfold_train.ops.distances import distances
+from cpfold_train.ops.distances import LDDT_THRESHOLDS, distances
 from cpfold_train.ops.shares import gather_shares
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.redistribute import all_reduce
+from cpfold_train.vocabulary import DNA, RNA
 
 OP = "smooth_lddt"
-THRESHOLDS = (0.5, 1.0, 2.0, 4.0)
 
 
 def smooth_lddt_loss(
@@ -127,13 +126,13 @@ def _scores(coords: Tensor, i: Tensor, j: Tensor, distance: Tensor, slopes: Tens
     error = length - distance[:, None]
     size = error.abs()
     score, slope = torch.zeros_like(size), torch.zeros_like(size)
-    for threshold in THRESHOLDS:
+    for threshold in LDDT_THRESHOLDS:
         inside = torch.sigmoid(threshold - size)
         score += inside
         slope += inside * (inside - 1)
     if slopes is not None:
-        slope *= error.sign() / (len(THRESHOLDS) * length)
+        slope *= error.sign() / (len(LDDT_THRESHOLDS) * length)
         apart *= slope[:, None]
         slopes.index_add_(0, i, apart)
         slopes.index_add_(0, j, apart, alpha=-1)
-    return score.sum(0) / len(THRESHOLDS)
+    return score.sum(0) / len(LDDT_THRESHOLDS)

@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from cpfold_train.kernels.by_rows import by_rows, rows_per_block
 from cpfold_train.kernels.regions import region
 from cpfold_train.model.config import AtomConfig
-from cpfold_train.model.constants import NUM_ELEMENTS, NUM_NAME_CHARACTERS, NUM_NAME_CODES
 from cpfold_train.model.layers import linear, normed_linear, without_autocast
 from cpfold_train.ops.atom_tokens import pairs_in_windows, pick_tokens, token_spans
 from cpfold_train.ops.points import linear_of_points
 from cpfold_train.ops.window_attention import WINDOW_KEYS, windows_of_keys, with_halo
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.grid import ATOM_WINDOW
+from cpfold_train.vocabulary import NUM_ELEMENTS, NUM_NAME_CHARACTERS, NUM_NAME_CODES
 
 FEATURES = (3, 1, NUM_ELEMENTS, NUM_NAME_CHARACTERS * NUM_NAME_CODES)
 """Position, charge, element and the characters of the name: 388 features, of which at most nine are not zero."""

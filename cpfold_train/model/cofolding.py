@@ -26,7 +26,7 @@ Feats = dict[str, Tensor | DTensor]
 class CoFolding(nn.Module):
     """From features to distances, denoised atoms, sampled structures and their confidence.
 
-    Features are placed as :data:`cpfold_train.data.stream.batch.PLACEMENTS` says, and are DTensors or this rank's plain
+    Features are placed as :data:`cpfold_train.data.schema.FEATURES` says, and are DTensors or this rank's plain
     tensors. What :meth:`forward` returns are DTensors, all else this rank's plain tensors: pair tiles
     (B, N/R, N/C, ...), shares of atoms (B M, A/P, ...) of M diffusion samples of each of the B complexes, and tokens
     whole (B, N, ...).

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from cpfold_train.kernels.by_rows import by_rows, rows_per_block
 from cpfold_train.model.config import ConfidenceConfig, MemoryConfig, ModelConfig
-from cpfold_train.model.constants import NUM_BOND_TYPES
 from cpfold_train.model.embedding import ContactConditioning, RelativePositionEncoder
 from cpfold_train.model.layers import linear, without_autocast
 from cpfold_train.model.pairformer import PairformerModule
@@ -21,6 +20,7 @@ from cpfold_train.ops.distances import distances
 from cpfold_train.ops.transpose import transpose
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.random import RandomStreams
+from cpfold_train.vocabulary import NUM_BOND_TYPES
 
 
 class ConfidenceHeads(nn.Module):

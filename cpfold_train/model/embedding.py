@@ -18,11 +18,11 @@ from cpfold_train.kernels.by_rows import by_rows, rows_per_block
 from cpfold_train.model.atom_attention import AtomAttentionEncoder
 from cpfold_train.model.atom_encoder import AtomEncoder
 from cpfold_train.model.config import AtomConfig, MemoryConfig
-from cpfold_train.model.constants import NUM_METHODS, NUM_MOLECULE_TYPES, NUM_TOKENS
 from cpfold_train.model.layers import linear, normed_linear
 from cpfold_train.ops.points import linear_of_points
 from cpfold_train.ops.shares import gather_shares
 from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.vocabulary import NUM_METHODS, NUM_MOLECULE_TYPES, NUM_TOKENS
 
 
 class InputEmbedder(nn.Module):

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from cpfold_train.model.config import AtomConfig, ConfidenceConfig, ModelConfig
-from cpfold_train.model.constants import NUM_TOKENS
 from cpfold_train.model.msa import OPM_WIDTH, PWA_HEADS, PWA_WIDTH
 from cpfold_train.ops.window_attention import WINDOW_KEYS
+from cpfold_train.vocabulary import NUM_TOKENS
 
 
 class SampleSizes(NamedTuple):

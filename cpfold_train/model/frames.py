@@ -1,6 +1,9 @@
-"""Whether the frames of tokens can be trusted in a predicted structure.
+"""Which three atoms span the frame of each token, and whether they can be trusted (AlphaFold 3, supplement 4.3.2).
 
-AlphaFold 3, supplement 4.3.2, as in ``boltz/model/layers/confidence_utils.py`` (compute_frame_pred).
+As ``compute_frame_pred`` of ``boltz/model/layers/confidence_utils.py``: a polymer's residue has its backbone's frame,
+an atom of a ligand that of the two atoms nearest to it in its chain, which coordinates decide. Three callers, one rule:
+:func:`token_frames` for losses, where nothing may wait for the GPU; :func:`frame_points` for scores of predictions,
+which looks at the few atoms of ligands only; and ``data/features/frames.py`` for the truth, from arrays.
 """
 
 from __future__ import annotations
@@ -8,25 +11,102 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpfold_train.model.constants import NONPOLYMER
+from cpfold_train.kernels.by_rows import in_blocks, rows_per_block
 from cpfold_train.ops.atoms_at import atoms_at
+from cpfold_train.ops.distances import distances
+from cpfold_train.ops.shares import gather_shares, own_share
 from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.vocabulary import NONPOLYMER
 
 MAX_COSINE = 0.9063
 """Atoms are in line where the angle at the origin is within 25 degrees of 0 or 180."""
 MIN_LENGTH = 0.01
+"""Angstrom between the origin and each of the other two."""
 BLOCK_PAIRS = 1 << 22
 """Pairs of ligand atoms whose distances are held at a time."""
+_FAR = 1e9
+"""Angstrom: further than any atom."""
+
+
+def spanning(points: Tensor) -> Tensor:
+    """(...,) bool of (..., 3, 3) points: the two around the middle one are apart from it and not in line with it."""
+    first, second = points[..., 1, :] - points[..., 0, :], points[..., 1, :] - points[..., 2, :]
+    lengths = first.norm(dim=-1), second.norm(dim=-1)
+    cosine = (first * second).sum(-1) / ((lengths[0] + 1e-6) * (lengths[1] + 1e-6))
+    return (cosine.abs() < MAX_COSINE) & (torch.minimum(*lengths) > MIN_LENGTH)
+
+
+def neighbours(apart: Tensor, itself: Tensor, stable: bool = False) -> Tensor:
+    """Columns (..., r, 3) of the point nearest to each of r points, of the point itself, and of the next nearest.
+
+    Args:
+        apart: (..., r, n) distances or their squares; far where a point may not be taken.
+        itself: (..., r) column of the point itself, which is taken however far.
+        stable: of points equally near the first ones, which costs a sort; else whichever.
+    """
+    apart = apart.scatter(-1, itself[..., None], -1.0)
+    if stable:
+        nearest = apart.sort(dim=-1, stable=True).indices[..., :3]
+    else:
+        nearest = apart.topk(min(3, apart.shape[-1]), largest=False).indices
+    # Not by a list of columns, which would be copied to the device, and waited for.
+    return torch.cat([nearest[..., 1:2], nearest[..., :1], nearest[..., 2:]], -1)
+
+
+def token_frames(coords: Tensor, resolved: Tensor, feats: dict[str, Tensor], cp: ContextParallel, op: str) -> Tensor:
+    """Atoms a, b, c of each token's frame; those of a token without a frame coincide.
+
+    Args:
+        coords: (S, A, 3) all atoms of S samples, on every rank; S is a multiple of B.
+        resolved: (S, A), non-zero where an atom may be another's neighbour.
+        feats: ``frames_idx`` (B, N, 3), ``token_to_rep_atom``, ``asym_id``, ``mol_type`` and ``token_pad_mask`` (B, N),
+            replicated.
+        cp: the running grid.
+        op: name for the ledger.
+
+    Returns:
+        (S, N, 3) int64 atoms, on every rank; each rank finds those of its part of the tokens.
+    """
+    samples = len(coords) // len(feats["asym_id"])
+    # An atom of a ligand is a token of its own. Padding and polymers are in no ligand's chain.
+    ligand = (feats["mol_type"] == NONPOLYMER) & (feats["token_pad_mask"] > 0)
+    chain = torch.where(ligand, feats["asym_id"].long(), -1)
+    atom, chain, fixed = (
+        x.long().repeat_interleave(samples, 0) for x in (feats["token_to_rep_atom"], chain, feats["frames_idx"])
+    )
+    points = coords.gather(1, atom[..., None].expand(-1, -1, 3))
+    known = resolved.gather(1, atom) > 0
+    token = torch.arange(atom.shape[1], device=atom.device).expand_as(atom)
+    rows = rows_per_block(6 * points[..., 0].nbytes, points.device)
+    inputs = [own_share(x, cp) for x in (points, chain, token, fixed)]
+    return gather_shares(in_blocks(_frames_of_rows, rows, inputs, (points, chain, known, atom)), cp, op)
+
+
+def _frames_of_rows(
+    own_points: Tensor,
+    own_chain: Tensor,
+    own_token: Tensor,
+    own_fixed: Tensor,
+    points: Tensor,
+    chain: Tensor,
+    known: Tensor,
+    atom: Tensor,
+) -> Tensor:
+    """Frames of rows of tokens: (S, r, ...) of the rows and (S, N, ...) of all tokens to (S, r, 3)."""
+    same = (own_chain[..., None] == chain[:, None]) & (own_chain >= 0)[..., None]
+    apart = distances(own_points, points)
+    # Nearest are the resolved atoms of the chain, then its unresolved ones, then those of other chains.
+    apart = torch.where(same & known[:, None], apart, 2 * _FAR).masked_fill(~same, 4 * _FAR)
+    nearest = neighbours(apart, own_token)
+    found = atom.gather(1, nearest.flatten(1)).view_as(nearest)
+    return torch.where((same.sum(2) >= 3)[..., None], found, own_fixed)
 
 
 def frame_points(x_pred: Tensor, center: Tensor, feats: dict[str, Tensor], cp: ContextParallel) -> Tensor:
-    """Three atoms of each token that span its frame, the origin in the middle.
-
-    A polymer's tokens have those of ``frames_idx``. An atom of a ligand of three atoms or more has the ligand's two
-    atoms around it that are nearest in the predicted structure.
+    """Three atoms of each token that span its frame in a prediction, the origin in the middle.
 
     Args:
-        x_pred: atom share (B M, A/P, 3).
+        x_pred: part (B M, A/P, 3) of the atoms.
         center: (B M, N, 3) representative atoms, the same on all ranks; those of a ligand are its atoms.
         feats: ``frames_idx`` (B, N, 3), ``asym_id``, ``mol_type`` and ``token_pad_mask`` (B, N).
         cp: the running grid.
@@ -45,25 +125,14 @@ def frame_points(x_pred: Tensor, center: Tensor, feats: dict[str, Tensor], cp: C
         large = sizes[own] >= 3
         atoms, own = atoms[large], own[large]
         for m in range(b * samples, (b + 1) * samples) if len(atoms) else ():
-            points[m, atoms] = _nearest(center[m, atoms], own)
+            points[m, atoms] = _points_of_ligands(center[m, atoms], own)
     return points
 
 
-def _nearest(x: Tensor, group: Tensor) -> Tensor:
+def _points_of_ligands(x: Tensor, group: Tensor) -> Tensor:
     """(n, 3, 3) of n points (n, 3): the nearest point of its group (n,), the point itself, and the next nearest."""
     found = []
     for rows in torch.arange(len(x), device=x.device).split(max(1, BLOCK_PAIRS // len(x))):
         square = (x[rows, None] - x).square().sum(-1)
-        square = square.masked_fill(group[rows, None] != group, torch.inf)
-        square[torch.arange(len(rows)), rows] = -1
-        itself, first, second = square.topk(3, largest=False, sorted=True).indices.unbind(1)
-        found.append(torch.stack([first, itself, second], 1))
+        found.append(neighbours(square.masked_fill(group[rows, None] != group, torch.inf), rows))
     return x[torch.cat(found)]
-
-
-def spanning(points: Tensor) -> Tensor:
-    """(...,) bool of (..., 3, 3) points: the two around the middle one are apart from it and not in line with it."""
-    first, second = points[..., 1, :] - points[..., 0, :], points[..., 1, :] - points[..., 2, :]
-    lengths = first.norm(dim=-1), second.norm(dim=-1)
-    cosine = (first * second).sum(-1) / ((lengths[0] + 1e-6) * (lengths[1] + 1e-6))
-    return (cosine.abs() < MAX_COSINE) & (torch.minimum(*lengths) > MIN_LENGTH)

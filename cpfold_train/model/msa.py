@@ -10,7 +10,6 @@ from cpfold_train.kernels.fused import product_dtype
 from cpfold_train.kernels.layer_norm import layer_norm
 from cpfold_train.model.blocks import run_blocks
 from cpfold_train.model.config import MemoryConfig, MSAConfig
-from cpfold_train.model.constants import NUM_TOKENS
 from cpfold_train.model.layers import Transition, linear, normed_linear
 from cpfold_train.model.pair_stack import PairStack, pair_dropout
 from cpfold_train.ops import outer_product_mean as opm
@@ -19,6 +18,7 @@ from cpfold_train.ops.pair_weighted_averaging import pair_weighted_averaging
 from cpfold_train.ops.recompute import call, recompute
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.random import RandomStreams
+from cpfold_train.vocabulary import NUM_TOKENS
 
 PWA_HEADS, PWA_WIDTH, OPM_WIDTH = 8, 32, 32
 """Sizes that Boltz-2 fixes in code."""

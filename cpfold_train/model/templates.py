@@ -17,13 +17,13 @@ from cpfold_train.kernels.fused import product_dtype
 from cpfold_train.kernels.layer_norm import layer_norm
 from cpfold_train.model.blocks import kept_results
 from cpfold_train.model.config import MemoryConfig, TemplateConfig
-from cpfold_train.model.constants import NUM_TOKENS
 from cpfold_train.model.layers import linear, without_autocast
 from cpfold_train.model.pair_stack import PairStack, pair_dropout
 from cpfold_train.ops.offload import Boundary
 from cpfold_train.ops.recompute import call, recompute
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.random import RandomStreams
+from cpfold_train.vocabulary import NUM_TOKENS
 
 
 class TemplateStack(nn.Module):

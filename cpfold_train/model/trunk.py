@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cpfold_train.model.config import MemoryConfig, ModelConfig
-from cpfold_train.model.constants import NUM_BOND_TYPES
 from cpfold_train.model.embedding import ContactConditioning, InputEmbedder, RelativePositionEncoder
 from cpfold_train.model.layers import linear, normed_linear
 from cpfold_train.model.msa import MSAModule
@@ -23,6 +22,7 @@ from cpfold_train.ops.offload import kept_on_host
 from cpfold_train.ops.transpose import transpose
 from cpfold_train.parallel.context import ContextParallel, to_local
 from cpfold_train.parallel.random import RandomStreams
+from cpfold_train.vocabulary import NUM_BOND_TYPES
 
 
 class DistogramModule(nn.Module):

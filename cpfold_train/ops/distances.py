@@ -1,8 +1,11 @@
-"""Distances between points."""
+"""Distances between points, and how near is right."""
 
 from __future__ import annotations
 
 from torch import Tensor
+
+LDDT_THRESHOLDS = (0.5, 1.0, 2.0, 4.0)
+"""Distance errors in Angstrom that lDDT averages over (Mariani et al. 2013)."""
 
 
 def distances(first: Tensor, second: Tensor) -> Tensor:

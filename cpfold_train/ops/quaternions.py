@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,13 +13,17 @@ _ROUNDS = 10
 
 def rotations(quaternions: Tensor) -> Tensor:
     """(..., 4) quaternions of any length to (..., 3, 3) rotations; of normal deviates they are uniform."""
-    w, x, y, z = (quaternions / torch.linalg.vector_norm(quaternions, dim=-1, keepdim=True)).unbind(-1)
-    rows = [
+    unit = quaternions / torch.linalg.vector_norm(quaternions, dim=-1, keepdim=True)
+    return torch.stack([torch.stack(row, -1) for row in rotation_rows(*unit.unbind(-1))], -2)
+
+
+def rotation_rows(w: Any, x: Any, y: Any, z: Any) -> list[list[Any]]:
+    """The three rows of the rotations of unit quaternions, whose components are all tensors or all arrays."""
+    return [
         [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
         [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
         [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
     ]
-    return torch.stack([torch.stack(row, -1) for row in rows], -2)
 
 
 def rotation_of_most_overlap(covariance: Tensor) -> Tensor:

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from cpfold_train.errors import ConfigError
 
 Interval = tuple[int, int]
 """Half-open range ``(start, stop)`` of global indices."""
+
+_Tile = TypeVar("_Tile")
 
 ATOM_WINDOW = 32
 """Query atoms of a window of the atom attention; ranks share out atoms by whole windows."""
@@ -137,6 +141,19 @@ def split(n: int, parts: int) -> tuple[Interval, ...]:
     size, longer = divmod(n, parts)
     stops = [size * (p + 1) + min(p + 1, longer) for p in range(parts)]
     return tuple(zip([0, *stops[:-1]], stops))
+
+
+def join_tiles(tiles: Sequence[_Tile], grid: Grid, concatenate: Callable[..., _Tile], dim: int = 0) -> _Tile:
+    """The whole of the tiles of all ranks of a replica, rank by rank.
+
+    Args:
+        tiles: (..., N/R, N/C, ...) each.
+        grid: of the ranks.
+        concatenate: ``torch.cat`` for tensors, ``np.concatenate`` for arrays.
+        dim: of the tile's rows; its columns are the next.
+    """
+    rows = [concatenate(list(tiles[row * grid.cols : (row + 1) * grid.cols]), dim + 1) for row in range(grid.rows)]
+    return concatenate(rows, dim)
 
 
 def parse_grid(text: str) -> tuple[int, int]:

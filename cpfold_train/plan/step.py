@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from cpfold_train.config.check_precision import IN_BF16
 from cpfold_train.config.schema import TrainConfig
-from cpfold_train.data.stream.batch import ON_HOST
+from cpfold_train.data.schema import ON_HOST
 from cpfold_train.dry_run import dry
 from cpfold_train.kernels.by_rows import set_block_bytes
 from cpfold_train.memory import LARGE_BYTES

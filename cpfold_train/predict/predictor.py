@@ -14,12 +14,13 @@ from torch.utils.data import Dataset
 
 from cpfold_train.data.inputs.complex import crop_of
 from cpfold_train.data.inputs.inputs import Query
-from cpfold_train.data.stream.batch import ON_HOST, Crop, collate
+from cpfold_train.data.schema import ON_HOST
+from cpfold_train.data.stream.batch import Crop, collate
 from cpfold_train.data.stream.padding import GPU_MULTIPLE, Padding
 from cpfold_train.errors import DataError
 from cpfold_train.parallel.context import Axis, ContextParallel
 from cpfold_train.parallel.gather import gather_tensor, gather_to_first
-from cpfold_train.parallel.grid import Grid
+from cpfold_train.parallel.grid import join_tiles
 from cpfold_train.parallel.random import RandomStreams
 
 RANKING = "confidence_score"
@@ -202,7 +203,7 @@ def collect(out: dict[str, Tensor], number: int, crop: Crop, cp: ContextParallel
     tiles = {name: _gathered(out[name][number], cp.all) for name in ("pae", "pde") if name in out}
     if coords is None:
         return None
-    arrays = {name: assembled(tile, cp.grid)[:n, :n] for name, tile in tiles.items()}
+    arrays = {name: join_tiles(tile, cp.grid, np.concatenate)[:n, :n] for name, tile in tiles.items()}
     if "plddt" in out:
         arrays["plddt"] = out["plddt"][number, :n].float().cpu().numpy()
     scores = {name: x[number].tolist() for name, x in out.items() if x.ndim == 1 or name == "pair_chains_iptm"}
@@ -212,9 +213,3 @@ def collect(out: dict[str, Tensor], number: int, crop: Crop, cp: ContextParallel
 def _gathered(x: Tensor, axis: Axis) -> np.ndarray | None:
     stacked = gather_to_first(x.float(), axis)
     return None if stacked is None else stacked.cpu().numpy()
-
-
-def assembled(tiles: np.ndarray, grid: Grid) -> np.ndarray:
-    """(P, N/R, N/C) tiles, rank by rank, to (N, N)."""
-    rows, cols = tiles.shape[1:]
-    return tiles.reshape(grid.rows, grid.cols, rows, cols).swapaxes(1, 2).reshape(grid.rows * rows, grid.cols * cols)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import numpy as np
 from cpfold_train.data.features.atoms import CropAtoms
 from cpfold_train.data.structures.components import SYMBOLS
 from cpfold_train.data.structures.parse import chain_letters
-from cpfold_train.data.structures.residues import BOND_TYPES
 from cpfold_train.data.structures.structure import Structure
+from cpfold_train.vocabulary import BOND_TYPES
+from cpfold_train.whole_file import whole_file
 
 _POLYMERS = {"protein": "polypeptide(L)", "dna": "polydeoxyribonucleotide", "rna": "polyribonucleotide"}
 
@@ -50,10 +50,8 @@ def write_structure(
         block["struct_conn"] = links
     block["atom_site"] = _atom_site(structure, tokens, atoms, coords, plddt, names)
     file = pdbx.CIFFile({structure.meta["id"]: block})
-    # The whole file or none: a run that is stopped leaves no half of one.
-    part = path.with_suffix(".part")
-    file.write(part)
-    os.replace(part, path)
+    with whole_file(path) as written:
+        file.write(written)
 
 
 def _chain_names(structure: Structure) -> list[str]:
@@ -179,6 +177,5 @@ def _atom_site(
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write arrays in fp32 as compressed npz: ``plddt`` (n,) in 0-1, ``pae`` and ``pde`` (n, n) in Angstrom."""
-    part = path.with_suffix(".part.npz")
-    np.savez_compressed(part, **{name: value.astype(np.float32) for name, value in arrays.items()})
-    os.replace(part, path)
+    with whole_file(path, "wb") as file:
+        np.savez_compressed(file, **{name: value.astype(np.float32) for name, value in arrays.items()})

@@ -13,21 +13,22 @@ import torch
 from torch import Tensor
 
 from cpfold_train.config.schema import TrainConfig
-from cpfold_train.data.stream.batch import ON_HOST, PLACEMENTS
+from cpfold_train.data.schema import FEATURES, ON_HOST
 from cpfold_train.data.stream.padding import in_buckets
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.simulate.bench.case import ATOMS_PER_TOKEN
 from cpfold_train.training.datamodule import TileData
 
-CHAINS, COPIES, NAMINGS = 4, 4, 2
-"""Of a homotetramer: its chains, the copies of each, and other namings of a residue's atoms."""
+CHAINS = 4
+HOMOTETRAMER = {"chain": CHAINS, "copy": CHAINS, "order": 2}
+"""What the planned sample is: its chains, the copies of each, and other orders of a residue's equivalent atoms."""
 
 
 def assumed_batch(config: TrainConfig, grid: Grid, side: int = 1) -> dict[str, Tensor]:
     """The largest batch that the configuration allows, on this rank of the grid.
 
     Every sample has ``crop_size`` tokens, ``data.max_atoms`` atoms or 8.2 a token, and as many MSA rows and templates
-    as may be. Shapes and dtypes are those of :func:`cpfold_train.data.stream.batch.collate`.
+    as may be. Shapes and dtypes are the schema's.
 
     Args:
         config: of the run.
@@ -42,52 +43,10 @@ def assumed_batch(config: TrainConfig, grid: Grid, side: int = 1) -> dict[str, T
     count = min(count, data.max_atoms or count)
     padding = in_buckets(data.buckets, side, config.crop_size, data.max_msa_rows)
     n, s, a = padding.sizes(grid, config.crop_size, data.max_msa_rows, count)
-    a, s, t = a // grid.cp_size, s // grid.rows, data.max_templates
-    rows, cols = n // grid.rows, n // grid.cols
-    f4, i8, i4, u1 = torch.float32, torch.int64, torch.int32, torch.uint8
-    shapes: dict[torch.dtype, dict[str, tuple[int, ...]]] = {
-        i8: {
-            **dict.fromkeys(("token_index", "residue_index", "asym_id", "entity_id", "sym_id", "mol_type"), (n,)),
-            **dict.fromkeys(("method_feature", "modified"), (n,)),
-            **dict.fromkeys(("sample_key", "num_tokens"), ()),
-            "msa": (s, cols),
-        },
-        i4: {
-            **dict.fromkeys(("token_to_rep_atom", "token_to_center_atom", "atoms_per_token"), (n,)),
-            "frames_idx": (n, 3),
-            "visibility_ids": (max(1, t), n),
-            "chain_copies": (CHAINS, COPIES),
-            **dict.fromkeys(("ref_space_uid", "atom_to_token"), (a,)),
-            "atom_swaps": (a, NAMINGS),
-        },
-        u1: {
-            "template_restype": (max(1, t), n),
-            "token_bonds": (rows, cols, 1),
-            **dict.fromkeys(("type_bonds", "contact_conditioning"), (rows, cols)),
-            "disto_target": (rows, cols, 1),
-            "ref_element": (a,),
-            "ref_atom_name_chars": (a, 4),
-            "copy_resolved": (a, COPIES),
-        },
-        f4: {
-            **dict.fromkeys(("token_pad_mask", "token_resolved_mask", "token_disto_mask"), (n,)),
-            **dict.fromkeys(("cyclic_period", "deletion_mean", "frame_resolved_mask"), (n,)),
-            **dict.fromkeys(("res_type", "profile"), (n, 33)),
-            "disto_center": (n, 3),
-            "template_frame_rot": (max(1, t), n, 3, 3),
-            **dict.fromkeys(("template_frame_t", "template_cb", "template_ca"), (max(1, t), n, 3)),
-            **dict.fromkeys(("template_mask_cb", "template_mask_frame", "template_mask"), (max(1, t), n)),
-            "contact_threshold": (rows, cols),
-            **dict.fromkeys(("msa_mask", "has_deletion", "deletion_value", "msa_paired"), (s, cols)),
-            **dict.fromkeys(("ref_pos", "coords"), (a, 3)),
-            **dict.fromkeys(("ref_charge", "atom_pad_mask", "atom_resolved_mask", "bfactor"), (a,)),
-            "copy_coords": (a, COPIES, 3),
-        },
-    }
+    sizes = {"token": n, "sequence": s, "atom": a, "template": max(1, data.max_templates), **HOMOTETRAMER}
     features = {
-        name: torch.empty(b, *shape, dtype=dtype, device="meta")
-        for dtype, group in shapes.items()
-        for name, shape in group.items()
+        name: torch.empty(b, *feature.shape(sizes, grid), dtype=feature.torch_dtype, device="meta")
+        for name, feature in FEATURES.items()
     }
     start = torch.arange(config.crop_size + 1) * count // config.crop_size
     start = torch.cat([start, start[-1:].expand(n - config.crop_size)]).int()
@@ -112,4 +71,4 @@ def batches_of_data(config: TrainConfig, grid: Grid, count: int) -> list[dict[st
     rank = SimpleNamespace(cp=SimpleNamespace(grid=grid), root_device=torch.device("cpu"))
     data.trainer = SimpleNamespace(strategy=rank)
     batches = islice(iter(data.train_dataloader()), count)
-    return [{name: batch[name] for name in (*PLACEMENTS, ON_HOST)} for batch in batches]
+    return [{name: batch[name] for name in FEATURES} for batch in batches]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.testing.parity import ATOMS, LENGTHS, TOTALS, cut, pad
+from cpfold_train.testing.parity import ATOMS, LENGTHS, TOTALS, cut_features
 
 
 def atom_features(grid: Grid) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def atom_features(grid: Grid) -> dict[str, Any]:
         "atom_to_token": owner,
         "atom_pad_mask": torch.stack([torch.arange(a) < total for total in TOTALS]).double(),
     }
-    feats = {name: cut(pad(x, "atom", grid), "atom", grid) for name, x in whole.items()}
+    feats = cut_features(whole, grid)
     n = grid.pad_tokens(max(LENGTHS))
     starts = [torch.tensor([0, *counts]).cumsum(0) for counts in ATOMS]
     padded = [torch.cat([start, start[-1:].expand(n + 1 - len(start))]) for start in starts]

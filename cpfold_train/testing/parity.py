@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cpfold_train.data.schema import FEATURES
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.parallel.grid import ATOM_WINDOW, Grid, split
+from cpfold_train.parallel.grid import ATOM_WINDOW, Grid, join_tiles, split
 
 LENGTHS = (13, 9)
 """Real tokens of the two samples: not a multiple of any grid, and one of them padded even on 1x1."""
@@ -36,6 +37,7 @@ SHARED = ("share", "atom", "window")
 PARTED = ("pair", "msa", *SHARED)
 """What no two ranks hold the same of."""
 
+_KIND_OF_DIMS = {"token token": "pair", "sequence token": "msa", "atom": "atom", "token": "token"}
 Call = Callable[[nn.Module, dict[str, Tensor], ContextParallel], Tensor]
 
 
@@ -80,6 +82,16 @@ def pad(x: Tensor, placement: str, grid: Grid) -> Tensor:
     return x
 
 
+def cut_features(whole: dict[str, Tensor], grid: Grid) -> dict[str, Tensor]:
+    """This rank's parts of features of the two samples, padded; where they lie follows from the schema."""
+    found = {}
+    for name, x in whole.items():
+        dims = FEATURES[name].dims
+        kind = next(kind for words, kind in _KIND_OF_DIMS.items() if dims.startswith(words))
+        found[name] = cut(pad(x, kind, grid), kind, grid)
+    return found
+
+
 def cut(x: Tensor, placement: str, grid: Grid) -> Tensor:
     """This rank's part of a padded global tensor."""
     if placement == "pair":
@@ -94,8 +106,7 @@ def cut(x: Tensor, placement: str, grid: Grid) -> Tensor:
 def join(parts: list[Tensor], placement: str, grid: Grid, partial: bool) -> Tensor:
     """The global tensor of all ranks' parts; replicated values are summed where they are partial, else compared."""
     if placement in ("pair", "msa"):
-        rows = [torch.cat(parts[r * grid.cols : (r + 1) * grid.cols], 2) for r in range(grid.rows)]
-        return torch.cat(rows, 1)
+        return join_tiles(parts, grid, torch.cat, 1)
     if placement in SHARED:
         return torch.cat(parts, 1)
     if partial:

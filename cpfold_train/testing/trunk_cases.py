@@ -25,7 +25,7 @@ from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.random import RandomStreams
 from cpfold_train.testing.atoms import atom_features
-from cpfold_train.testing.parity import DEPTHS, LENGTHS, Case, cut, pad, placed, random, to_device
+from cpfold_train.testing.parity import DEPTHS, LENGTHS, Case, cut_features, pad, placed, random, to_device
 
 C_S, C_Z, C_M = 16, 10, 12
 N, S, B = max(LENGTHS), max(DEPTHS), len(LENGTHS)
@@ -129,20 +129,15 @@ def features(grid) -> dict[str, torch.Tensor]:
         "modified": integers(2, B, N), "token_pad_mask": TOKEN_MASK, "token_disto_mask": TOKEN_MASK * (index != 4),
         "cyclic_period": torch.where(index // 5 == 1, 5.0, 0.0).double(), "deletion_mean": numbers(B, N),
         "res_type": torch.nn.functional.one_hot(integers(33, B, N), 33).double(), "profile": numbers(B, N, 33),
-    }  # fmt: skip
-    pair = {
         "token_bonds": integers(2, B, N, N, 1).double(), "type_bonds": integers(7, B, N, N),
         "contact_conditioning": integers(5, B, N, N), "contact_threshold": 4 + 16 * numbers(B, N, N),
         "disto_target": integers(8, B, N, N, 2),
-    }  # fmt: skip
-    msa = {
         "msa": integers(33, B, S, N), "msa_mask": MSA_MASK, "has_deletion": integers(2, B, S, N).double(),
         "deletion_value": numbers(B, S, N), "msa_paired": integers(2, B, S, N).double(),
     }  # fmt: skip
-    parts = [(whole, "token"), (pair, "pair"), (msa, "msa")]
-    made = {name: cut(pad(x, kind, grid), kind, grid) for group, kind in parts for name, x in group.items()}
-    made |= {name: pad(x, "token", grid).transpose(1, 2) for name, x in template_features().items()}
-    return {**made, **atom_features(grid)}
+    # The templates' dims are swapped, so that tokens come first.
+    templates = {name: pad(x, "token", grid).transpose(1, 2) for name, x in template_features().items()}
+    return {**cut_features(whole, grid), **templates, **atom_features(grid)}
 
 
 def template_features() -> dict[str, torch.Tensor]:

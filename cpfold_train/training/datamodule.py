@@ -9,14 +9,12 @@ from lightning.pytorch import LightningDataModule
 
 from cpfold_train.config.schema import DataConfig
 from cpfold_train.config.sources import training_sources, validation_source
-from cpfold_train.data.stream.batch import PLACEMENTS, Augmentation
+from cpfold_train.data.schema import ATOMS, FEATURES, REPLICATED, TILE
+from cpfold_train.data.stream.batch import Augmentation
 from cpfold_train.data.stream.loader import TileLoader
 from cpfold_train.data.stream.padding import GPU_MULTIPLE
 from cpfold_train.data.stream.sampling import Source
 from cpfold_train.training.same_samples import check_same_samples
-
-_PLAIN = ("sample_key", "num_tokens")
-"""Figures of a sample, not features of the model: they stay plain tensors."""
 
 
 class TileData(LightningDataModule):
@@ -82,10 +80,8 @@ class TileData(LightningDataModule):
         return batch
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Name what each rank holds: all features become DTensors, without communication."""
+        """Say what each rank holds: features become DTensors by their placements, without communication."""
         cp = self.trainer.strategy.cp
-        wrap = {"tile": cp.tiled, "replicate": cp.replicated, "atoms": cp.shared_out}
-        return {
-            name: value if name in _PLAIN or name not in PLACEMENTS else wrap[PLACEMENTS[name]](value)
-            for name, value in batch.items()
-        }
+        wrap = {TILE: cp.tiled, REPLICATED: cp.replicated, ATOMS: cp.shared_out}
+        wraps = {name: wrap[feature.placement] for name, feature in FEATURES.items() if feature.placement in wrap}
+        return {name: wraps[name](value) if name in wraps else value for name, value in batch.items()}

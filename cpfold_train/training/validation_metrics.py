@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cpfold_train.data.features.tokens import DISTO_BOUNDARIES
+from cpfold_train.ops.distances import LDDT_THRESHOLDS
 
 CONTACT = 8.0
 """Distance in Angstrom below which two tokens are in contact."""
@@ -17,8 +18,6 @@ LONG_RANGE = 24
 """Sequence separation from which a contact within a chain counts as long-range."""
 INCLUSION = 15.0
 """True distance in Angstrom up to which a pair counts in lDDT."""
-THRESHOLDS = (0.5, 1.0, 2.0, 4.0)
-"""Distance errors in Angstrom that lDDT averages over (Mariani et al. 2013)."""
 BOUNDARIES = torch.from_numpy(DISTO_BOUNDARIES)
 """Distances in Angstrom between the distogram's bins."""
 _ROWS_AT_A_TIME = 64
@@ -66,10 +65,10 @@ def true_distances(
 
 
 def lddt_parts(predicted: Tensor, distance: Tensor, valid: Tensor) -> Tensor:
-    """(2,): the share of ``THRESHOLDS`` that each pair's error is below, summed over the pairs, and their number."""
+    """(2,): part of the thresholds that each pair's error is below, summed over the pairs, and their number."""
     included = valid & (distance < INCLUSION)
     error = (predicted - distance).abs()
-    score = sum((error < t).to(error.dtype) for t in THRESHOLDS) / len(THRESHOLDS)
+    score = sum((error < t).to(error.dtype) for t in LDDT_THRESHOLDS) / len(LDDT_THRESHOLDS)
     return torch.stack([(score * included).sum(), included.sum().to(error.dtype)])
 
 

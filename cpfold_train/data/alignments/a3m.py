@@ -19,9 +19,10 @@ import numpy as np
 
 from cpfold_train.data.alignments.alignment import UNPAIRED, Alignment
 from cpfold_train.data.structures.pairwise import align
-from cpfold_train.data.structures.residues import DNA, GAP, RNA, letter_table
+from cpfold_train.data.structures.residues import letter_table
 from cpfold_train.errors import DataError
 from cpfold_train.parallel.random import key_of
+from cpfold_train.vocabulary import DNA, GAP, RNA
 
 SUFFIXES = (".a3m", ".csv")
 MIN_IDENTITY = 0.9

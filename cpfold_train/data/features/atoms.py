@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cpfold_train.data.structures.structure import Structure
+from cpfold_train.ops.quaternions import rotation_rows
 from cpfold_train.parallel.grid import Interval
 
 
@@ -103,10 +104,5 @@ def _moved_conformers(structure: Structure, atoms: CropAtoms, motions: np.ndarra
 
 def rotations(quaternions: np.ndarray) -> np.ndarray:
     """(n, 4) quaternions of any length to (n, 3, 3) rotations; of normal deviates they are uniform."""
-    w, x, y, z = (quaternions / np.linalg.norm(quaternions, axis=1, keepdims=True)).T
-    rows = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-    ]
-    return np.array(rows).transpose(2, 0, 1)
+    unit = quaternions / np.linalg.norm(quaternions, axis=1, keepdims=True)
+    return np.array(rotation_rows(*unit.T)).transpose(2, 0, 1)

@@ -7,17 +7,16 @@ modified and unknown residues have their backbone's frame too.
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from cpfold_train.data.features.atoms import CropAtoms
-from cpfold_train.data.structures.residues import PROTEIN
 from cpfold_train.data.structures.structure import Structure
+from cpfold_train.model.frames import neighbours, spanning
+from cpfold_train.vocabulary import PROTEIN
 
 BACKBONE = ((b"N", b"CA", b"C"), (b"C1'", b"C3'", b"C4'"))
 """Atoms of the frame of an amino acid and of a nucleotide; the second is the origin."""
 
-_MAX_COSINE = 0.9063
-"""Atoms are in line where the angle at the origin is within 25 degrees of 0 or 180."""
-_MIN_LENGTH = 0.01
 _BLOCK_ATOMS = 256
 
 
@@ -27,9 +26,9 @@ def backbone_atoms(structure: Structure) -> np.ndarray:
     protein = structure.chains["mol_type"][structure.asym_id] == PROTEIN
     found = np.full((2, 3, len(structure)), -1)
     for kind, triple in enumerate(BACKBONE):
-        for place, name in enumerate(triple):
+        for column, name in enumerate(triple):
             atom = np.flatnonzero((names == name) & structure.polymer[token])
-            found[kind, place, token[atom]] = atom
+            found[kind, column, token[atom]] = atom
     return np.where(protein, found[0], found[1]).T
 
 
@@ -50,28 +49,18 @@ def frame_features(structure: Structure, tokens: np.ndarray, atoms: CropAtoms) -
     for chain in np.unique(asym_id[ligand]):
         own = np.flatnonzero(asym_id == chain)
         if len(own) >= 3:
-            place = atoms.start[own]
-            index[own], has_frame[own] = place[_nearest(coords[place], resolved[place])], True
-    mask = has_frame & resolved[index].all(axis=1) & _spanning(coords[index])
+            first = atoms.start[own]
+            index[own], has_frame[own] = first[_frames_of_ligand(coords[first], resolved[first])], True
+    mask = has_frame & resolved[index].all(axis=1) & spanning(torch.from_numpy(coords[index])).numpy()
     return {"frames_idx": index.astype(np.int32), "frame_resolved_mask": mask.astype(np.float32)}
 
 
-def _nearest(coords: np.ndarray, resolved: np.ndarray) -> np.ndarray:
+def _frames_of_ligand(coords: np.ndarray, resolved: np.ndarray) -> np.ndarray:
     """(m, 3) of m atoms: the nearest resolved atom, the atom itself and the next nearest one."""
     frames = np.empty((len(coords), 3), dtype=np.int64)
     for start in range(0, len(coords), _BLOCK_ATOMS):
         stop = min(start + _BLOCK_ATOMS, len(coords))
         square = ((coords[start:stop, None] - coords) ** 2).sum(axis=-1)
         square[:, ~resolved] = np.inf
-        square[np.arange(stop - start), np.arange(start, stop)] = -1
-        order = np.argsort(square, axis=1, kind="stable")
-        frames[start:stop] = order[:, [1, 0, 2]]
+        frames[start:stop] = neighbours(torch.from_numpy(square), torch.arange(start, stop), stable=True)
     return frames
-
-
-def _spanning(points: np.ndarray) -> np.ndarray:
-    """(n,) bool of (n, 3, 3) points: the two around the middle one are apart from it and not in line with it."""
-    first, second = points[:, 1] - points[:, 0], points[:, 1] - points[:, 2]
-    lengths = np.linalg.norm(first, axis=1), np.linalg.norm(second, axis=1)
-    product = (first * second).sum(axis=1) / ((lengths[0] + 1e-6) * (lengths[1] + 1e-6))
-    return (np.abs(product) < _MAX_COSINE) & (np.minimum(*lengths) > _MIN_LENGTH)

@@ -8,8 +8,9 @@ from biotite.sequence.align import SubstitutionMatrix, align_optimal
 
 from cpfold_train.data.features.frames import backbone_atoms
 from cpfold_train.data.features.templates import Template
-from cpfold_train.data.structures.residues import THREE_LETTERS, TOKENS
+from cpfold_train.data.structures.residues import THREE_LETTERS
 from cpfold_train.data.structures.structure import Structure
+from cpfold_train.vocabulary import TOKENS
 
 GAP_PENALTY = (-11, -1)
 """To open and to extend a gap, in the units of BLOSUM62."""

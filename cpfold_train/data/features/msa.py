@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpfold_train.data.alignments.alignment import UNPAIRED, Alignment
-from cpfold_train.data.structures.residues import GAP, TOKENS
+from cpfold_train.data.schema import FEATURES
 from cpfold_train.data.structures.structure import Structure
 from cpfold_train.parallel.grid import Interval
+from cpfold_train.vocabulary import GAP, NUM_TOKENS
 
 MAX_ROWS = 16384
 MAX_PAIRED = 8192
@@ -132,7 +133,7 @@ def profile(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
         (n, 33) float32 frequency of each token, gaps included, and (n,) float32 mean deletion value.
     """
     n = rows.segments[-1].stop
-    frequency = np.zeros((n, len(TOKENS)), dtype=np.float64)
+    frequency = np.zeros((n, NUM_TOKENS), dtype=np.float64)
     deletion = np.zeros(n, dtype=np.float64)
     for chain, segment in enumerate(rows.segments):
         shown = rows.all[:, chain]
@@ -141,9 +142,9 @@ def profile(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
         weight = weight[used]
         cells = segment.alignment.tokens[used][:, segment.places]
         length = len(segment.places)
-        flat = (cells + np.arange(length) * len(TOKENS)).ravel()
-        counts = np.bincount(flat, np.repeat(weight, length), minlength=length * len(TOKENS))
-        frequency[segment.start : segment.stop] = counts.reshape(length, len(TOKENS))
+        flat = (cells + np.arange(length) * NUM_TOKENS).ravel()
+        counts = np.bincount(flat, np.repeat(weight, length), minlength=length * NUM_TOKENS)
+        frequency[segment.start : segment.stop] = counts.reshape(length, NUM_TOKENS)
         frequency[segment.start : segment.stop, GAP] += (shown < 0).sum()
         values = _DELETION_VALUE[segment.alignment.deletions[used][:, segment.places]]
         deletion[segment.start : segment.stop] = weight @ values
@@ -162,7 +163,7 @@ def tile(rows: Rows, which: Interval, columns: Interval) -> dict[str, np.ndarray
         ``deletion_value`` and ``msa_paired`` float32.
     """
     shape = (which[1] - which[0], columns[1] - columns[0])
-    tokens, deletions = np.full(shape, GAP, dtype=np.int64), np.zeros(shape, dtype=np.uint8)
+    tokens, deletions = np.full(shape, FEATURES["msa"].pad, dtype=np.int64), np.zeros(shape, dtype=np.uint8)
     mask, paired = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
     real = rows.sampled[which[0] : which[1]]
     for chain, segment in enumerate(rows.segments):

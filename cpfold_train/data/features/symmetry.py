@@ -14,9 +14,9 @@ import numpy as np
 
 from cpfold_train.data.features.atoms import CropAtoms
 from cpfold_train.data.structures.automorphisms import automorphisms
-from cpfold_train.data.structures.residues import NUCLEOTIDES
 from cpfold_train.data.structures.structure import Structure
 from cpfold_train.parallel.grid import Interval
+from cpfold_train.vocabulary import NUCLEOTIDES
 
 MAX_COPIES = 16
 """Copies of a chain that are considered: those in the crop, then the nearest ones."""

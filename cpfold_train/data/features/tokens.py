@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from cpfold_train.data.structures.residues import TOKENS, method_id
+from cpfold_train.data.structures.residues import method_id
 from cpfold_train.data.structures.structure import Structure
 from cpfold_train.parallel.grid import Interval
+from cpfold_train.vocabulary import NUM_TOKENS
 
 DISTO_BOUNDARIES = np.linspace(2.0, 22.0, 63, dtype=np.float32)
 """Angstrom between the bins of the distogram; bin 0 is everything nearer than the first."""
@@ -42,7 +43,7 @@ def token_features(structure: Structure, tokens: np.ndarray) -> dict[str, np.nda
         "token_resolved_mask": structure.center[1][tokens].astype(np.float32),
         "token_disto_mask": disto_known[tokens].astype(np.float32),
         "cyclic_period": _cyclic_periods(structure)[asym_id],
-        "res_type": np.eye(len(TOKENS), dtype=np.float32)[structure.res_type[tokens]],
+        "res_type": np.eye(NUM_TOKENS, dtype=np.float32)[structure.res_type[tokens]],
         "disto_center": disto_center[tokens],
     }
 

@@ -16,9 +16,9 @@ from cpfold_train.data.features.templates import Template
 from cpfold_train.data.structures.components import component
 from cpfold_train.data.structures.entry import Chain, Site
 from cpfold_train.data.structures.parse import read_structure
-from cpfold_train.data.structures.residues import DNA, NONPOLYMER, PROTEIN, RNA
 from cpfold_train.data.structures.structure import Structure
 from cpfold_train.errors import DataError
+from cpfold_train.vocabulary import DNA, NONPOLYMER, PROTEIN, RNA
 
 DEFAULT_DISTANCE = 6.0
 """Angstrom, of pockets and contacts that give none."""

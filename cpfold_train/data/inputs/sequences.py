@@ -22,9 +22,10 @@ from cpfold_train.data.inputs.hints import links_of, read_conditions, read_templ
 from cpfold_train.data.structures.components import component
 from cpfold_train.data.structures.entry import Chain, Entry
 from cpfold_train.data.structures.parse import build, chain_letters, entry_id
-from cpfold_train.data.structures.residues import DNA, NONPOLYMER, PROTEIN, RNA, TOKENS, letter_table
+from cpfold_train.data.structures.residues import letter_table
 from cpfold_train.data.structures.structure import Structure
-from cpfold_train.errors import DataError
+from cpfold_train.errors import DataError, in_one_line
+from cpfold_train.vocabulary import DNA, NONPOLYMER, PROTEIN, RNA, TOKENS
 
 SUFFIXES = (".fasta", ".fa", ".yaml", ".yml")
 MAX_ROWS = 16384
@@ -65,7 +66,7 @@ def read_sequences(path: Path) -> Complex:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"{path.name} cannot be read: {' '.join(str(error).split())}") from error
     except Exception as error:  # what a person has written can have any form anywhere
-        raise DataError(f"{path.name} cannot be read: {type(error).__name__}: {error}") from error
+        raise DataError(f"{path.name} cannot be read: {in_one_line(error)}") from error
 
 
 def _fasta(text: str) -> dict[str, Any]:

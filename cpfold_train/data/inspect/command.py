@@ -14,10 +14,10 @@ from rich.table import Table
 from cpfold_train.data.alignments.alignment import Alignment
 from cpfold_train.data.inspect.picture import draw_sample
 from cpfold_train.data.stream.shards import StoredSample, open_shards, read_sample
-from cpfold_train.data.structures.residues import BOND_TYPES
 from cpfold_train.data.structures.structure import Structure
 from cpfold_train.errors import ConfigError
 from cpfold_train.tables import make_console, make_table
+from cpfold_train.vocabulary import BOND_TYPES
 
 LONGEST_TABLE = 100
 """Samples that are listed one by one; the totals are always of all."""

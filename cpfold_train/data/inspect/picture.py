@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 
 from cpfold_train.data.alignments.alignment import Alignment
 from cpfold_train.data.stream.crop import crop_tokens
-from cpfold_train.data.structures.residues import GAP
 from cpfold_train.data.structures.structure import Structure
 from cpfold_train.parallel.random import numpy_generator
+from cpfold_train.vocabulary import GAP
 
 _MAX_SIDE = 768
 """Most rows of the drawn distance map; larger samples are drawn with a stride."""

@@ -20,9 +20,9 @@ from cpfold_train.data.alignments.alignment import Alignment
 from cpfold_train.data.structures.components import component
 from cpfold_train.data.structures.entry import Chain, Entry, Site, is_backbone
 from cpfold_train.data.structures.parse import build
-from cpfold_train.data.structures.residues import NONPOLYMER
 from cpfold_train.data.structures.structure import Structure
-from cpfold_train.errors import DataError
+from cpfold_train.errors import DataError, in_one_line
+from cpfold_train.vocabulary import NONPOLYMER
 
 
 def read_boltz(path: Path) -> tuple[Structure, Counter]:
@@ -40,7 +40,7 @@ def read_boltz(path: Path) -> tuple[Structure, Counter]:
     except DataError:
         raise
     except Exception as error:  # a broken file can fail anywhere inside zip, zlib and numpy
-        raise DataError(f"{path.name} cannot be read: {type(error).__name__}: {error}") from error
+        raise DataError(f"{path.name} cannot be read: {in_one_line(error)}") from error
     if all(chain.mol_type == NONPOLYMER for chain in entry.chains):
         raise DataError(f"{path.name} holds no protein or nucleic acid chain")
     entry.meta.update(id=path.stem.lower(), source=path.name)
@@ -65,7 +65,7 @@ def read_boltz_alignment(path: Path, length: int) -> Alignment:
         with np.load(path, allow_pickle=False) as arrays:
             rows, residues, deletions = (arrays[name] for name in ("sequences", "residues", "deletions"))
     except Exception as error:  # as above
-        raise DataError(f"{path.name} cannot be read: {type(error).__name__}: {error}") from error
+        raise DataError(f"{path.name} cannot be read: {in_one_line(error)}") from error
     lengths = rows["res_end"] - rows["res_start"]
     if not len(rows) or (lengths != length).any():
         raise DataError(f"{path.name} does not belong to the sequence: it is not {length} residues wide")

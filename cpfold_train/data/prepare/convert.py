@@ -20,7 +20,7 @@ from cpfold_train.data.stream.shards import MAX_NAME
 from cpfold_train.data.stream.validate import check_sample
 from cpfold_train.data.structures.parse import chain_letters, read_structure
 from cpfold_train.data.structures.structure import Structure, pack_arrays, pack_structure
-from cpfold_train.errors import DataError
+from cpfold_train.errors import DataError, in_one_line
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def convert(job: Job, options: Options) -> tuple[Result, dict[str, bytes]]:
     except DataError as error:
         result.dropped = str(error)
     except Exception as error:  # an entry that nobody foresaw must not end the run of a hundred thousand others
-        result.dropped = f"{job.source.path.name} cannot be prepared: {type(error).__name__}: {error}"
+        result.dropped = f"{job.source.path.name} cannot be prepared: {in_one_line(error)}"
     return result, {}
 
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from cpfold_train.data.features.contacts import clashing_chains
 from cpfold_train.data.structures.edit import take_chains
-from cpfold_train.data.structures.residues import DNA, MOL_TYPES, NONPOLYMER, PROTEIN, RNA, UNKNOWN
 from cpfold_train.data.structures.structure import Structure
+from cpfold_train.vocabulary import DNA, MOL_TYPES, NONPOLYMER, PROTEIN, RNA, UNKNOWN
 
 _AIDS = "SO4 GOL EDO PO4 ACT PEG DMS TRS PGE PG4 FMT EPE MPD MES CD IOD"
 CRYSTAL_AIDS = frozenset(_AIDS.split())

@@ -10,9 +10,9 @@ from cpfold_train.data.alignments.a3m import SUFFIXES, chains_of, merge, read_al
 from cpfold_train.data.alignments.alignment import Alignment
 from cpfold_train.data.prepare.boltz_format import read_boltz_alignment, read_record
 from cpfold_train.data.structures.parse import chain_letters
-from cpfold_train.data.structures.residues import MOL_TYPES
 from cpfold_train.data.structures.structure import Structure
-from cpfold_train.errors import ConfigError, DataError
+from cpfold_train.errors import ConfigError, DataError, in_one_line
+from cpfold_train.vocabulary import MOL_TYPES
 
 AlignmentFile = tuple[Path, str]
 """An alignment and the chains that it is for: a chain's name, or the letters of several."""
@@ -90,7 +90,7 @@ def align_entities(
             except DataError as error:
                 problems.append(str(error))
             except Exception as error:  # a damaged file can fail anywhere in gzip, csv or numpy
-                problems.append(f"{path.name} cannot be read: {type(error).__name__}: {error}")
+                problems.append(f"{path.name} cannot be read: {in_one_line(error)}")
     return {entity: merge(alignments, depth) for entity, alignments in sorted(found.items()) if alignments}
 
 

@@ -26,6 +26,7 @@ from cpfold_train.data.prepare.convert import Job, Options, Result, convert
 from cpfold_train.data.stream.shards import MEMBERS
 from cpfold_train.data.structures.structure import FORMAT_VERSION
 from cpfold_train.errors import DataError
+from cpfold_train.whole_file import whole_file
 
 _AHEAD = 4
 """Jobs that wait in the pool, by worker."""
@@ -104,9 +105,9 @@ def _convert_one(job: Job, options: Options, folder: Path) -> Result:
         path.unlink(missing_ok=True)
         if name in members:
             path.write_bytes(members[name])
-    unnamed = folder / f"{result.key}.new"
-    unnamed.write_text(json.dumps({"fingerprint": _fingerprint(job, options), "result": asdict(result)}))
-    unnamed.replace(folder / f"{result.key}.json")
+    # Last, for it says that the members are complete.
+    with whole_file(folder / f"{result.key}.json") as file:
+        json.dump({"fingerprint": _fingerprint(job, options), "result": asdict(result)}, file)
     started.unlink()
     return result
 

@@ -1,7 +1,8 @@
 """From a sample to one rank's part of a batch: draw a crop and all that is random about it, compute features, pad.
 
-A feature has a placement, and a rank computes only its part of it: no rank ever allocates N x N. What is drawn is a
-pure function of the sample and of (seed, epoch, position), the same on every rank of any grid.
+A feature has a placement (:mod:`cpfold_train.data.schema`), and a rank computes only its part of it: no rank ever
+allocates N x N. What is drawn is a pure function of the sample and of (seed, epoch, position), the same on every rank
+of any grid.
 """
 
 from __future__ import annotations
@@ -21,35 +22,12 @@ from cpfold_train.data.features.frames import frame_features
 from cpfold_train.data.features.symmetry import Symmetry, find_symmetry, symmetry_features
 from cpfold_train.data.features.templates import Template, draw_templates, template_features
 from cpfold_train.data.features.tokens import bond_tile, distogram_tile, token_features
+from cpfold_train.data.schema import FEATURES, HOST
 from cpfold_train.data.stream.crop import SPATIAL, Focus, crop_tokens
 from cpfold_train.data.stream.padding import Padding
 from cpfold_train.data.structures.structure import Structure
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.random import key_of, numpy_generator
-
-_NAMES = {
-    "replicate": (
-        "token_index residue_index asym_id entity_id sym_id mol_type method_feature modified token_pad_mask "
-        "token_resolved_mask token_disto_mask cyclic_period deletion_mean res_type profile disto_center "
-        "token_to_rep_atom token_to_center_atom atoms_per_token frames_idx frame_resolved_mask "
-        "template_restype template_frame_rot template_frame_t template_cb template_ca template_mask_cb "
-        "template_mask_frame template_mask visibility_ids chain_copies sample_key num_tokens"
-    ),
-    "tile": (
-        "token_bonds type_bonds contact_conditioning contact_threshold disto_target "
-        "msa msa_mask has_deletion deletion_value msa_paired"
-    ),
-    "atoms": (
-        "ref_pos ref_charge ref_element ref_atom_name_chars ref_space_uid atom_to_token atom_pad_mask "
-        "atom_resolved_mask coords bfactor copy_coords copy_resolved atom_swaps"
-    ),
-}
-PLACEMENTS = {name: placement for placement, names in _NAMES.items() for name in names.split()}
-"""How the ranks of a replica hold each batched feature: all the same; as tiles of dims 1 (cp_row) and 2 (cp_col); or,
-of atoms, as one share of dim 1 a rank, row of the grid by row of the grid."""
-ON_HOST = "token_atom_start"
-"""What says how much each rank sends, (B, n + 1), the same on all. An array, not a tensor: Lightning and
-DistributedDataParallel take all tensors of a batch to the GPU, and whoever reads one there waits for the GPU."""
 
 NO_PADDING = Padding()
 
@@ -84,7 +62,7 @@ class Crop:
         templates: those that the model sees.
         conditions: what is given away of pockets and contacts.
         motions: (residues, 7) normal deviates that turn and shift the reference conformers.
-        symmetry: other namings of the ground truth.
+        symmetry: chains and atoms that the ground truth could exchange.
         sample_key: key of this draw, from which the model draws its own randomness.
     """
 
@@ -143,62 +121,57 @@ def tile_features(
 ) -> dict[str, Any]:
     """Features of a crop for one rank.
 
-    Padding is zero, and a gap in ``msa``: indices of padded tokens and atoms point at the first one and must be masked.
-    Only ``token_atom_start`` goes on, with the number of atoms: token i owns the atoms from its i-th entry to the next.
+    Padding is what :data:`~cpfold_train.data.schema.FEATURES` says: indices of padded tokens and atoms point at the
+    first one and must be masked. Token i owns the atoms from the i-th entry of ``token_atom_start`` to the next.
 
     Args:
         n: padded number of tokens, a multiple of R * C.
         s: padded number of MSA rows, a multiple of R.
         a: padded number of atoms, a multiple of R * C windows.
         t: padded number of templates.
-        others: padded numbers of chains, copies of a chain and other namings of a residue; the crop's own if None.
+        others: padded numbers of chains, of copies of a chain and of equivalent orders of a residue's atoms; the crop's
+            own if None.
 
     Returns:
-        Token features (n, ...), ``token_atom_start`` (n + 1,) int32, pair features (n / R, n / C, ...), MSA features
-        (s / R, n / C), atom features (a / RC, ...), template features (t, n, ...), ``sample_key``, ``num_tokens`` and
-        ``id``.
+        The features of the schema, in its shapes and dtypes, and ``id``.
     """
     structure, tokens, atoms = crop.structure, crop.tokens, crop.atoms
-    rows, columns, share = grid.row_tokens(n), grid.col_tokens(n), grid.atoms(a)
+    rows, columns, own_atoms = grid.row_tokens(n), grid.col_tokens(n), grid.atoms(a)
+    chains, copies, orders = others or crop.symmetry.sizes
+    sizes = {"token": n, "sequence": s, "atom": a, "template": t, "chain": chains, "copy": copies, "order": orders}
+
+    def padded(made: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: FEATURES[name].padded(value, FEATURES[name].shape(sizes, grid)) for name, value in made.items()}
+
     profile, deletion_mean = msa.profile(crop.rows)
-    token = {
+    token = padded({
         **token_features(structure, tokens),
         **frame_features(structure, tokens, atoms),
         "token_to_rep_atom": positions_of(structure, tokens, atoms, structure.disto_atom),
         "token_to_center_atom": positions_of(structure, tokens, atoms, structure.center_atom),
         "profile": profile,
         "deletion_mean": deletion_mean,
-    }
-    token = {name: _pad(value, n) for name, value in token.items()}
-    start = np.pad(atoms.start.astype(np.int32), (0, n - len(tokens)), "edge")
-    token["atoms_per_token"] = np.diff(start)
-    atom = atom_features(structure, atoms, crop.motions, share)
-    template = template_features(crop.templates, structure, tokens, t)
-    chains, copies, namings = others or crop.symmetry.sizes
-    other = symmetry_features(structure, atoms, crop.symmetry, share)
-    sizes = {"copy_coords": copies, "copy_resolved": copies, "atom_swaps": namings}
+        "token_atom_start": atoms.start.astype(np.int32),
+        "atoms_per_token": np.diff(atoms.start).astype(np.int32),
+    })  # fmt: skip
+    other = padded({
+        **atom_features(structure, atoms, crop.motions, own_atoms),
+        **template_features(crop.templates, structure, tokens, t),
+        **symmetry_features(structure, atoms, crop.symmetry, own_atoms),
+        "chain_copies": crop.symmetry.chain_copies,
+    })  # fmt: skip
+    # Tiles are made at their whole size.
     return {
         **token,
-        ON_HOST: start,
+        **other,
         **bond_tile(structure, tokens, rows, columns),
         **conditioning_tile(crop.conditions, len(tokens), rows, columns),
         "disto_target": distogram_tile(token["disto_center"], token["token_disto_mask"], rows, columns),
         **msa.tile(crop.rows, grid.msa_rows(s), columns),
-        **{name: _pad(value, share[1] - share[0]) for name, value in atom.items()},
-        **{name: _pad(value, t, n) for name, value in template.items()},
-        **{name: _pad(value, share[1] - share[0], sizes[name]) for name, value in other.items()},
-        "chain_copies": _pad(crop.symmetry.chain_copies, chains, copies),
         "sample_key": np.int64(crop.sample_key),
         "num_tokens": np.int64(len(tokens)),
         "id": structure.meta["id"],
     }
-
-
-def _pad(value: np.ndarray, *sizes: int) -> np.ndarray:
-    """With zeros, up to ``sizes`` in the first dims."""
-    padded = np.zeros((*sizes, *value.shape[len(sizes) :]), dtype=value.dtype)
-    padded[tuple(map(slice, value.shape))] = value
-    return padded
 
 
 def collate(crops: list[Crop], grid: Grid, padding: Padding = NO_PADDING) -> dict[str, Any]:
@@ -206,7 +179,7 @@ def collate(crops: list[Crop], grid: Grid, padding: Padding = NO_PADDING) -> dic
 
     Args:
         crops: the samples.
-        grid: this rank's place.
+        grid: of this rank.
         padding: what the sizes are multiples of.
 
     Returns:
@@ -219,5 +192,6 @@ def collate(crops: list[Crop], grid: Grid, padding: Padding = NO_PADDING) -> dic
     others = tuple(map(max, zip(*(crop.symmetry.sizes for crop in crops))))
     samples = [tile_features(crop, grid, n, s, a, t, others) for crop in crops]
     # Taken out one by one, so that the tiles are not in memory twice.
-    batch = {name: torch.from_numpy(np.stack([sample.pop(name) for sample in samples])) for name in PLACEMENTS}
-    return {**batch, ON_HOST: np.stack([sample[ON_HOST] for sample in samples]), "id": [s["id"] for s in samples]}
+    batch = {name: np.stack([sample.pop(name) for sample in samples]) for name in FEATURES}
+    tensors = {name: x if FEATURES[name].placement == HOST else torch.from_numpy(x) for name, x in batch.items()}
+    return {**tensors, "id": [sample["id"] for sample in samples]}

@@ -17,9 +17,9 @@ import numpy as np
 
 from cpfold_train.data.stream.crop import SPATIAL, Focus
 from cpfold_train.data.stream.shards import SampleLocation, location_of, read_indices
-from cpfold_train.data.structures.residues import NONPOLYMER
 from cpfold_train.errors import ConfigError
 from cpfold_train.parallel.random import numpy_generator
+from cpfold_train.vocabulary import NONPOLYMER
 
 SAMPLINGS = ("each", "weighted")
 

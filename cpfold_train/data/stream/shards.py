@@ -23,7 +23,6 @@ import numpy as np
 from cpfold_train.data.alignments.alignment import Alignment, unpack_alignments
 from cpfold_train.data.features.templates import Template, unpack_templates
 from cpfold_train.data.stream.validate import check_sample
-from cpfold_train.data.structures.residues import MOL_TYPES
 from cpfold_train.data.structures.structure import (
     FORMAT_VERSION,
     Structure,
@@ -32,7 +31,8 @@ from cpfold_train.data.structures.structure import (
     unpack_arrays,
     unpack_structure,
 )
-from cpfold_train.errors import ConfigError, DataError
+from cpfold_train.errors import ConfigError, DataError, in_one_line
+from cpfold_train.vocabulary import MOL_TYPES
 from cpfold_train.whole_file import whole_file
 
 MAX_NAME = 100
@@ -135,7 +135,7 @@ def scan(path: Path) -> dict[str, np.ndarray]:
     except DataError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     except (tarfile.TarError, ValueError, KeyError, OSError) as error:
-        raise DataError(f"{path} is not a shard that prepare wrote: {type(error).__name__}: {error}") from error
+        raise DataError(f"{path} is not a shard that prepare wrote: {in_one_line(error)}") from error
 
 
 def _columns(size: int, metas: dict[str, dict], places: dict[str, dict[str, tuple[int, int]]]) -> dict[str, np.ndarray]:
@@ -257,7 +257,7 @@ def read_sample(location: SampleLocation) -> Sample:
     except MemoryError:
         raise
     except Exception as error:  # damaged bytes can fail anywhere in zip, zlib, numpy or json
-        reason = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, DataError) else in_one_line(error)
         raise DataError(f"{location.tar}: sample {location.key} cannot be used: {reason}") from error
     return Sample(structure, alignments, templates)
 

@@ -13,15 +13,12 @@ import numpy as np
 
 from cpfold_train.data.alignments.alignment import Alignment
 from cpfold_train.data.features.templates import Template
-from cpfold_train.data.structures.residues import BOND_TYPES, MOL_TYPES, NONPOLYMER, TOKENS
 from cpfold_train.data.structures.structure import Structure
 from cpfold_train.errors import DataError
+from cpfold_train.vocabulary import BOND_TYPES, MOL_TYPES, NONPOLYMER, NUM_ELEMENTS, NUM_TOKENS
 
 MAX_COORDINATE = 1e5
 """Angstrom; beyond it, a flipped bit is likelier than a molecule, and squares would lose their digits in fp32."""
-
-MAX_ELEMENT = 127
-"""Atomic numbers are one-hot of 128."""
 
 LAYOUT = {
     "res_type": (np.int8, "L"),
@@ -109,7 +106,7 @@ def _meta(s: Structure, key: str) -> Iterator[tuple[bool, str]]:
 
 def _tokens(s: Structure) -> Iterator[tuple[bool, str]]:
     chains = s.meta["chains"]
-    yield _within(s.res_type, 0, len(TOKENS)), "a residue token is out of range"
+    yield _within(s.res_type, 0, NUM_TOKENS), "a residue token is out of range"
     yield _within(s.component, 0, len(s.comp_name)), "a token's component is out of range"
     yield _within(s.asym_id, 0, len(chains)), "a token's chain is out of range"
     yield bool((np.diff(s.asym_id) >= 0).all()), "the chains are not in order"
@@ -146,7 +143,7 @@ def _atoms(s: Structure) -> Iterator[tuple[bool, str]]:
     yield _within(s.bond_atoms, 0, len(s.resolved)), "a bond's atom is out of range"
     yield bool((s.bond_atoms[:, 0] < s.bond_atoms[:, 1]).all()), "the atoms of a bond are not in order"
     yield _within(s.bond_type, 0, len(BOND_TYPES)), "a bond's type is out of range"
-    yield _within(s.comp_element, 0, MAX_ELEMENT + 1), "an atomic number is out of range"
+    yield _within(s.comp_element, 0, NUM_ELEMENTS), "an atomic number is out of range"
     letters = s.comp_atom_name.view(np.uint8)
     yield bool(((letters == 0) | ((letters >= 32) & (letters < 96))).all()), "an atom's name has an unknown character"
 
@@ -161,7 +158,7 @@ def _alignments(s: Structure, alignments: dict[int, Alignment]) -> Iterator[tupl
             yield values.dtype == dtype, f"{name} holds {values.dtype} instead of {np.dtype(dtype)}"
             yield values.shape == shape, f"{name} has shape {values.shape} instead of {shape}"
         yield a.keys.dtype == np.int64 and a.keys.ndim == 1 and len(a.keys) > 0, f"{name} has no proper keys"
-        yield _within(a.tokens, 0, len(TOKENS)), f"a token in {name} is out of range"
+        yield _within(a.tokens, 0, NUM_TOKENS), f"a token in {name} is out of range"
 
 
 def _templates(s: Structure, templates: list[Template]) -> Iterator[tuple[bool, str]]:
@@ -178,7 +175,7 @@ def _templates(s: Structure, templates: list[Template]) -> Iterator[tuple[bool, 
         yield count > 0, f"{name} covers no token"
         yield _within(template.token, 0, len(s)), f"a token of {name} is out of range"
         yield bool((np.diff(template.token) > 0).all()), f"the tokens of {name} are not in order"
-        yield _within(template.res_type, 0, len(TOKENS)), f"a residue token of {name} is out of range"
+        yield _within(template.res_type, 0, NUM_TOKENS), f"a residue token of {name} is out of range"
 
 
 def _within(values: np.ndarray, start: int, stop: int) -> bool:

@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 from biotite.structure.info.ccd import get_ccd, get_from_ccd
 
-from cpfold_train.data.structures.residues import AMINO_ACIDS, BOND_TYPES, DNA, NUCLEOTIDES, PROTEIN, RNA
+from cpfold_train.vocabulary import AMINO_ACIDS, BOND_TYPES, DNA, NUCLEOTIDES, PROTEIN, RNA
 
 _SYMBOLS = """
 X H HE LI BE B C N O F NE NA MG AL SI P S CL AR K CA SC TI V CR MN FE CO NI CU ZN GA GE AS SE BR KR RB SR Y ZR NB MO TC

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from cpfold_train.data.structures.residues import NONPOLYMER
 from cpfold_train.data.structures.structure import Structure
+from cpfold_train.vocabulary import NONPOLYMER
 
 
 def take_chains(structure: Structure, keep: np.ndarray) -> Structure:

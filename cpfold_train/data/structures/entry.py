@@ -10,7 +10,7 @@ import biotite.structure as struc
 import numpy as np
 
 from cpfold_train.data.structures.components import component, polymer_type
-from cpfold_train.data.structures.residues import NONPOLYMER
+from cpfold_train.vocabulary import NONPOLYMER
 
 WATER = ("HOH", "DOD", "WAT")
 

@@ -9,8 +9,8 @@ import biotite.structure.io.pdbx as pdbx
 import numpy as np
 
 from cpfold_train.data.structures.entry import Chain, Entry, Site, heavy, is_backbone, ligand, majority_type
-from cpfold_train.data.structures.residues import DNA, PROTEIN, RNA
 from cpfold_train.errors import DataError
+from cpfold_train.vocabulary import DNA, PROTEIN, RNA
 
 _POLYMERS = {"polypeptide(L)": PROTEIN, "polydeoxyribonucleotide": DNA, "polyribonucleotide": RNA}
 

@@ -21,19 +21,10 @@ from cpfold_train.data.structures.components import Component, component, parent
 from cpfold_train.data.structures.entry import Chain, Entry, Site
 from cpfold_train.data.structures.mmcif import read_mmcif
 from cpfold_train.data.structures.pdb import read_pdb
-from cpfold_train.data.structures.residues import (
-    BOND_TYPES,
-    CENTER_ATOM,
-    DISTO_ATOM,
-    MOL_TYPES,
-    NONPOLYMER,
-    TOKENS,
-    UNKNOWN,
-    letter_of,
-    token_of,
-)
+from cpfold_train.data.structures.residues import CENTER_ATOM, DISTO_ATOM, letter_of, token_of
 from cpfold_train.data.structures.structure import FORMAT_VERSION, Structure
-from cpfold_train.errors import DataError
+from cpfold_train.errors import DataError, in_one_line
+from cpfold_train.vocabulary import BOND_TYPES, MOL_TYPES, NONPOLYMER, TOKENS, UNKNOWN
 
 SUFFIXES = (".cif", ".mmcif", ".bcif", ".pdb", ".ent")
 
@@ -68,7 +59,7 @@ def read_structure(path: Path, assembly: str | None = None) -> tuple[Structure, 
     except DataError as error:
         raise DataError(f"{path.name}: {error}") from error
     except Exception as error:  # a broken file can fail anywhere inside the parsers
-        raise DataError(f"{path.name} cannot be read: {type(error).__name__}: {error}") from error
+        raise DataError(f"{path.name} cannot be read: {in_one_line(error)}") from error
     if all(chain.mol_type == NONPOLYMER for chain in entry.chains):
         raise DataError(f"{path.name} holds no protein or nucleic acid chain")
     entry.meta.update(id=entry_id(path), source=path.name)

@@ -14,8 +14,8 @@ import numpy as np
 from cpfold_train.data.structures.components import component, polymer_type
 from cpfold_train.data.structures.entry import Chain, Entry, Site, heavy, is_backbone, ligand, majority_type
 from cpfold_train.data.structures.pairwise import align
-from cpfold_train.data.structures.residues import DNA, PROTEIN, RNA
 from cpfold_train.errors import DataError
+from cpfold_train.vocabulary import DNA, PROTEIN, RNA
 
 _DATE = re.compile(r"(\d\d)-([A-Z]{3})-(\d\d)")
 _MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")

@@ -1,21 +1,11 @@
-"""The alphabet: residue tokens, molecule types and representative atoms, numbered as Boltz-2 numbers them."""
+"""Residues by their names and letters: their tokens and representative atoms, and the classes of experiments."""
 
 from __future__ import annotations
 
 import numpy as np
 
-PROTEIN, DNA, RNA, NONPOLYMER = range(4)
-MOL_TYPES = ("protein", "dna", "rna", "nonpolymer")
-BOND_TYPES = ("other", "single", "double", "triple", "aromatic", "covalent")
-"""``covalent`` are those that an entry lists between residues; what ``type_bonds`` holds is one more than the index."""
+from cpfold_train.vocabulary import AMINO_ACIDS, DNA, GAP, NUCLEOTIDES, PROTEIN, TOKEN_IDS, UNKNOWN
 
-_AMINO_ACIDS = "ALA ARG ASN ASP CYS GLN GLU GLY HIS ILE LEU LYS MET PHE PRO SER THR TRP TYR VAL UNK"
-AMINO_ACIDS = tuple(_AMINO_ACIDS.split())
-NUCLEOTIDES = ("A", "G", "C", "U", "N", "DA", "DG", "DC", "DT", "DN")
-TOKENS = ("<pad>", "-", *AMINO_ACIDS, *NUCLEOTIDES)
-TOKEN_IDS = {name: i for i, name in enumerate(TOKENS)}
-GAP = TOKEN_IDS["-"]
-UNKNOWN = {PROTEIN: TOKEN_IDS["UNK"], DNA: TOKEN_IDS["DN"], RNA: TOKEN_IDS["N"], NONPOLYMER: TOKEN_IDS["UNK"]}
 _OF_PROTEIN = frozenset(AMINO_ACIDS)
 _OF_NUCLEIC = frozenset(NUCLEOTIDES)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from cpfold_train.data.structures.residues import MOL_TYPES, NONPOLYMER
 from cpfold_train.errors import DataError
+from cpfold_train.vocabulary import MOL_TYPES, NONPOLYMER
 
 FORMAT_VERSION = 2
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
-from cpfold_train.data.stream.batch import ON_HOST
+from cpfold_train.data.schema import FEATURES, ON_HOST
 from cpfold_train.model.config import ModelConfig
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.simulate.bench.case import Inputs, Sizes
@@ -63,6 +63,8 @@ def precision(dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, Ab
 def make_features(names: tuple[str, ...], sizes: Sizes, grid: Grid, device: torch.device) -> Inputs:
     """Features of a globular dimer without padding, seen in a template, and what its M noised samples are like.
 
+    The values are made up here; their dtypes are the schema's.
+
     Args:
         names: inputs of the op; with ``pair_features`` among them there are those of pairs of tokens.
     """
@@ -71,55 +73,54 @@ def make_features(names: tuple[str, ...], sizes: Sizes, grid: Grid, device: torc
     start = torch.arange(n + 1) * sizes.atoms // n
     token = torch.searchsorted(start, torch.arange(first, stop), right=True) - 1
     index = torch.arange(n)
-    chain = (index >= n // 2).int()
+    chain = index >= n // 2
     feats = {
         "asym_id": chain,
         "sym_id": chain,
-        "entity_id": torch.zeros(n, dtype=torch.int32),
-        "cyclic_period": torch.zeros(n, dtype=torch.int32),
-        "mol_type": torch.zeros(n, dtype=torch.int32),
-        "residue_index": index.int(),
-        "token_index": index.int(),
+        "entity_id": torch.zeros(n),
+        "cyclic_period": torch.zeros(n),
+        "mol_type": torch.zeros(n),
+        "residue_index": index,
+        "token_index": index,
         "token_pad_mask": torch.ones(n),
         "token_resolved_mask": torch.ones(n),
         "token_to_rep_atom": start[:-1],
         "token_to_center_atom": start[:-1],
-        "token_atom_start": start.numpy(),
         "atoms_per_token": start.diff(),
         "frames_idx": start[:-1, None] + torch.arange(3),
-        "chain_copies": torch.tensor([[1, 2], [2, 1]], dtype=torch.int32),
+        "chain_copies": torch.tensor([[1, 2], [2, 1]]),
         "ref_pos": torch.randn(own, 3),
         "ref_charge": torch.zeros(own),
-        "ref_element": torch.full((own,), 6, dtype=torch.int32),
-        "ref_atom_name_chars": torch.zeros(own, 4, dtype=torch.uint8),
-        "ref_space_uid": token.int(),
-        "atom_to_token": token.int(),
+        "ref_element": torch.full((own,), 6),
+        "ref_atom_name_chars": torch.zeros(own, 4),
+        "ref_space_uid": token,
+        "atom_to_token": token,
         "atom_pad_mask": torch.ones(own),
         "atom_resolved_mask": torch.ones(own),
         "coords": side * torch.rand(own, 3),
         "copy_coords": side * torch.rand(own, 2, 3),
-        "copy_resolved": torch.ones(own, 2, dtype=torch.uint8),
-        "atom_swaps": torch.zeros(own, 1, dtype=torch.int32),
+        "copy_resolved": torch.ones(own, 2),
+        "atom_swaps": torch.zeros(own, 1),
         "msa_mask": torch.ones(sizes.msa_depth // grid.rows, n // grid.cols),
         **_template(n, side),
     }
     if "pair_features" in names:
         tile = n // grid.rows, n // grid.cols
-        feats |= {name: torch.zeros(tile, dtype=torch.uint8) for name in ("type_bonds", "contact_conditioning")}
-        feats |= {"token_bonds": torch.zeros(*tile, 1, dtype=torch.uint8), "contact_threshold": torch.zeros(tile)}
-    feats = {name: x[None] for name, x in feats.items()}
-    feats |= {
-        "noisy_coords": feats["coords"] + torch.randn(sizes.samples, own, 3),
-        "sigmas": torch.ones(sizes.samples),
-        "times": torch.zeros(sizes.samples),
+        feats |= {name: torch.zeros(tile) for name in ("type_bonds", "contact_conditioning")}
+        feats |= {"token_bonds": torch.zeros(*tile, 1), "contact_threshold": torch.zeros(tile)}
+    feats = {name: x[None].to(device, FEATURES[name].torch_dtype) for name, x in feats.items()}
+    return feats | {
+        ON_HOST: start[None].int().numpy(),
+        "noisy_coords": feats["coords"] + torch.randn(sizes.samples, own, 3).to(device),
+        "sigmas": torch.ones(sizes.samples, device=device),
+        "times": torch.zeros(sizes.samples, device=device),
     }
-    return {name: x if name == ON_HOST else x.to(device) for name, x in feats.items()}
 
 
 def _template(n: int, side: float) -> Inputs:
     """One template of all tokens."""
     return {
-        "template_restype": torch.zeros(1, n, dtype=torch.uint8),
+        "template_restype": torch.zeros(1, n),
         "template_frame_rot": torch.eye(3).expand(1, n, 3, 3).clone(),
         "template_frame_t": side * torch.rand(1, n, 3),
         "template_cb": side * torch.rand(1, n, 3),
@@ -127,7 +128,7 @@ def _template(n: int, side: float) -> Inputs:
         "template_mask_cb": torch.ones(1, n),
         "template_mask_frame": torch.ones(1, n),
         "template_mask": torch.ones(1, n),
-        "visibility_ids": torch.zeros(1, n, dtype=torch.int32),
+        "visibility_ids": torch.zeros(1, n),
     }
 
 
