@@ -360,6 +360,8 @@ def test_settings_are_those_of_a_run():
         (["device=h900", "cp.grid=1x1"], "device=h900 is not known: type device=h100-80gb or"),
         (["crop=96"], "did you mean"),
         (["gpus=none"], "type gpus=8"),
+        (["cp.grid=2x2", "dp=3", "gpus=8"], "takes 12 GPUs, more than gpus=8"),
+        (["recipe=finetune_boltz2_large_crop", "gpus=8"], "type cp.grid=auto"),
         (["device"], "device= is not known"),
         (["kernels=cuequivariance"], "does not train in trainer.precision=32-true"),
         (["cp.grid=2by2"], "cp.grid=2by2 is not ROWSxCOLUMNS"),

@@ -74,7 +74,10 @@ def run(args: argparse.Namespace) -> None:
 
         compare(args.settings, args.json)
         return
-    request = read_request([*PREDICTION, *args.settings] if args.predict else args.settings)
+    # A table has grids of its own.
+    request = read_request(
+        [*(PREDICTION if args.predict else ()), *args.settings, *(["cp.grid=auto"] if args.table else ())]
+    )
     config = request.config
     if args.predict:
         if request.grid is None:

@@ -53,13 +53,19 @@ def read_request(settings: list[str]) -> Request:
     """
     typed = of_run(settings)
     parts = (setting.partition("=") for setting in settings if setting not in typed)
-    own = OWN_KEYS | {key: value for key, _, value in parts}
+    typed_of_plan = {key: value for key, _, value in parts}
+    own = OWN_KEYS | typed_of_plan
     if not own["gpus"].isdigit() or not int(own["gpus"]):
         raise ConfigError(f"gpus={own['gpus']} is not a number of GPUs: type gpus=8, for example")
     config = compose(typed)
     dp = int(config.dp) if str(config.dp).isdigit() else 1
     asked = any(setting.startswith(("cp.grid=", "recipe=")) for setting in typed) and config.cp.grid != "auto"
     grid = Grid(*parse_grid(config.cp.grid), dp) if asked else None
+    if grid is not None and "gpus" in typed_of_plan and grid.world_size > int(own["gpus"]):
+        raise ConfigError(
+            f"cp.grid={grid} with dp={dp} takes {grid.world_size} GPUs, more than gpus={own['gpus']}: type cp.grid=auto "
+            f"for proposals on up to {own['gpus']}, or gpus={grid.world_size}"
+        )
     untouched = not any(setting.startswith("memory") for setting in typed)
     return Request(
         config, own["device"], int(own["gpus"]), dp, grid, config.memory.auto or (untouched and grid is None)

@@ -78,6 +78,7 @@ class Plan:
             "device": self.device,
             "grid": str(self.grid),
             "dp": self.grid.dp,
+            "gpus": self.grid.world_size,
             "crop_size": self.config.crop_size,
             "memory": asdict(self.config.memory),
             "parameters": self.parameters,

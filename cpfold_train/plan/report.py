@@ -23,8 +23,10 @@ def show_plan(found: Plan, validation: Moment | None = None) -> None:
         validation: what is held at the peak of validation.
     """
     console, config, costs = Console(), found.config, found.costs
-    title = f"crop_size={config.crop_size} on {found.grid}"
-    title += f", dp={found.grid.dp}, {found.device}, {config.trainer.precision}; one rank, {found.what}"
+    title = (
+        f"crop_size={config.crop_size} on {found.grid}, dp={found.grid.dp}: {found.grid.world_size} of {found.device}, "
+    )
+    title += f"{config.trainer.precision}; one rank, {found.what}"
     table = Table("quantity", "value", title=title)
     table.add_row("parameters", f"{found.parameters / 1e6:.1f} million")
     table.add_row("kernels", f"{found.kernels.name}: {found.kernels.why}")
