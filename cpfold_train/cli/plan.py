@@ -74,10 +74,9 @@ def run(args: argparse.Namespace) -> None:
 
         compare(args.settings, args.json)
         return
+    own = PREDICTION if args.predict else ()
     # A table has grids of its own.
-    request = read_request(
-        [*(PREDICTION if args.predict else ()), *args.settings, *(["cp.grid=auto"] if args.table else ())]
-    )
+    request = read_request([*own, *args.settings, *(["cp.grid=auto"] if args.table else ())])
     config = request.config
     if args.predict:
         if request.grid is None:
