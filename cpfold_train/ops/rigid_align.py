@@ -1,8 +1,8 @@
 """Laying one structure onto another (AlphaFold 3, Algorithm 28; Kabsch, Acta Cryst. A32, 1976).
 
-The atoms are shared out over the ranks. What the best rotation and translation depend on are 16 sums over atoms, so one
+The atoms are sharded over the ranks. What the best rotation and translation depend on are 16 sums over atoms, so one
 small all-reduce is all that is communicated. They are taken in fp64: the covariance is a difference of sums, and the
-result must not depend on how the atoms are shared out.
+result must not depend on how the atoms are sharded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def weighted_rigid_align(moving: Tensor, target: Tensor, weights: Tensor, mask: 
     """``moving``, rotated (never mirrored) and shifted so that the weighted squared distances to ``target`` are least.
 
     Args:
-        moving, target: (B*M, A/P, 3) this rank's share of the atoms, in Angstrom.
+        moving, target: (B*M, A/P, 3) this rank's shard of the atoms, in Angstrom.
         weights: (B*M, A/P) of each atom.
         mask: (B*M, A/P), 1 for atoms that count.
         cp: the running grid.

@@ -1,4 +1,4 @@
-"""Superpositions from sums over points, so that points may be shared out and sums of many sets be added up."""
+"""Superpositions from sums over points, so that points may be sharded and sums of many sets be added up."""
 
 from __future__ import annotations
 

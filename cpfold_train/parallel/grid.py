@@ -15,7 +15,7 @@ Interval = tuple[int, int]
 """Half-open range ``(start, stop)`` of global indices."""
 
 ATOM_WINDOW = 32
-"""Query atoms of a window of the atom attention; ranks share out atoms by whole windows."""
+"""Query atoms of a window of the atom attention; atoms are sharded by whole windows."""
 
 
 @dataclass(frozen=True)
