@@ -34,8 +34,10 @@ def weighted_rigid_align(moving: Tensor, target: Tensor, weights: Tensor, mask: 
     x, y, w = moving.double(), target.double(), (weights * mask).double()
     weighted = w[..., None] * y
     sums = [w.sum(1, keepdim=True), (w[..., None] * x).sum(1), weighted.sum(1), (weighted.mT @ x).flatten(1)]
-    total, x_sum, y_sum, products = all_reduce(torch.cat(sums, 1), cp, cp.all, OP).split([1, 3, 3, 9], 1)
-    total = total.clamp(min=torch.finfo(total.dtype).tiny)
-    x_middle, y_middle = x_sum / total, y_sum / total
-    rotation, _ = best_rotation(products.unflatten(1, (3, 3)) - y_sum[:, :, None] * x_middle[:, None])
-    return ((x - x_middle[:, None]) @ rotation.mT + y_middle[:, None]).to(moving.dtype)
+    weight, x_sum, y_sum, products = all_reduce(torch.cat(sums, 1), cp, cp.all, OP).split([1, 3, 3, 9], 1)
+    # Without atoms all sums are zero, and so is all that is divided by the weight.
+    weight = weight.clamp(min=torch.finfo(weight.dtype).tiny)
+    x_mean, y_mean = x_sum / weight, y_sum / weight
+    # sum w (y - mean y)(x - mean x)^T, from sums that do not know the means yet.
+    rotation, _ = best_rotation(products.unflatten(1, (3, 3)) - y_sum[:, :, None] * x_mean[:, None])
+    return ((x - x_mean[:, None]) @ rotation.mT + y_mean[:, None]).to(moving.dtype)

@@ -184,6 +184,7 @@ class _ByChannels(torch.autograd.Function):
         going = []
         for g, flight, a, b in zip(ctx.groups, coming, saved[::2], saved[1::2]):
             dx = flight.wait()
+            # Of x = a^T b: da = (dx b^T)^T, db = a dx. Of x = a b^T: da = dx b, db = (a^T dx)^T.
             da, db = ((dx @ b.mT).mT, a @ dx) if ctx.incoming else (dx @ b, (a.mT @ dx).mT)
             going += [g.there.send_grad(dy, whole[:, g.channels]) for dy, whole in zip((da, db), found.chunk(2, 1))]
         for flight in going:
