@@ -231,7 +231,7 @@ def _(q, k, v, bias, grad, lse, delta, dq, dk, dv, dbias, add) -> None:
 def _(q, k, v, bias, grad, lse, delta, dq, dk, dv, dbias, add, result) -> list[Work]:
     """Each kernel computes the weights again: an exponential and two products a score, beside those of the gradients.
 
-    To the first the copies of ``lse`` in base 2 and of the bias are counted, to the last the highest bias of each
+    To the first the copies of ``lse`` in base 2 and of the bias are counted, to the last the largest bias of each
     query. The kernel for the bias reads the rest as often as there are groups of tiles beside each other.
     """
     scores, sizes, d = _scores(q, k), tiling(q), q.shape[4]

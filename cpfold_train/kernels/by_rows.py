@@ -89,8 +89,8 @@ class _ByRows(torch.autograd.Function):
             for i in needed:
                 x = tensors[i]
                 # A sum over many blocks in bf16 would stop growing after a few hundred of them.
-                wide = torch.promote_types(x.dtype, torch.float32)
-                grads[i] = torch.empty_like(x) if i < ctx.count else torch.zeros_like(x, dtype=wide)
+                acc_dtype = torch.promote_types(x.dtype, torch.float32)
+                grads[i] = torch.empty_like(x) if i < ctx.count else torch.zeros_like(x, dtype=acc_dtype)
         inputs, shared = tensors[: ctx.count], tensors[ctx.count :]
         for block, found in block_gradients(
             ctx.function, ctx.rows, inputs, shared, needed, grad, ctx.autocast, ctx.dim

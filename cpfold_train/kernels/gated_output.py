@@ -88,8 +88,8 @@ def _forward(
     from cpfold_train.kernels.triton import gated_output as kernels
 
     pairs = x.contiguous().flatten(2), z.contiguous().flatten(1, 2)
-    factors, wide = _of_pairs(row_factors, z), z.dtype if residual else dtype
-    return kernels.forward(*pairs, weight.to(dtype), bias, factors, residual, wide).view(z.shape)
+    factors, out_dtype = _of_pairs(row_factors, z), z.dtype if residual else dtype
+    return kernels.forward(*pairs, weight.to(dtype), bias, factors, residual, out_dtype).view(z.shape)
 
 
 @_forward.register_fake

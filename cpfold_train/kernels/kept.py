@@ -1,4 +1,4 @@
-"""Results of kernels that are dear to compute again, kept through the recomputation of what is around them.
+"""Results of kernels that are expensive to compute again, kept through the recomputation of what is around them.
 
 Attention takes a time that grows with N^3, and its result memory that grows with N^2. Of a block that is computed again
 in the backward pass (:func:`cpfold_train.ops.recompute.recompute`), the result and log-sum-exp of attention are all

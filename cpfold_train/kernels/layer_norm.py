@@ -83,8 +83,8 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, beside: Tensor | None) ->
 
 @_backward.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.float32
-    return x.new_empty(x.shape), torch.empty_like(weight, dtype=wide), torch.empty_like(weight, dtype=wide)
+    acc_dtype = torch.float32
+    return x.new_empty(x.shape), torch.empty_like(weight, dtype=acc_dtype), torch.empty_like(weight, dtype=acc_dtype)
 
 
 @work("layer_norm_backward")

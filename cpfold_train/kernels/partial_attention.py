@@ -21,7 +21,7 @@ def partial_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, kernels: st
         q: (B, r, h, M, d) queries, already scaled.
         k, v: (B, r, h, N, d).
         bias: (B, h, M, N), the same for all r rows; very negative where a key is masked.
-        kernels: ``torch``, ``triton`` or ``cuequivariance``; the package has no such kernel, Triton's takes its place.
+        kernels: ``torch``, ``triton`` or ``cuequivariance``; the package has no such kernel, so Triton's is taken.
 
     Returns:
         (B, r, h, M, d) in the dtype of ``q``, and (B, r, h, M) in fp32 at least. Without gradient.

@@ -2,8 +2,8 @@
 
 Only pairs that are near in the ground truth count, a few hundred an atom, and they are the same for all diffusion
 samples of a sample. So pairs are looked for once a sample, a few rows of the A x A distances at a time, and the rest is
-done for those found. The rows are dealt to the ranks like cards: nucleotides, which reach twice as far, lie together,
-and so does padding. With kernels for GPUs one of these does all that for fp32 without looking for pairs at all
+done for those found. The rows go to the ranks round-robin: nucleotides, which reach twice as far, lie together, and so
+does padding. With kernels for GPUs one of these does all that for fp32 without looking for pairs at all
 (:mod:`cpfold_train.kernels.smooth_lddt`).
 """
 
@@ -127,10 +127,12 @@ def _scores(coords: Tensor, i: Tensor, j: Tensor, distance: Tensor, slopes: Tens
     size = error.abs()
     score, slope = torch.zeros_like(size), torch.zeros_like(size)
     for threshold in LDDT_THRESHOLDS:
+        # The derivative of sigmoid(t - e) by e is -s (1 - s).
         inside = torch.sigmoid(threshold - size)
         score += inside
         slope += inside * (inside - 1)
     if slopes is not None:
+        # d score / d apart: through |error|, through the length, along the vector; the mean is over the thresholds.
         slope *= error.sign() / (len(LDDT_THRESHOLDS) * length)
         apart *= slope[:, None]
         slopes.index_add_(0, i, apart)

@@ -14,7 +14,7 @@ def atoms_at(x: Tensor, index: Tensor, cp: ContextParallel) -> Tensor:
     """Values of atoms by their global indices, wherever they lie. Sends about 2 n c elements.
 
     Args:
-        x: atom share (B, A/P, c).
+        x: atom shard (B, A/P, c).
         index: (B, n) atoms 0 ... A - 1, the same on all ranks.
         cp: the running grid.
 

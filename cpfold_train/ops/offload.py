@@ -97,7 +97,7 @@ class _Kept:
                     piece.copy_(there, non_blocking=True)
                 self._coming = flat.view(self._shape).permute(self._back)
             if self._coming.is_cuda:
-                # What is fetched after it need not be waited for.
+                # Copies that start after it need not be waited for.
                 self._arrived = _stream(self._device).record_event()
 
     def take(self) -> Tensor:

@@ -1,7 +1,7 @@
 """Outer product mean: what the columns i and j of the MSA say together about the pair (i, j).
 
 AlphaFold 3, Algorithm 9. Rank (I, J) needs its pair tile's rows of ``a`` and its columns of ``b``, of all sequences;
-both are fetched from where they lie, about S N c (1/R + 1/C) elements, all sequences at once if there is room for
+both are gathered from where they lie, about S N c (1/R + 1/C) elements, all sequences at once if there is room for
 them, and the products are local.
 """
 
@@ -19,8 +19,8 @@ from cpfold_train.parallel.layouts import all_rows_of_tile_cols, all_rows_of_til
 from cpfold_train.parallel.redistribute import ExchangePlan, Pending, finish, start
 
 OP = "outer_product_mean"
-FETCHED_BYTES = 1 << 31
-"""What is fetched of ``a`` and ``b`` at most, the sequences that travel included. Few parts are better, since each of
+GATHERED_BYTES = 1 << 31
+"""What is gathered of ``a`` and ``b`` at most, the sequences that travel included. Few parts are better, since each of
 them is projected from c * c channels a pair: of 3,072 tokens on 2x2 this holds 10,922 sequences in bf16."""
 
 
@@ -45,9 +45,9 @@ def outer_product_mean(
     s, n = a.shape[1] * cp.grid.rows, a.shape[2] * cp.grid.cols
     has = tiles(cp.grid, s, n)
     rows, cols = row_parts(cp.grid, n), col_parts(cp.grid, n)
-    fetched_bytes = s * (n // cp.grid.rows + n // cp.grid.cols) * a.shape[0] * a.shape[3] * a.element_size()
+    gathered_bytes = s * (n // cp.grid.rows + n // cp.grid.cols) * a.shape[0] * a.shape[3] * a.element_size()
     # While one part is worked on the next one travels.
-    parts = 1 if fetched_bytes <= FETCHED_BYTES else min(s, -(-2 * fetched_bytes // FETCHED_BYTES))
+    parts = 1 if gathered_bytes <= GATHERED_BYTES else min(s, -(-2 * gathered_bytes // GATHERED_BYTES))
     plans = []
     for depth in split(s, parts):
         wants = (tuple((depth, tokens) for tokens in parts) for parts in (rows, cols))
@@ -83,21 +83,21 @@ def pair_counts(msa_mask: Tensor, cp: ContextParallel) -> Tensor:
         Tile (B, N/R, N/C) float32.
     """
     mask = msa_mask.float()
-    rows_coming, cols_coming = _fetch_rows(mask, cp), _fetch_cols(mask, cp)
+    rows_coming, cols_coming = _start_rows(mask, cp), _start_cols(mask, cp)
     rows, cols = finish(rows_coming), finish(cols_coming)
     # bf16 does not hold every count above 256.
     with torch.autocast(mask.device.type, enabled=False):
         return (rows.mT @ cols).clamp(min=1)
 
 
-def _fetch_rows(x: Tensor, cp: ContextParallel) -> Pending:
+def _start_rows(x: Tensor, cp: ContextParallel) -> Pending:
     """MSA block (B, S/R, N/C, ...) to all sequences of the pair tile's rows, (B, S, N/R, ...)."""
     s, n = x.shape[1] * cp.grid.rows, x.shape[2] * cp.grid.cols
     wants = all_rows_of_tile_rows(cp.grid, s, n)
     return start(x, cp, cp.all, (1, 2), tiles(cp.grid, s, n), wants, OP)
 
 
-def _fetch_cols(x: Tensor, cp: ContextParallel) -> Pending:
+def _start_cols(x: Tensor, cp: ContextParallel) -> Pending:
     """MSA block (B, S/R, N/C, ...) to all sequences of the pair tile's columns, (B, S, N/C, ...)."""
     s, n = x.shape[1] * cp.grid.rows, x.shape[2] * cp.grid.cols
     wants = all_rows_of_tile_cols(cp.grid, s, n)

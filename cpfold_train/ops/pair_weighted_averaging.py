@@ -1,7 +1,7 @@
 """Pair weighted averaging: each MSA row is averaged over tokens with weights from the pair representation.
 
 AlphaFold 3, Algorithm 10. The weights of a token are a softmax over a whole row of z, but have only h channels: rank
-(I, J), which holds tokens N_J of the MSA, fetches the rows N_J of the logits, (N/C) N h elements. The values of its
+(I, J), which holds tokens N_J of the MSA, receives the rows N_J of the logits, (N/C) N h elements. The values of its
 sequences are gathered along the token axis, (S/R) N h d elements. Both come for some heads at a time, and the next
 heads travel meanwhile: as many as have weights that fit a block, or, with the fused kernels, weights and values.
 """
@@ -46,7 +46,7 @@ def pair_weighted_averaging(v: Tensor, logits: Tensor, key_mask: Tensor, cp: Con
     else:
         head_bytes = keys * v.shape[2] * max(4, logits.element_size())
     groups = [slice(*group) for group in split(heads, -(-heads // rows_per_block(head_bytes, v.device)))]
-    # Values arrive with all that one token has side by side, as the product takes them.
+    # Values come with all that one token has side by side, as the product takes them.
     moves = (
         ((2, 3), tiles(cp.grid, n, n), bands_of_tile_cols(cp.grid, n)),
         ((3, 2), tiles(cp.grid, s, n), row_bands(cp.grid, s, n)),

@@ -29,5 +29,5 @@ def recompute(function: Callable[..., T], *args, results: Results | None = None)
 
 
 def call(function: Callable[..., T], *args) -> T:
-    """``function(*args)``: what takes the place of :func:`recompute` where nothing is computed again."""
+    """``function(*args)``: to be called instead of :func:`recompute` where nothing is computed again."""
     return function(*args)

@@ -1,8 +1,8 @@
 """Laying one structure onto another (AlphaFold 3, Algorithm 28; Kabsch, Acta Cryst. A32, 1976).
 
-The atoms are shared out over the ranks. What the best rotation and translation depend on are 16 sums over atoms, so one
+The atoms are sharded over the ranks. What the best rotation and translation depend on are 16 sums over atoms, so one
 small all-reduce is all that is communicated. They are taken in fp64: the covariance is a difference of sums, and the
-result must not depend on how the atoms are shared out.
+result must not depend on how the atoms are sharded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def weighted_rigid_align(moving: Tensor, target: Tensor, weights: Tensor, mask: 
     """``moving``, rotated (never mirrored) and shifted so that the weighted squared distances to ``target`` are least.
 
     Args:
-        moving, target: (B*M, A/P, 3) this rank's share of the atoms, in Angstrom.
+        moving, target: (B*M, A/P, 3) this rank's shard of the atoms, in Angstrom.
         weights: (B*M, A/P) of each atom.
         mask: (B*M, A/P), 1 for atoms that count.
         cp: the running grid.
@@ -34,8 +34,10 @@ def weighted_rigid_align(moving: Tensor, target: Tensor, weights: Tensor, mask: 
     x, y, w = moving.double(), target.double(), (weights * mask).double()
     weighted = w[..., None] * y
     sums = [w.sum(1, keepdim=True), (w[..., None] * x).sum(1), weighted.sum(1), (weighted.mT @ x).flatten(1)]
-    total, x_sum, y_sum, products = all_reduce(torch.cat(sums, 1), cp, cp.all, OP).split([1, 3, 3, 9], 1)
-    total = total.clamp(min=torch.finfo(total.dtype).tiny)
-    x_middle, y_middle = x_sum / total, y_sum / total
-    rotation, _ = best_rotation(products.unflatten(1, (3, 3)) - y_sum[:, :, None] * x_middle[:, None])
-    return ((x - x_middle[:, None]) @ rotation.mT + y_middle[:, None]).to(moving.dtype)
+    weight, x_sum, y_sum, products = all_reduce(torch.cat(sums, 1), cp, cp.all, OP).split([1, 3, 3, 9], 1)
+    # Without atoms all sums are zero, and so is all that is divided by the weight.
+    weight = weight.clamp(min=torch.finfo(weight.dtype).tiny)
+    x_mean, y_mean = x_sum / weight, y_sum / weight
+    # sum w (y - mean y)(x - mean x)^T, from sums that do not know the means yet.
+    rotation, _ = best_rotation(products.unflatten(1, (3, 3)) - y_sum[:, :, None] * x_mean[:, None])
+    return ((x - x_mean[:, None]) @ rotation.mT + y_mean[:, None]).to(moving.dtype)

@@ -1,4 +1,4 @@
-"""Superpositions from sums over points, so that points may be shared out and sums of many sets be added up."""
+"""Superpositions from sums over points, so that points may be sharded and sums of many sets be added up."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def superposition(sums: Tensor) -> tuple[Tensor, Tensor]:
 
 def least_squares(sums: Tensor) -> Tensor:
     """Sum of squared distances (...,) of the superposed points."""
+    # sum |p - R x|^2 of centred points is sum |p|^2 + sum |x|^2 - 2 sum p . R x; centring takes n |mean|^2 off those.
     count, p, x, _, overlap = _kabsch(sums)
     spread = sums[..., 4, 0] - count * p.square().sum(-1) + sums[..., 0, 4] - count * x.square().sum(-1)
     return (spread - 2 * overlap).clamp(min=0)
@@ -31,6 +32,7 @@ def least_squares(sums: Tensor) -> Tensor:
 
 def squared_distances(sums: Tensor, rotation: Tensor, shift: Tensor) -> Tensor:
     """Sum of squared distances (...,) after a given motion of the second points."""
+    # Of sum |p - R x - t|^2, term by term: p and x here are sums of points, not means.
     p, x = sums[..., 1:4, 0], sums[..., 0, 1:4]
     moved = (rotation @ x[..., None]).squeeze(-1)
     total = sums[..., 4, 0] + sums[..., 0, 4] + sums[..., 0, 0] * shift.square().sum(-1)
@@ -38,8 +40,9 @@ def squared_distances(sums: Tensor, rotation: Tensor, shift: Tensor) -> Tensor:
 
 
 def _kabsch(sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Number of points, middles, rotation, and the sum of products of centred p and rotated x."""
+    """Number of points, means, rotation, and the sum of products of centred p and rotated x."""
     count = sums[..., 0, 0]
+    # Where there are no points all sums are zero, and so are the means.
     divisor = count.clamp(min=1)[..., None]
     p, x = sums[..., 1:4, 0] / divisor, sums[..., 0, 1:4] / divisor
     rotation, overlap = best_rotation(sums[..., 1:4, 1:4] - divisor[..., None] * p[..., :, None] * x[..., None, :])

@@ -262,7 +262,7 @@ def _attend(z: Tensor, bias: Tensor, shared: Sequence[Tensor], queries: Interval
 def _rows_at_once(z: Tensor, n: int, shared: Sequence[Tensor], kernels: str) -> int:
     """How many complete rows of n pairs, of z (B, ..., c), to attend in at a time."""
     qkvg_bytes = z.shape[0] * n * sum(w.shape[0] for w in shared[:2]) * z.element_size()
-    # The gradient of the bias is added up once per block: a block of one row would make that dear.
+    # The gradient of the bias is added up once per block: blocks of one row would make that expensive.
     gpu_bytes = GPU_BLOCK_BYTES if kernels == "torch" else FUSED_BLOCK_BYTES
     return max(4, rows_per_block(qkvg_bytes, z.device, gpu_bytes=gpu_bytes))
 

@@ -7,7 +7,7 @@ All-to-all: the contraction over k is independent for each channel. So the tiles
 all N x N pairs of its c/P channels, does one batched matrix product, and the result goes back to tiles. Each rank sends
 3 T (P - 1) / P elements forward and as many backward.
 
-Ring: rank (I, J) adds up the products of one block of k after the other, fetching the tiles of a and of b straight from
+Ring: rank (I, J) adds up the products of one block of k after the other, with the tiles of a and b sent straight from
 the ranks that have them. Each rank sends about (R + C - 2) T forward and twice that backward (Fold-CP's way, without
 its square grids). It is for more ranks than channels.
 """
@@ -184,6 +184,7 @@ class _ByChannels(torch.autograd.Function):
         going = []
         for g, flight, a, b in zip(ctx.groups, coming, saved[::2], saved[1::2]):
             dx = flight.wait()
+            # Of x = a^T b: da = (dx b^T)^T, db = a dx. Of x = a b^T: da = dx b, db = (a^T dx)^T.
             da, db = ((dx @ b.mT).mT, a @ dx) if ctx.incoming else (dx @ b, (a.mT @ dx).mT)
             going += [g.there.send_grad(dy, whole[:, g.channels]) for dy, whole in zip((da, db), found.chunk(2, 1))]
         for flight in going:

@@ -1,8 +1,8 @@
-"""Attention of atoms within windows, over shares of atoms.
+"""Attention of atoms within windows, over shards of atoms.
 
 AlphaFold 3, Algorithm 7 and ``boltz/model/modules/encodersv2.py``. The 32 atoms of window k attend to the 128 atoms
-32 k - 48 ... 32 k + 79; those outside 0 ... A - 1 are zero and masked. Rank p has the windows of its share of atoms and
-needs 48 atoms on either side of it. They are its neighbours', or, where shares are smaller than that, also those of
+32 k - 48 ... 32 k + 79; those outside 0 ... A - 1 are zero and masked. Rank p has the windows of its shard of atoms and
+needs 48 atoms on either side of it. They are its neighbours', or, where shards are smaller than that, also those of
 ranks further on. Each rank sends about 96 atoms' keys and values forward and their gradients backward, whatever A is.
 """
 
@@ -30,13 +30,13 @@ HALO = (WINDOW_KEYS - ATOM_WINDOW) // 2
 
 
 def with_halo(x: Tensor, cp: ContextParallel) -> Tensor:
-    """A share of atoms (B, A/P, ...) with the ``HALO`` atoms before and after it, (B, A/P + 96, ...); zero where there
+    """A shard of atoms (B, A/P, ...) with the ``HALO`` atoms before and after it, (B, A/P + 96, ...); zero where there
     are none."""
     n = x.shape[1] * cp.all.size
-    shares = split(n, cp.all.size)
-    wants = tuple((max(0, lo - HALO), min(n, hi + HALO)) for lo, hi in shares)
-    x = redistribute(x, cp, cp.all, (1,), in_one_dim(shares), in_one_dim(wants), OP)
-    (lo, hi), (first, last) = shares[cp.all.index], wants[cp.all.index]
+    shards = split(n, cp.all.size)
+    wants = tuple((max(0, lo - HALO), min(n, hi + HALO)) for lo, hi in shards)
+    x = redistribute(x, cp, cp.all, (1,), in_one_dim(shards), in_one_dim(wants), OP)
+    (lo, hi), (first, last) = shards[cp.all.index], wants[cp.all.index]
     return pad(x, (0, 0) * (x.ndim - 2) + (first - lo + HALO, hi + HALO - last))
 
 
@@ -70,12 +70,12 @@ def attend_in_windows(atom_pad_mask: Tensor, cp: ContextParallel) -> Callable[[T
 def _attend(q: Tensor, kv: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
     """Some windows: q (B M, 32 w, h, d), kv (B M, 32 w + 96, h, 2d), bias (B, w, 32, 128, h), mask (B, 32 w + 96)."""
     batch, dtype = bias.shape[0], q.dtype
-    wide = torch.promote_types(dtype, torch.float32)
+    acc_dtype = torch.promote_types(dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        queries = q.to(wide).unflatten(0, (batch, -1)).unflatten(2, (-1, ATOM_WINDOW)).transpose(3, 4)
-        keys, values = windows_of_keys(kv.to(wide).unflatten(0, (batch, -1)), 2).chunk(2, 4)
-        masked = (windows_of_keys(mask.to(wide)) - 1) * 1e6
-        scores = queries @ keys + bias.to(wide).permute(0, 1, 4, 2, 3)[:, None] + masked[:, None, :, None, None]
+        queries = q.to(acc_dtype).unflatten(0, (batch, -1)).unflatten(2, (-1, ATOM_WINDOW)).transpose(3, 4)
+        keys, values = windows_of_keys(kv.to(acc_dtype).unflatten(0, (batch, -1)), 2).chunk(2, 4)
+        masked = (windows_of_keys(mask.to(acc_dtype)) - 1) * 1e6
+        scores = queries @ keys + bias.to(acc_dtype).permute(0, 1, 4, 2, 3)[:, None] + masked[:, None, :, None, None]
         out = scores.softmax(-1) @ values.mT
     return out.transpose(3, 4).flatten(2, 3).flatten(0, 1).to(dtype)
 

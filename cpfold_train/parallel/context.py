@@ -24,7 +24,7 @@ TILED: tuple[Placement, ...] = (Shard(1), Shard(2))
 """Placement of pair and MSA features over (cp_row, cp_col)."""
 
 SHARED_OUT: tuple[Placement, ...] = (Shard(1), Shard(1))
-"""Placement of atom features over (cp_row, cp_col): one share a rank, row of the grid by row of the grid."""
+"""Placement of atom features over (cp_row, cp_col): one shard a rank, row of the grid by row of the grid."""
 
 
 NCCL_MARGIN = timedelta(seconds=60)
@@ -43,7 +43,7 @@ class Axis:
     Attributes:
         name: ``cp_row``, ``cp_col`` or ``cp`` (both, row by row).
         size: number of ranks.
-        index: this rank's place among them.
+        index: this rank's position among them.
         ranks: their global ranks, in order.
         group: their process group, for collectives; None where this rank is alone. Messages from rank to rank need none
             (:class:`~cpfold_train.parallel.exchange.Exchange`).
@@ -152,14 +152,14 @@ class ContextParallel:
         """
         return DTensor.from_local(tile, self.mesh, TILED, run_check=False)
 
-    def shared_out(self, share: Tensor) -> DTensor:
-        """Wrap this rank's share (B, A/RC, ...) of the atoms as a DTensor, Shard(1) x Shard(1)."""
-        return DTensor.from_local(share, self.mesh, SHARED_OUT, run_check=False)
+    def shared_out(self, shard: Tensor) -> DTensor:
+        """Wrap this rank's shard (B, A/RC, ...) of the atoms as a DTensor, Shard(1) x Shard(1)."""
+        return DTensor.from_local(shard, self.mesh, SHARED_OUT, run_check=False)
 
     def replicated(self, value: Tensor) -> DTensor:
         """Wrap a value (B, N, ...) that every rank of the replica holds whole as a DTensor, Replicate x Replicate.
 
-        Its gradient on a rank is that rank's share, not the sum: nothing is reduced when it flows back.
+        Its gradient on a rank is that rank's part, not the sum: nothing is reduced when it flows back.
         """
         return DTensor.from_local(value, self.mesh, REPLICATED, run_check=False)
 

@@ -16,8 +16,8 @@ and for the triangle attention around the starting node, with a bias of h channe
                                                          messages as for the triangle multiplication
 
 g is the number of groups, of channels or of rows, that travel one after the other so that one can be worked on
-meanwhile. b is 2 where the bias is gathered whole, and 3 where it comes in k chunks of heads, which are fetched once
-more in the backward pass. q ranks are replicas of the same rows, each with its own part of the queries and of the bias:
+meanwhile. b is 2 where the bias is gathered whole, and 3 where it comes in k chunks of heads, which come once more
+in the backward pass. q ranks are replicas of the same rows, each with its own part of the queries and of the bias:
 rows cost q times as much then, the bias 1/q. The incoming edges and the ending node are the transpose: their costs are
 those on :meth:`~cpfold_train.parallel.grid.Grid.transposed`.
 
@@ -114,7 +114,7 @@ def channel_groups(grid: Grid, c: int, tile_bytes: float) -> int:
 def row_groups(grid: Grid, n: int, c: int, heads: int) -> int:
     """Groups of rows that a triangle attention exchanges one after the other.
 
-    Where the bias comes in chunks of heads there is one group: another would fetch all chunks again.
+    Where the bias comes in chunks of heads there is one group: each of several would receive all chunks again.
     """
     divisible = n // grid.rows % (GROUPS * grid.cols) == 0
     return GROUPS if grid.cols > 1 and divisible and head_chunks(grid, c, heads) == 1 else 1

@@ -107,15 +107,15 @@ def summary(dumps: dict[int, Dump], world_size: int) -> str | None:
         dumps: by global rank; a rank that gave none counts as one that has not joined.
         world_size: number of ranks.
     """
-    found = {rank: place for rank in sorted(dumps) if (place := standing(dumps[rank], rank, world_size))}
+    found = {rank: position for rank in sorted(dumps) if (position := standing(dumps[rank], rank, world_size))}
     told = []
     together: dict[tuple[str, str, frozenset[int]], list[int]] = {}
-    for rank, place in found.items():
-        if place.op == _MESSAGES:
-            missing = [p for p in sorted(place.ranks - {rank}) if not _exchanges_with(found.get(p), rank)]
-            told.append(_tell([rank], f"exchanges messages with {_ranks(place.ranks - {rank})}", missing, dumps))
+    for rank, position in found.items():
+        if position.op == _MESSAGES:
+            missing = [p for p in sorted(position.ranks - {rank}) if not _exchanges_with(found.get(p), rank)]
+            told.append(_tell([rank], f"exchanges messages with {_ranks(position.ranks - {rank})}", missing, dumps))
         else:
-            together.setdefault(place[:3], []).append(rank)
+            together.setdefault(position[:3], []).append(rank)
     for (op, group, ranks), inside in together.items():
         missing = sorted(ranks - set(inside))
         told.append(_tell(inside, f"{'is' if len(inside) == 1 else 'are'} in {op} of {group}", missing, dumps))
@@ -142,8 +142,8 @@ def _is_over(entry: dict[str, Any]) -> bool:
     return entry["state"] == "completed" or entry["retired"]
 
 
-def _exchanges_with(place: Standing | None, rank: int) -> bool:
-    return place is not None and place.op == _MESSAGES and rank in place.ranks
+def _exchanges_with(position: Standing | None, rank: int) -> bool:
+    return position is not None and position.op == _MESSAGES and rank in position.ranks
 
 
 def _tell(inside: list[int], where: str, missing: list[int], dumps: dict[int, Dump]) -> str:

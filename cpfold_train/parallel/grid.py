@@ -19,7 +19,7 @@ Interval = tuple[int, int]
 _Tile = TypeVar("_Tile")
 
 ATOM_WINDOW = 32
-"""Query atoms of a window of the atom attention; ranks share out atoms by whole windows."""
+"""Query atoms of a window of the atom attention; atoms are sharded by whole windows."""
 
 
 @dataclass(frozen=True)

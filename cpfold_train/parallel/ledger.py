@@ -44,7 +44,7 @@ class Ledger:
 
     On CUDA ``work.wait()`` blocks the device's stream and not the host, which runs ahead. A wait is then what lies
     between two events on that stream, and it is the stream, not the host, that says where the rank is. The events are
-    asked whether the stream has come to them (:meth:`poll`), and nobody waits for them but who asks for the figures.
+    asked whether the stream has come to them (:meth:`poll`), and nobody waits for them but who asks for the numbers.
     There are as many as there are waits that the host is ahead of the device, and they are used again.
 
     Attributes:

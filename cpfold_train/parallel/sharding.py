@@ -1,4 +1,4 @@
-"""Parameters, their gradients and the optimizer's state shared out over all ranks, by torch's FSDP2.
+"""Parameters, their gradients and the optimizer's state sharded over all ranks, by torch's FSDP2.
 
 A parameter is a DTensor of which each rank has its rows. What a block computes with are plain tensors, gathered when
 the block is entered and freed when it is left, and once more for its backward pass. Gradients are the mean over all
@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from cpfold_train.parallel.context import ContextParallel
 
 SharedParameter = FSDPParam
-"""A parameter that is shared out, with what is gathered of it for a while."""
+"""A parameter that is sharded, with what is gathered of it for a while."""
 
 Entrance = tuple[nn.Module, str]
 """A module and the name of a method of it, other than ``forward``, by which it is entered."""
@@ -29,7 +29,7 @@ Entrance = tuple[nn.Module, str]
 def shard_parameters(
     root: nn.Module, blocks: Iterable[nn.Module], entrances: Iterable[Entrance], cp: ContextParallel
 ) -> None:
-    """Share out the parameters of a model, in place.
+    """Shard the parameters of a model, in place.
 
     Args:
         root: the model. What is in no block is gathered for the whole of its forward pass.
@@ -51,25 +51,25 @@ def world_mesh(cp: ContextParallel) -> DeviceMesh:
 
 
 def mesh_of(module: nn.Module) -> DeviceMesh:
-    """That over which the parameters of a module are shared out."""
+    """That over which the parameters of a module are sharded."""
     return next(module.parameters()).device_mesh
 
 
 def shard(whole: Tensor, mesh: DeviceMesh) -> DTensor:
-    """A tensor that every rank holds, as a parameter of its shape is shared out. Nothing is sent."""
+    """A tensor that every rank holds, as a parameter of its shape is sharded. Nothing is sent."""
     return distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=None)
 
 
 def whole(x: Tensor) -> Tensor:
-    """A tensor that may be shared out, whole on every rank; a collective if it is."""
+    """A tensor that may be sharded, whole on every rank; a collective if it is."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def own_part(x: Tensor) -> Tensor:
-    """What this rank has of a tensor that may be shared out, in the same memory."""
+    """What this rank has of a tensor that may be sharded, in the same memory."""
     return x.detach().to_local() if isinstance(x, DTensor) else x.detach()
 
 
 def sharded_empty(like: Tensor, mesh: DeviceMesh) -> DTensor:
-    """An uninitialised tensor of the shape and dtype of ``like``, shared out."""
+    """An uninitialised tensor of the shape and dtype of ``like``, sharded."""
     return torch.distributed.tensor.empty(like.shape, dtype=like.dtype, device_mesh=mesh, placements=[Shard(0)])

@@ -112,15 +112,15 @@ class Watch:
         """
         if self._store is None or not _is_of_a_peer(error):
             return None
-        place, found = self._ledger.place, time.monotonic()
+        position, found = self._ledger.place, time.monotonic()
         while time.monotonic() < found + (SILENT if not _is_timeout(error) else 0.5):
             if sentence := self.reported():
                 return sentence
             time.sleep(0.2)
-        return self._blame(place, found, ask_all=_is_timeout(error))
+        return self._blame(position, found, ask_all=_is_timeout(error))
 
-    def _blame(self, place: LedgerPosition, found: float, ask_all: bool) -> str:
-        me = f"rank {self._rank} waited {found - place.since:.0f} s in {place.op}"
+    def _blame(self, position: LedgerPosition, found: float, ask_all: bool) -> str:
+        me = f"rank {self._rank} waited {found - position.since:.0f} s in {position.op}"
         signs = _within(5.0, self._signs, None)
         if signs is None:
             return f"{me}, and rank 0, which keeps what ranks tell each other, does not answer"
@@ -167,18 +167,18 @@ class Watch:
                 flight_recorder.write_dump(self._dumps, self._rank)
                 self._store.set(_dump_key(self._rank), "")
 
-    def _overdue(self, place: LedgerPosition) -> str | None:
+    def _overdue(self, position: LedgerPosition) -> str | None:
         """A sentence where the device has stood for too long; None where it has not, and over gloo."""
         now = time.monotonic()
-        if now - place.since < self._patience_s:
+        if now - position.since < self._patience_s:
             return None
-        if not place.waiting:
+        if not position.waiting:
             # At work for all the ledger knows; but of DDP's and FSDP's exchanges only torch does.
             other = flight_recorder.standing_here(self._rank, self._size)
             if other is None or time.time() - other.since < self._patience_s:
                 return None
-            place = LedgerPosition(f"{other.op} of {other.group}", True, now - (time.time() - other.since))
-        return self._blame(place, now, ask_all=True)
+            position = LedgerPosition(f"{other.op} of {other.group}", True, now - (time.time() - other.since))
+        return self._blame(position, now, ask_all=True)
 
     def _signs(self) -> list[Sign]:
         """Of all other ranks."""
@@ -203,8 +203,8 @@ class Watch:
             with suppress(RuntimeError):
                 # What is wrong with the device, whoever computes on it learns too.
                 self._ledger.poll()
-            place = self._ledger.place
-            sign = [place.op, place.waiting, time.monotonic() - place.since]
+            position = self._ledger.place
+            sign = [position.op, position.waiting, time.monotonic() - position.since]
             try:
                 self._store.set(
                     _key(self._rank), json.dumps([time.time(), *sign, self._ledger.completed, self._ledger.posted])
@@ -216,7 +216,7 @@ class Watch:
                 _within(2 * INTERVAL, self._dump_if_asked, None)
             if fault := self.reported():
                 break
-            if fault := self._overdue(place):
+            if fault := self._overdue(position):
                 self.report(fault)
                 # What waits for the device does not come back by itself.
                 wait_s = 0.0

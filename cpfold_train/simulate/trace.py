@@ -68,7 +68,7 @@ Moment = dict[tuple[str, str], float]
 """Bytes held by category and by the module that made them."""
 
 
-class _Place(NamedTuple):
+class _Origin(NamedTuple):
     """What a tensor is for, the module that made it, and how many blocks had begun or ended before."""
 
     category: str
@@ -77,11 +77,11 @@ class _Place(NamedTuple):
 
 
 @dataclass
-class _Fullest:
-    """The fullest moment of a phase."""
+class _Peak:
+    """The moment of a phase at which most is held."""
 
     held: float = 0
-    live: dict[_Place, int] = field(default_factory=dict)
+    live: dict[_Origin, int] = field(default_factory=dict)
     epoch: int = 0
 
 
@@ -111,10 +111,10 @@ class Tracer(TorchDispatchMode):
         self._parts = [Part(STEP)]
         self._times, self._copies = 1.0, 1
         self._to_host = False
-        self._entries: dict[int, tuple[_Place, int]] = {}
-        self._live: defaultdict[_Place, int] = defaultdict(int)
+        self._entries: dict[int, tuple[_Origin, int]] = {}
+        self._live: defaultdict[_Origin, int] = defaultdict(int)
         self._small = self._heap = 0
-        self._phases: defaultdict[Phase, _Fullest] = defaultdict(_Fullest)
+        self._phases: defaultdict[Phase, _Peak] = defaultdict(_Peak)
         self._phase, self._rising = self._phases[STEP, STEP], False
 
     @contextmanager
@@ -154,15 +154,15 @@ class Tracer(TorchDispatchMode):
         self._enter_phase()
 
     def moments(self) -> dict[Phase, Moment]:
-        """The fullest moment of each phase since :meth:`reset`."""
+        """The peak of each phase since :meth:`reset`."""
         self._note()
         moments: dict[Phase, Moment] = {}
-        for phase, fullest in self._phases.items():
+        for phase, peak in self._phases.items():
             moment: Counter[tuple[str, str]] = Counter()
-            for place, size in fullest.live.items():
-                kept = place.category == "activations" and place.epoch < fullest.epoch
-                moment["boundaries" if kept else place.category, place.module] += size
-            if unused := fullest.held - sum(moment.values()):
+            for origin, size in peak.live.items():
+                kept = origin.category == "activations" and origin.epoch < peak.epoch
+                moment["boundaries" if kept else origin.category, origin.module] += size
+            if unused := peak.held - sum(moment.values()):
                 moment["activations", HEAP] += unused
             moments[phase] = {key: size for key, size in moment.items() if size}
         return moments
@@ -316,7 +316,7 @@ class Tracer(TorchDispatchMode):
         key = storage._cdata
         if key in self._entries or self._category == ELSEWHERE:
             return
-        self._hold(key, _Place(self._category, self._modules[-1], self._epoch), self._copies * storage.nbytes())
+        self._hold(key, _Origin(self._category, self._modules[-1], self._epoch), self._copies * storage.nbytes())
         weakref.finalize(storage, self._forget, key)
 
     def _communicate(self, name: str, args: tuple) -> None:
@@ -335,8 +335,8 @@ class Tracer(TorchDispatchMode):
         """What was taken for an activation, or for a message, is something else."""
         key = storage._cdata
         if key in self._entries and self._entries[key][0].category in ("activations", "communication"):
-            place, size = self._drop(key)
-            self._hold(key, place._replace(category=category), size)
+            origin, size = self._drop(key)
+            self._hold(key, origin._replace(category=category), size)
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """A storage has another size than when it was made: FSDP frees gathered weights so, and makes room for them."""
@@ -344,31 +344,31 @@ class Tracer(TorchDispatchMode):
             # Of what torch makes for itself.
             return
         self._note()
-        place, _ = self._drop(storage._cdata)
-        self._hold(storage._cdata, place._replace(epoch=self._epoch), storage.nbytes())
+        origin, _ = self._drop(storage._cdata)
+        self._hold(storage._cdata, origin._replace(epoch=self._epoch), storage.nbytes())
 
     def _forget(self, key: int) -> None:
         self._note()
         self._drop(key)
 
-    def _hold(self, key: int, place: _Place, size: int) -> None:
-        self._entries[key] = place, size
-        self._live[place] += size
+    def _hold(self, key: int, origin: _Origin, size: int) -> None:
+        self._entries[key] = origin, size
+        self._live[origin] += size
         self.now += size
         if size < self._large:
             self._small += size
             self._heap = max(self._heap, self._small)
         self._grown()
 
-    def _drop(self, key: int) -> tuple[_Place, int]:
-        place, size = self._entries.pop(key)
-        self._live[place] -= size
-        if not self._live[place]:
-            del self._live[place]
+    def _drop(self, key: int) -> tuple[_Origin, int]:
+        origin, size = self._entries.pop(key)
+        self._live[origin] -= size
+        if not self._live[origin]:
+            del self._live[origin]
         self.now -= size
         if size < self._large:
             self._small -= size
-        return place, size
+        return origin, size
 
     def _grown(self) -> None:
         held = self.now + self._heap - self._small
