@@ -1,6 +1,6 @@
 """Changes of the model, the losses, training and the configuration, each of which a test of the default suite catches.
 
-    python tests/mutations.py [--only NAME ...] [--list]
+    python tests/mutations.py [--only NAME ...] [--list] [--why]
 
 Every change is made in a copy of the working tree, and the test that is named beside it is run there: it has to fail.
 Before that, all these tests are run in the copy as it is: they have to pass. Run it after a test has been moved or made
@@ -319,6 +319,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names of changes, or parts of them")
     parser.add_argument("--list", action="store_true", help="print the table and run nothing")
+    parser.add_argument("--why", action="store_true", help="print what each test says")
     args = parser.parse_args()
     chosen = [row for row in TABLE if not args.only or any(part in row.name for part in args.only)]
     if not chosen:
@@ -330,15 +331,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         copy_tree(copy)
-        if run(copy, sorted({row.test for row in chosen})):
-            print("error: the tests fail without any change: run them by themselves")
+        if told := run(copy, sorted({row.test for row in chosen})):
+            print(f"error: tests fail without any change:\n{told}")
             return 1
         answers = []
         for number, row in enumerate(chosen, start=1):
             began = time.perf_counter()
-            answers.append(tried(copy, row))
+            answer, told = tried(copy, row)
+            answers.append(answer)
             seconds = time.perf_counter() - began
-            print(f"{number:3}/{len(chosen)}  {answers[-1]:9}  {row.name:55}  {row.test}  {seconds:.0f} s", flush=True)
+            print(f"{number:3}/{len(chosen)}  {answer:9}  {row.name:55}  {row.test}  {seconds:.0f} s", flush=True)
+            if args.why:
+                print(*(f"        {line}" for line in told.splitlines() if line.startswith("E ")), sep="\n")
     print(f"{answers.count('caught')} of {len(chosen)} changes were caught")
     return int(answers.count("caught") != len(chosen))
 
@@ -353,21 +357,23 @@ def copy_tree(target: Path) -> None:
             (target / name).symlink_to(ROOT / name)
 
 
-def tried(copy: Path, row: Mutation) -> str:
-    """``caught`` or ``SURVIVED``; ``ABSENT`` or ``REPEATED`` where the text to replace is not there exactly once."""
+def tried(copy: Path, row: Mutation) -> tuple[str, str]:
+    """``caught`` or ``SURVIVED``; ``ABSENT`` or ``REPEATED`` where the text to replace is not there exactly once; and
+    what the test says."""
     path = copy / ("" if row.file.startswith("conf/") else "cpfold_train") / row.file
     text = path.read_text() if path.exists() else ""
     if (found := text.count(row.old)) != 1:
-        return "REPEATED" if found else "ABSENT"
+        return "REPEATED" if found else "ABSENT", ""
     path.write_text(text.replace(row.old, row.new))
     try:
-        return "caught" if run(copy, [row.test]) else "SURVIVED"
+        told = run(copy, [row.test])
+        return "caught" if told else "SURVIVED", told
     finally:
         path.write_text(text)
 
 
-def run(copy: Path, tests: list[str]) -> bool:
-    """Whether a test fails, in a process that has imported all but the project.
+def run(copy: Path, tests: list[str]) -> str:
+    """What pytest says where a test fails, else nothing; in a process that has imported all but the project.
 
     Raises:
         SystemExit: where pytest does not come to running the tests.
@@ -383,10 +389,11 @@ def run(copy: Path, tests: list[str]) -> bool:
             sys.dont_write_bytecode = True
             os._exit(pytest.main(["-n0", "-q", "-p", "no:cacheprovider", *tests]))
         code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        if code not in (0, 1):
-            output.seek(0)
-            raise SystemExit(f"error: pytest could not run {' '.join(tests)}:\n{output.read()[-3000:]}")
-    return code == 1
+        output.seek(0)
+        told = output.read()
+    if code not in (0, 1):
+        raise SystemExit(f"error: pytest could not run {' '.join(tests)}:\n{told[-3000:]}")
+    return told if code else ""
 
 
 if __name__ == "__main__":

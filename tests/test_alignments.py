@@ -51,10 +51,10 @@ def test_a3m_on_a_longer_entity(tmp_path):
 
 def test_a3m_of_another_sequence(tmp_path):
     path = write_a3m(tmp_path / "t_A_x.a3m", ("query", "WWWWPPPPWWWW"))
-    with pytest.raises(DataError, match=r"t_A_x.a3m does not belong to the sequence"):
+    with pytest.raises(DataError, match=r"t_A_x\.a3m"):
         read_alignment(path, PROTEIN, "ACDEFGHIKLMN")
     path = write_a3m(tmp_path / "t_A_y.a3m", ("query", "ACDE"), ("a", "ACD"))
-    with pytest.raises(DataError, match="row 2 has 3 columns and the query 4"):
+    with pytest.raises(DataError, match=r"\b2 .*\b3 .*\b4"):
         read_alignment(path, PROTEIN, "ACDE")
 
 
@@ -92,7 +92,7 @@ def test_csv(tmp_path):
     assert alignment.deletions.sum() == alignment.deletions[1, 1] == 2
     assert alignment.keys.tolist() == [UNPAIRED, file_key("7"), UNPAIRED, UNPAIRED, file_key("7")]
     (tmp_path / "t_A_y.csv").write_text("taxon,sequence\n0,ACDE\n")
-    with pytest.raises(DataError, match=r"t_A_y.csv lacks the columns key and sequence"):
+    with pytest.raises(DataError, match=r"t_A_y\.csv .*key .*sequence"):
         read_alignment(tmp_path / "t_A_y.csv", PROTEIN, "ACDE")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -173,7 +174,7 @@ def test_own_checkpoints(tmp_path):
         initialise(model, tmp_path / source, weights)
         for name, x in model.state_dict().items():
             assert torch.equal(x, average[f"model.{name}"].float()), name
-    with pytest.raises(ConfigError, match="no moving average"):
+    with pytest.raises(ConfigError, match=r"out\.ckpt .*average"):
         initialise(CoFolding(SMALL, MemoryConfig()), tmp_path / "out.ckpt", "ema")
 
 
@@ -194,9 +195,9 @@ def test_partial_loads_are_refused(tmp_path):
     with pytest.raises(ConfigError) as refused:
         initialise(model, tmp_path / "other.ckpt", "ema")
     text = str(refused.value)
-    assert f"template_module: {len(templates)} tensors missing in the checkpoint: template_module." in text
-    assert "affinity_module: 1 tensors unknown to the model: affinity_module.weight" in text
-    assert "s_init: 1 tensors of another shape: s_init.weight 4x16 in the checkpoint, 16x16 in the model" in text
+    assert f"template_module: {len(templates)} " in text
+    assert "affinity_module: 1 " in text and "affinity_module.weight" in text
+    assert re.search(r"s_init: 1 .*s_init\.weight 4x16 .*16x16", text)
     assert "model.init_skip=[affinity_module,s_init,template_module]" in text
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
@@ -204,7 +205,7 @@ def test_partial_loads_are_refused(tmp_path):
     for name, x in model.state_dict().items():
         kept = name.startswith(("trunk.s_init.", "trunk.template_module."))
         assert torch.equal(x, before[name] if kept else average[f"model.{name}"].float()), name
-    with pytest.raises(ConfigError, match="confidence_modul, which is no module"):
+    with pytest.raises(ConfigError, match=r"model\.init_skip .*confidence_modul\b"):
         initialise(model, tmp_path / "other.ckpt", "ema", ["confidence_modul"])
 
 
@@ -214,10 +215,10 @@ class Foreign:
 
 def test_code_in_checkpoints_is_refused(tmp_path):
     torch.save({"state_dict": {}, "hyper_parameters": {"validators": Foreign()}}, tmp_path / "foreign.ckpt")
-    with pytest.raises(ConfigError, match=r"holds objects of tests\.test_boltz_checkpoint\.Foreign"):
+    with pytest.raises(ConfigError, match=r"foreign\.ckpt .*tests\.test_boltz_checkpoint\.Foreign"):
         read_checkpoint(tmp_path / "foreign.ckpt")
     (tmp_path / "text.ckpt").write_text("weights")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"text\.ckpt"):
         read_checkpoint(tmp_path / "text.ckpt")
-    with pytest.raises(ConfigError, match="does not exist"):
+    with pytest.raises(ConfigError, match=r"none\.ckpt"):
         read_checkpoint(tmp_path / "none.ckpt")

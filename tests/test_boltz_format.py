@@ -122,7 +122,7 @@ def test_alignment(tmp_path):
     assert alignment.tokens.tolist() == [[2, 3, 4], [2, 1, 4], [5, 5, 5]]
     assert alignment.deletions.tolist() == [[0, 0, 0], [2, 0, 255], [0, 1, 0]]
     assert alignment.keys.tolist() == [-1, file_key("9"), -1]
-    with pytest.raises(DataError, match=r"m.npz does not belong to the sequence: it is not 4 residues wide"):
+    with pytest.raises(DataError, match=r"m\.npz .*\b4\b"):
         read_boltz_alignment(tmp_path / "m.npz", 4)
 
 
@@ -143,10 +143,10 @@ def test_prepare(sample, tmp_path):
 def test_what_is_wrong_is_told(sample, tmp_path):
     path = write_boltz(tmp_path, sample, False)
     (tmp_path / "records" / "1XYZ.json").unlink()
-    with pytest.raises(DataError, match=r"1XYZ.npz has no record"):
+    with pytest.raises(DataError, match=r"1XYZ\.npz .*1XYZ\.json"):
         read_boltz(path)
     write_boltz(tmp_path / "cut", sample, False)
     cut = tmp_path / "cut" / "structures" / "1XYZ.npz"
     cut.write_bytes(cut.read_bytes()[:-100])
-    with pytest.raises(DataError, match=r"1XYZ.npz cannot be read: BadZipFile"):
+    with pytest.raises(DataError, match=r"1XYZ\.npz .*BadZipFile"):
         read_boltz(cut)

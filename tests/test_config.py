@@ -117,26 +117,26 @@ def test_recipe_beats_the_defaults_and_the_command_line_beats_the_recipe():
         ("data.crop_schedule={-1: 48}", ["data.crop_schedule={1000: 768"]),
         ("data.crop_schedule=768", ["data.crop_schedule={1000: 768"]),
         ("diffusion.sampling_steps=1", ["diffusion.sampling_steps=2"]),
-        ("diffusion.validation_steps=1", ["diffusion.validation_steps", "2 or more"]),
+        ("diffusion.validation_steps=1", ["diffusion.validation_steps", "2"]),
         ("diffusion.samples=0", ["diffusion.samples=1"]),
         ("optim.decay_every=0", ["optim.decay_every=1"]),
         ("trainer.accumulate_grad_batches=0", ["trainer.accumulate_grad_batches=1"]),
         ("optim.lr=nan", ["optim.lr=1e-4"]),
         ("optim.betas=[0.9,1.0]", ["[0.9,0.95]"]),
         ("optim.weight_decay=-1", ["optim.weight_decay=0"]),
-        ("optim.ema_decay=1", ["below 1", "optim.ema_decay=0.999"]),
+        ("optim.ema_decay=1", ["optim.ema_decay"]),
         ("trainer.gradient_clip_algorithm=foo", ["trainer.gradient_clip_algorithm=norm"]),
         ("trainer.num_nodes=0", ["trainer.num_nodes=1"]),
         ("seed=-1", ["seed=0"]),
-        ("model.msa.msa_s=0", ["model.msa.msa_s=1 or more"]),
+        ("model.msa.msa_s=0", ["model.msa.msa_s=1"]),
         ("model.diffusion.sigma_data=nan", ["model.diffusion.sigma_data=16"]),
-        ("memory.residual=fp8", ["memory.residual=fp32 or memory.residual=bf16"]),
+        ("memory.residual=fp8", ["memory.residual=fp32", "memory.residual=bf16"]),
         ("finetune.lora.alpha=inf", ["finetune.lora.alpha=16"]),
-        ("data.augmentation.contact=1", ["there would be no end"]),
-        ("data.augmentation.pocket=-1", ["from 0 to 1"]),
-        ("data.val=[{shards: [a.tar]}]", ["data.val", "type their paths"]),
-        ("data.train=[{shards: 5}]", ["data.train[0]", "type their paths"]),
-        ("recipe=finetune_boltz2_large_crop data.crop_schedule={500: 768}", ["data.crop_schedule=null before it"]),
+        ("data.augmentation.contact=1", ["data.augmentation.contact"]),
+        ("data.augmentation.pocket=-1", ["data.augmentation.pocket"]),
+        ("data.val=[{shards: [a.tar]}]", ["data.val", "a.tar"]),
+        ("data.train=[{shards: 5}]", ["data.train[0]"]),
+        ("recipe=finetune_boltz2_large_crop data.crop_schedule={500: 768}", ["data.crop_schedule=null"]),
         ("data.crop=round", ["data.crop=spatial", "data.crop=contiguous"]),
         ("data.max_msa_rows=0", ["data.max_msa_rows=1"]),
         ("trainer.precision=16-mixed", ["trainer.precision=bf16-mixed"]),
@@ -145,7 +145,7 @@ def test_recipe_beats_the_defaults_and_the_command_line_beats_the_recipe():
         ("model.num_bins=32", ["model.num_bins=64"]),
         ("model.pairformer.num_heads=5", ["model.token_s=35"]),
         ("model.init_from=nothing.ckpt", ["nothing.ckpt", "model.init_from=null"]),
-        ("model.init_weights=mean", ["model.init_weights=raw or model.init_weights=ema"]),
+        ("model.init_weights=mean", ["model.init_weights=raw", "model.init_weights=ema"]),
         ("model.confidence.pairformer.num_heads=5", ["model.token_s=35"]),
         ("model.atoms.atom_decoder_heads=5", ["model.atoms.atom_s=35"]),
     ],
@@ -219,8 +219,8 @@ def test_kernels_that_cannot_run(monkeypatch):
     monkeypatch.setattr("cpfold_train.kernels.choice.find_spec", lambda name: None)
     assert "pip install -e '.[cuequivariance]'" in refused()
     monkeypatch.setattr("cpfold_train.kernels.choice.find_spec", lambda name: name)
-    assert "type trainer.accelerator=gpu" in refused()
-    assert "type trainer.precision=bf16-mixed" in refused("trainer.accelerator=gpu")
+    assert "trainer.accelerator=gpu" in refused()
+    assert "trainer.precision=bf16-mixed" in refused("trainer.accelerator=gpu")
     check(
         OmegaConf.to_object(
             compose("kernels=cuequivariance", "trainer.accelerator=gpu", "trainer.precision=bf16-mixed")
@@ -235,15 +235,15 @@ def test_world_follows_the_grid_or_the_launcher(monkeypatch):
     elastic = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
     world = plan_world("auto", 2, 1, "cpu", elastic)
     assert (str(world.grid), world.grid.dp, world.num_nodes, world.devices) == ("2x2", 2, 2, 4)
-    with pytest.raises(ConfigError, match="start 9 ranks"):
+    with pytest.raises(ConfigError, match=r"cp\.grid=3x3 .*\b9\b"):
         plan_world("3x3", 1, 1, "cpu", elastic)
     slurm = {"SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "train"}
     assert plan_world("2x2", "auto", 1, "cpu", slurm).grid.dp == 2
     assert plan_world("2x2", 1, 1, "cpu", slurm | {"SLURM_JOB_NAME": "bash"}).devices == 4
-    with pytest.raises(ConfigError, match="do not divide over 2 nodes"):
+    with pytest.raises(ConfigError, match=r"\b3 .*\b2 .*cp\.grid and dp"):
         plan_world("1x3", 1, 2, "cpu", {})
     monkeypatch.setattr("cpfold_train.config.world._gpus", lambda: 2)
-    with pytest.raises(ConfigError, match=r"needs 4 GPUs a node and there are 2: type cp.grid=1x2"):
+    with pytest.raises(ConfigError, match=r"\b4 .*\b2: .*cp\.grid=1x2"):
         plan_world("2x2", 1, 1, "gpu", {})
     assert plan_world("auto", 1, 1, "gpu", {}).devices == 2
 
@@ -296,7 +296,7 @@ def test_rows_that_span_machines_are_told():
     elastic = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "12", "LOCAL_WORLD_SIZE": "6"}
     assert plan_world("auto", 1, 1, "cpu", elastic).grid.cols == 3
     assert plan_world("auto", 1, 1, "cpu", elastic).note() is None
-    assert "cp.grid=4x3 keeps each row on one" in plan_world("3x4", 1, 1, "cpu", elastic).note()
+    assert "cp.grid=4x3" in plan_world("3x4", 1, 1, "cpu", elastic).note()
     assert plan_world("3x4", 1, 1, "cpu", {}).note() is None
     # Three replicas of 2x2 on two machines of six: one of them is on both, but none of its rows.
     assert plan_world("2x2", 3, 1, "cpu", elastic).note() is None
@@ -310,5 +310,5 @@ def test_paths_of_the_quickstart_exist():
 
 def test_gpu_without_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr("cpfold_train.config.world._gpus", lambda: 0)
-    with pytest.raises(ConfigError, match=r"type trainer\.accelerator=cpu"):
+    with pytest.raises(ConfigError, match=r"trainer\.accelerator=cpu"):
         plan_world("1x1", 1, 1, "gpu", {})

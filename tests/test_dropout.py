@@ -177,6 +177,7 @@ def test_every_update_of_a_training_step_has_a_mask_of_its_own(ranks):
     for part, count in calls.items():
         assert sum(name.startswith(part) for name, _ in trained) == count, part
     assert len(trained) == sum(calls.values())
+    assert not [name for name, own in trained if own is None]
     masks = [mask for _, own in trained for site in own for mask in site]
     assert len({tuple(mask.tolist()) for mask in masks}) == len(masks)
     values = torch.cat(masks)

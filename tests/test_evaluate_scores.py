@@ -171,7 +171,7 @@ def test_chains_without_a_backbone_have_contacts_but_no_interface():
 
 def test_another_sequence_is_refused():
     first, second = (make_structure([make_chain("A", sequence)]) for sequence in (["GLY"] * 4, ["ALA"] * 4))
-    with pytest.raises(DataError, match="no protein, DNA or RNA chain of the truth"):
+    with pytest.raises(DataError, match="protein, DNA or RNA"):
         score(first, second)
 
 

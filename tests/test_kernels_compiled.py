@@ -80,7 +80,7 @@ def test_tables(capsys, monkeypatch):
     assert main(["kernels"]) == 0
     assert "4 HGMMA" in capsys.readouterr().out
     assert main(["kernels", "--only", "other"]) == 2
-    assert "type a part of one of k" in capsys.readouterr().err
+    assert "--only" in capsys.readouterr().err
 
 
 def test_occupancy_by_the_scarcest():
@@ -108,7 +108,7 @@ def test_the_loop_of_the_most_exponentials_does_the_work():
 
 def test_refusals(capsys, monkeypatch):
     assert main(["kernels", "--arch", "sm_75"]) == 2
-    assert "type --arch sm_80 or" in capsys.readouterr().err
+    assert "--arch sm_80" in capsys.readouterr().err
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     assert main(["kernels"]) == 2
     assert "env -u TRITON_INTERPRET" in capsys.readouterr().err

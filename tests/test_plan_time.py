@@ -207,7 +207,7 @@ def test_a_device_is_what_was_measured_on_it(tmp_path):
     found = find_device(written(tmp_path), 1)
     assert (found.memory, found.capability) == (42_000_000_000, (8, 0))
     assert found.measured == Rates(bf16_flops=2e14, memory_bytes_s=1.3e12, launch_s=8e-6)
-    assert "measured on NVIDIA A100-SXM4-40GB" in found.source
+    assert "NVIDIA A100-SXM4-40GB" in found.source
     assert (found.network, found.exps) == (DEVICES["a100-80gb"].network, DEVICES["a100-80gb"].exps)
     assert kernels_on(found, "measured.json", "auto", "bf16-mixed").name == "triton"
 
@@ -215,25 +215,25 @@ def test_a_device_is_what_was_measured_on_it(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"rates": {"bf16_flops": "fast"}}, 'has bf16_flops: "fast", which cannot be'),
-        ({"rates": {"exp_s": 0}}, "has exp_s: 0, which cannot be"),
-        ({"rates": {"launch_s": True}}, "has launch_s: true"),
-        ({"rates": None}, "is no JSON object with device and rates"),
-        ({"device": {"name": "H100"}}, "has memory_bytes: null"),
-        ({"device": {"name": "H100", "memory_bytes": 1, "capability": "9.0"}}, 'has capability: "9.0"'),
+        ({"rates": {"bf16_flops": "fast"}}, 'bf16_flops: "fast"'),
+        ({"rates": {"exp_s": 0}}, "exp_s: 0"),
+        ({"rates": {"launch_s": True}}, "launch_s: true"),
+        ({"rates": None}, "rates"),
+        ({"device": {"name": "H100"}}, "memory_bytes: null"),
+        ({"device": {"name": "H100", "memory_bytes": 1, "capability": "9.0"}}, 'capability: "9.0"'),
     ],
 )
 def test_a_wrong_file_is_told(tmp_path, changes, sentence):
-    with pytest.raises(ConfigError, match="type a file that python -m cpfold_train gpu-check has written") as error:
+    with pytest.raises(ConfigError, match="python -m cpfold_train gpu-check") as error:
         find_device(written(tmp_path, **changes), 1)
     assert sentence in str(error.value)
 
 
 def test_a_file_that_is_none_is_told(tmp_path):
-    with pytest.raises(ConfigError, match=r"cannot be read \(No such file or directory\): type"):
+    with pytest.raises(ConfigError, match=r"none\.json"):
         find_device(str(tmp_path / "none.json"), 1)
     (tmp_path / "text.json").write_text("H100")
-    with pytest.raises(ConfigError, match="is no JSON object with device and rates: type"):
+    with pytest.raises(ConfigError, match=r"text\.json"):
         find_device(str(tmp_path / "text.json"), 1)
 
 

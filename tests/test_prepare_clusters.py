@@ -79,9 +79,9 @@ def test_clusters_from_a_file(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert entity_clusters(results, tmp_path / "manifest.json")["1aaa", 1] == "5"
     (tmp_path / "bad.tsv").write_text("1aaa_A c7\n")
-    with pytest.raises(ConfigError, match="needs two tab-separated columns"):
+    with pytest.raises(ConfigError, match=r"bad\.tsv"):
         entity_clusters(results, tmp_path / "bad.tsv")
-    with pytest.raises(ConfigError, match="does not exist"):
+    with pytest.raises(ConfigError, match=r"none\.tsv"):
         entity_clusters(results, tmp_path / "none.tsv")
 
 
@@ -101,7 +101,7 @@ def test_mmseqs(tmp_path, monkeypatch):
     texts = [protein(seed) for seed in range(3)]
     assert module.cluster_proteins(texts) == {texts[0]: texts[0], texts[1]: texts[0], texts[2]: texts[2]}
     monkeypatch.setenv("BROKEN", "1")
-    with pytest.raises(DataError, match="mmseqs easy-cluster failed: no memory"):
+    with pytest.raises(DataError, match=r"mmseqs .*no memory"):
         module.cluster_proteins(texts)
 
 

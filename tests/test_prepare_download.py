@@ -88,11 +88,11 @@ def test_parts_of_an_interrupted_run(server, tmp_path):
 
 
 def test_giving_up(server, tmp_path):
-    with pytest.raises(DataError, match=r"9zzz.cif.gz cannot be fetched: 404"):
+    with pytest.raises(DataError, match=r"9zzz\.cif\.gz .*404"):
         fetch(f"{server.url}/9zzz.cif.gz", tmp_path / "9zzz.cif.gz", pause=0.01)
     assert len(server.requests) == 1
     server.faults["1abc.cif.gz"] = ["damaged"] * 9
-    with pytest.raises(DataError, match="after 5 tries"):
+    with pytest.raises(DataError, match=r"1abc\.cif\.gz .*\b5\b"):
         fetch(f"{server.url}/1abc.cif.gz", tmp_path / "1abc.cif.gz", pause=0.01)
     assert list(tmp_path.iterdir()) == []
 
@@ -113,7 +113,7 @@ def test_prepare_downloads(server, tmp_path, capsys):
     options = ["--min-residues", "4", "--workers", "1"]
     inputs = ["prepare", str(tmp_path / "list.txt"), "9zzz,1abc", str(out), *options]
     assert main(inputs) == 2
-    assert "1abc, 9zzz are PDB ids: type --download DIR" in capsys.readouterr().err
+    assert "--download DIR" in capsys.readouterr().err
     assert main([*inputs, "--download", str(kept), "--source", server.url]) == 0
     report = json.loads((out / "report.json").read_text())
     entries = {entry["key"]: entry.get("dropped") for entry in report["entries"]}

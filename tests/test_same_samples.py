@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -31,8 +33,8 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_another_sample_is_noticed(ranks, change):
     answers = ranks.run(answer, 2, 2, 2, change)
-    assert answers[0].startswith("ranks 2 hold other samples than rank 0, which shares a, b with them: ")
-    assert answers[2].startswith("ranks 0, 1, 3 hold other samples than rank 2")
+    assert re.match("ranks 2 .*rank 0, .* a, b ", answers[0])
+    assert re.match("ranks 0, 1, 3 .*rank 2", answers[2])
     assert all(answers)
 
 

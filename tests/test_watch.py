@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import re
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -75,10 +76,9 @@ def test_a_rank_that_waits_on_its_device_for_too_long(tmp_path, stands_in):
         process.kill()
     assert rank == 0
     if stands_in is a_wait_on_the_device:
-        assert fault.startswith("rank 0 waited 1 s in another_op; rank 1 holds it up: it is after an_op for 1 s")
+        assert re.match("rank 0 .*another_op; rank 1 .*an_op ", fault)
     else:
-        assert fault.startswith("rank 0 waited 1 s in all_reduce of all ranks; rank 1 holds it up: it is after an_op")
-        assert fault.endswith("; rank 0 is in all_reduce of all ranks, which rank 1 has not joined")
+        assert re.match("rank 0 .*all_reduce .*; rank 1 .*an_op.*; rank 0 .*all_reduce .*rank 1", fault)
     files = {file.name for file in folder.iterdir()}
     assert files == {"nccl_trace_rank_0", "nccl_trace_rank_1"}
     dumps, _ = read_dir(SimpleNamespace(prefix=flight_recorder.PREFIX, trace_dir=str(folder)))
@@ -348,4 +348,4 @@ def test_a_memory_snapshot_is_written_and_told_of(tmp_path, monkeypatch):
 
 def test_a_memory_snapshot_needs_a_gpu(monkeypatch, capsys):
     told = refusal(monkeypatch, capsys, *TINY, "trainer.accelerator=cpu", "faults.memory_snapshot=true")
-    assert "trainer.accelerator=cpu finds none here: type faults.memory_snapshot=false" in told
+    assert "faults.memory_snapshot=false" in told
