@@ -10,11 +10,11 @@ from pathlib import Path
 from rich.console import Console
 
 from cpfold_train.config.compose import of_run, read_request
-from cpfold_train.config.memory_default import with_default_memory
+from cpfold_train.config.memory_default import room_of, with_default_memory
 from cpfold_train.errors import ConfigError
 from cpfold_train.plan.estimate import ASSUMPTIONS, FLOOR
 from cpfold_train.plan.plan import GIB, Plan, plan, plan_prediction, validation_moment
-from cpfold_train.plan.propose import choose_memory, ladder, propose, room_of
+from cpfold_train.plan.propose import choose_memory, ladder, propose
 from cpfold_train.plan.report import show_plan, show_proposals, typed_levers
 from cpfold_train.simulate.trace import Moment
 
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="plan the prediction of one query of crop_size tokens on cp.grid; diffusion.samples=5, "
         "diffusion.sampling_steps=200, model.recycling_steps=3 and data.max_msa_rows=8192 are the defaults",
     )
-    parser.add_argument("--levers", action="store_true", help="a table of what each memory lever saves and costs")
+    parser.add_argument("--levers", action="store_true", help="a table of what each memory option saves and costs")
     parser.add_argument("--measure", action="store_true", help="with --levers: run it on CPUs of this machine")
     parser.add_argument(
         "--table",

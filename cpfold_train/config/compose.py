@@ -45,7 +45,7 @@ def read_request(settings: list[str]) -> Request:
     """The run and the plan that ``KEY=VALUE`` settings describe.
 
     ``device=NAME`` and ``gpus=N`` are the plan's own; all others are those of ``train.py``. A grid is one that is typed
-    or set by a recipe; ``cp.grid=auto`` asks for proposals. The levers of ``memory`` are chosen where ``memory=auto``
+    or set by a recipe; ``cp.grid=auto`` asks for proposals. The memory options are chosen where ``memory=auto``
     is typed, and in proposals where none of them is typed.
 
     Raises:

@@ -16,11 +16,11 @@ from cpfold_train.data.stream.sampling import Source
 from cpfold_train.training.same_samples import check_same_samples
 
 _PLAIN = ("sample_key", "num_tokens")
-"""Figures of a sample, not features of the model: they stay plain tensors."""
+"""Numbers of a sample, not features of the model: they stay plain tensors."""
 
 
 class TileData(LightningDataModule):
-    """Loaders for this rank's place in the grid; each rank builds only its own tiles.
+    """Loaders for this rank's position in the grid; each rank builds only its own tiles.
 
     Args:
         data: what to read and how.

@@ -45,7 +45,7 @@ class CoFoldingModule(LightningModule):
     Attributes:
         trains_confidence: whether the confidence module is trained: on structures that are sampled in training, and
             measured on those of validation.
-        bad_losses: micro-batches whose share of the loss was not finite on this rank.
+        bad_losses: micro-batches whose part of the loss was not finite on this rank.
         too_large: whether the step at hand is to be skipped on all ranks, because one has no memory for it.
         validation: means of the last validation by metric name; equal on all ranks.
     """
@@ -143,8 +143,8 @@ class CoFoldingModule(LightningModule):
                 logits = self.model.predict_confidence(out, coords, batch, self.cp, None)
                 confidence = confidence_losses(logits, coords, batch, self.cp)
         heads = [confidence.get(name, absent) for name in CONFIDENCE]
-        shares = torch.stack([self._weighted(losses | confidence), losses["distogram"], *heads], 1)
-        reduced = all_reduce(shares, self.cp, self.cp.all, "metrics")
+        partial = torch.stack([self._weighted(losses | confidence), losses["distogram"], *heads], 1)
+        reduced = all_reduce(partial, self.cp, self.cp.all, "metrics")
         distances = score_distances(out["pdistogram"], batch, self.cp)
         # In the order of VALIDATION, and last the number of samples.
         parts = reduced[:, :2], distances, structure[:, None], reduced[:, 2:], torch.ones_like(structure)[:, None]
@@ -185,7 +185,7 @@ class CoFoldingModule(LightningModule):
     def _losses(
         self, batch: Batch, recycling: int, draws: RandomStreams
     ) -> tuple[dict[str, DTensor], dict[str, Tensor]]:
-        """What the model returns, and this rank's shares (B,) of the losses of its structures."""
+        """What the model returns, and this rank's partial losses (B,) of its structures."""
         out = self.model(
             batch, self.cp, recycling_steps=recycling, multiplicity=self._diffusion.multiplicity, draws=draws
         )
