@@ -193,8 +193,8 @@ def kernels_on(device: Device, name: str, kernels: str, precision: str) -> Choic
 
 
 def _own_gpu() -> Device:
-    """This machine's GPU: its memory and the host's, and the speed of the one in the table that is called alike, or else
-    an H100's."""
+    """This machine's GPU: its memory and the host's, and the speed of the one in the table that is called alike, or
+    else an H100's."""
     import torch
 
     if not torch.cuda.is_available():
