@@ -161,7 +161,7 @@ def our_step(cp, state: dict[str, Tensor], dtype: torch.dtype) -> dict:
     step["loss"].backward()
     size = cp.grid.cp_size
     grads = {boltz_name(name): p.grad / size for name, p in module.model.named_parameters() if p.grad is not None}
-    return {"losses": step["shares"], "grads": grads, **found}
+    return {"losses": step["partial_losses"], "grads": grads, **found}
 
 
 def normals_of(crop: Crop, dtype: torch.dtype) -> list[Tensor]:

@@ -102,7 +102,7 @@ def training(config: TrainConfig) -> tuple[list[float], list[int]]:
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         found = module.micro_batch(batch(), config.model.recycling_steps)
-    return [loss.item() for loss in found["shares"].values()], kept
+    return [loss.item() for loss in found["partial_losses"].values()], kept
 
 
 def schedule(config: TrainConfig) -> Any:
