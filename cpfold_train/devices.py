@@ -17,6 +17,7 @@ import psutil
 
 from cpfold_train.errors import ConfigError
 from cpfold_train.kernels.choice import Choice, capability_of, choose_kernels
+from cpfold_train.memory import host_bytes_in_all
 
 GB, TERA = 10**9, 10**12
 EXPS_A_CLOCK = 16
@@ -192,7 +193,8 @@ def kernels_on(device: Device, name: str, kernels: str, precision: str) -> Choic
 
 
 def _own_gpu() -> Device:
-    """This machine's GPU: its memory, and the speed of the one in the table that is called alike, or else an H100's."""
+    """This machine's GPU: its memory and the host's, and the speed of the one in the table that is called alike, or
+    else an H100's."""
     import torch
 
     if not torch.cuda.is_available():
@@ -202,6 +204,7 @@ def _own_gpu() -> Device:
     return replace(
         DEVICES[like],
         memory=own.total_memory,
+        host_memory=host_bytes_in_all(),
         capability=capability_of(torch.device("cuda", 0)),
         source=f"memory as the driver says, speed of {like}",
     )

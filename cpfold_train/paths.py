@@ -13,5 +13,7 @@ CHECKOUT = Path(__file__).parents[1]
 
 def train_command() -> list[str]:
     """What starts a run, from any working directory."""
-    script = CHECKOUT / "train.py"
-    return [sys.executable, *([str(script)] if script.exists() else ["-m", "cpfold_train.cli.train"])]
+    # In a checkout the package's configuration is a link to the folder beside it. A train.py that lies beside an
+    # installed package is somebody else's.
+    is_checkout = CONF.resolve() == (CHECKOUT / "conf").resolve()
+    return [sys.executable, *([str(CHECKOUT / "train.py")] if is_checkout else ["-m", "cpfold_train.cli.train"])]

@@ -134,7 +134,7 @@ def lora_step(cp, folder: Path, given: str, lora: LoRAConfig | None) -> dict:
     step["loss"].backward()
     grads = {name: p.grad / cp.grid.cp_size for name, p in module.model.named_parameters() if p.grad is not None}
     torch.save(grads, folder / f"{given}-{cp.grid.cp_index}")
-    return {name: share.item() for name, share in step["shares"].items()}
+    return {name: share.item() for name, share in step["partial_losses"].items()}
 
 
 def test_gradients_of_lora_are_those_of_the_merged_weights(ranks, tmp_path):

@@ -8,6 +8,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+from cpfold_train import paths
 from cpfold_train.paths import CONF
 
 ROOT = Path(__file__).parents[1]
@@ -35,3 +36,12 @@ def test_a_wheel_has_the_configuration(tmp_path):
 
 def test_there_is_one_configuration():
     assert CONF.resolve() == ROOT / "conf"
+
+
+def test_an_installed_package_starts_no_script_that_lies_beside_it(tmp_path, monkeypatch):
+    assert paths.train_command() == [sys.executable, str(ROOT / "train.py")]
+    (tmp_path / "train.py").touch()
+    (tmp_path / "cpfold_train" / "conf").mkdir(parents=True)
+    monkeypatch.setattr(paths, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(paths, "CONF", tmp_path / "cpfold_train" / "conf")
+    assert paths.train_command() == [sys.executable, "-m", "cpfold_train.cli.train"]

@@ -69,7 +69,7 @@ def step(cp, padding: Padding) -> tuple[dict[str, Tensor], Tensor, tuple[int, ..
     out["loss"].backward()
     grads = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
     sizes = batch["res_type"].shape[1], batch["msa"].shape[1] * cp.grid.rows, batch["coords"].shape[1] * cp.grid.cp_size
-    return out["shares"], grads, sizes
+    return out["partial_losses"], grads, sizes
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 2)], ids=lambda g: f"{g[0]}x{g[1]}")

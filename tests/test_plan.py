@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cpfold_train.__main__ import main
 from cpfold_train.cli.train import CHOSEN_MEMORY, _chosen_memory
 from cpfold_train.config.compose import compose, read_request
-from cpfold_train.config.memory_default import Room, with_default_memory
+from cpfold_train.config.memory_default import Room, room_of, with_default_memory
 from cpfold_train.config.schema import TrainConfig
 from cpfold_train.config.world import World
 from cpfold_train.errors import ConfigError
@@ -340,7 +340,7 @@ def test_memory_auto_begins_with_what_a_run_does_by_default(monkeypatch, setting
     chosen = propose.choose_memory(config, grid, "h100-80gb")
     assert chosen == replace(MemoryConfig(offload=False, keep_attention=False), **first)
     if chosen.offload:
-        assert with_default_memory(config, grid, propose.room_of(config, grid, "h100-80gb")).memory == chosen
+        assert with_default_memory(config, grid, room_of(config, grid, "h100-80gb")).memory == chosen
 
 
 def test_settings_are_those_of_a_run():

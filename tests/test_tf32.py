@@ -86,7 +86,7 @@ def compared(cp, settings: tuple[str, ...], steps: int) -> tuple[dict[str, dict[
             found["loss"].backward()
         assert nearest is None or tf32.products > 500
         gradient = {name: p.grad.double() for name, p in module.model.named_parameters() if p.grad is not None}
-        return gradient, found["shares"]["diffusion"].double()
+        return gradient, found["partial_losses"]["diffusion"].double()
 
     exact, exact_loss = step("64-true", None)
     errors, losses = {layer: {} for layer in LAYERS}, {}

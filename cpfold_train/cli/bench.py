@@ -86,7 +86,7 @@ def boltz_python() -> str | None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Time the op and print the figures.
+    """Time the op and print the results.
 
     Raises:
         ConfigError: for options that cannot work together.
@@ -96,8 +96,8 @@ def run(args: argparse.Namespace) -> None:
     sizes = Sizes(grid.pad_tokens(args.n), grid.pad_rows(args.msa_depth), atoms, args.samples)
     if args.world:
         config, dtype = ModelConfig(token_z=args.token_z), DTYPES[args.dtype]
-        figures = simulate(args.op, config, sizes, grid, dtype, args.algorithm, args.kernels)
-        ranks = [{"peak_mib": figures["peak_bytes"] / MIB, "ops": figures["ops"]}]
+        found = simulate(args.op, config, sizes, grid, dtype, args.algorithm, args.kernels)
+        ranks = [{"peak_mib": found["peak_bytes"] / MIB, "ops": found["ops"]}]
         _show(_summary(ranks, args, grid, sizes) | {"simulated": True, "rank": args.rank}, args.json)
         return
     threads = args.threads or max(1, (os.cpu_count() or 1) // grid.cp_size)
@@ -194,9 +194,9 @@ def _rank(rank: int, rows: int, cols: int, job: dict) -> None:
         cp.ledger.reset()
         torch.autograd.backward(forward(), grads)
 
-    figures = measure(step, job["repeats"], device, lambda: barrier(cp))
+    measured = measure(step, job["repeats"], device, lambda: barrier(cp))
     ops = {op: asdict(entry) for op, entry in cp.ledger.by_op().items()}
-    (Path(job["folder"]) / f"rank{rank}.json").write_text(json.dumps({**asdict(figures), "ops": ops}))
+    (Path(job["folder"]) / f"rank{rank}.json").write_text(json.dumps({**asdict(measured), "ops": ops}))
 
 
 def _summary(ranks: list[dict], args: argparse.Namespace, grid: Grid, sizes: Sizes) -> dict:
@@ -228,7 +228,7 @@ def _summary(ranks: list[dict], args: argparse.Namespace, grid: Grid, sizes: Siz
 
 
 def _stock(args: argparse.Namespace, folder: str, sizes: Sizes) -> dict:
-    """Figures of the stock package's module on one rank of the same kind of device, with the weights of ours."""
+    """Measurements of the stock package's module on one rank of the same kind of device, with the weights of ours."""
     config = ModelConfig(token_z=args.token_z)
     source, target = Path(folder) / "stock-in.pt", Path(folder) / "stock-out.pt"
     widths = {"token_s": config.token_s, "token_z": config.token_z, "msa_s": config.msa.msa_s}
@@ -252,7 +252,7 @@ def _show(result: dict, as_json: bool) -> None:
         return
     console = Console()
     title = f"{result['op']}, N = {result['n']}, grid {result['grid']}, {result['dtype']}, forward and backward"
-    table = Table("figure", "value", title=title)
+    table = Table("metric", "value", title=title)
     if "wall_s" in result:
         table.add_row("wall time", f"{result['wall_s']:.3f} s")
         table.add_row("CPU time, all ranks", f"{result['cpu_s_total']:.3f} s")

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure each crop size on each grid in a process of its own, and print the figures.
+    """Measure each crop size on each grid in a process of its own, and print the results.
 
     Raises:
         ConfigError: an option cannot work, or no sample is as large as a crop.
@@ -78,7 +78,7 @@ def measure_case(
         in use above what the process held before its first one.
     """
     return_large_tensors()
-    place = Grid(*grid)
+    sharding = Grid(*grid)
     entries = [entry for entry in open_shards(shards) if entry.tokens >= crop_size]
     seconds: dict[str, list[float]] = {"read": [], "crop": [], "tile": []}
     gc.collect()
@@ -94,7 +94,7 @@ def measure_case(
         draw = (0, 0, number)
         crop = make_crop(structure, alignments, templates, augmentation=AUGMENTATION, draw=draw, **settings)
         cropped = time.process_time()
-        batch_mib = pack(collate([crop], place))[0].nbytes / 2**20
+        batch_mib = pack(collate([crop], sharding))[0].nbytes / 2**20
         done = time.process_time()
         if number:
             for stage, took in (("read", read - began), ("crop", cropped - read), ("tile", done - cropped)):
@@ -102,7 +102,7 @@ def measure_case(
     mean = {f"{stage}_ms": 1e3 * statistics.mean(took) for stage, took in seconds.items()}
     return {
         "crop": crop_size,
-        "grid": str(place),
+        "grid": str(sharding),
         **mean,
         "samples_per_s": 1e3 / sum(mean.values()),
         "batch_mib": batch_mib,
@@ -123,7 +123,7 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
     )
     for case in result["cases"]:
         stages = [case[f"{stage}_ms"] for stage in ("read", "crop", "tile")]
-        figures = [sum(stages), *stages, case["batch_mib"], case["peak_mib"]]
+        numbers = [sum(stages), *stages, case["batch_mib"], case["peak_mib"]]
         rate = f"{case['samples_per_s']:.2f}"
-        table.add_row(f"{case['crop']:,}", case["grid"], rate, *(f"{figure:,.0f}" for figure in figures))
+        table.add_row(f"{case['crop']:,}", case["grid"], rate, *(f"{number:,.0f}" for number in numbers))
     console.print(table)

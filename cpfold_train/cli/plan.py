@@ -10,11 +10,11 @@ from pathlib import Path
 from rich.console import Console
 
 from cpfold_train.config.compose import of_run, read_request
-from cpfold_train.config.memory_default import with_default_memory
+from cpfold_train.config.memory_default import room_of, with_default_memory
 from cpfold_train.errors import ConfigError
 from cpfold_train.plan.estimate import ASSUMPTIONS, FLOOR
 from cpfold_train.plan.plan import GIB, Plan, plan, plan_prediction, validation_moment
-from cpfold_train.plan.propose import choose_memory, memory_presets, propose, room_of
+from cpfold_train.plan.propose import choose_memory, memory_presets, propose
 from cpfold_train.plan.report import show_plan, show_proposals, typed_options
 from cpfold_train.simulate.trace import Moment
 

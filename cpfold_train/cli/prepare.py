@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min-tokens", type=int, default=0, metavar="N", help="residues and ligand atoms (default: no limit)")
     add("--max-tokens", type=int, metavar="N", help="residues and ligand atoms (default: no limit)")
     add("--max-chains", type=int, default=300, metavar="N", help="polymer chains (default: 300)")
-    add("--max-unknown", type=float, default=1.0, metavar="F", help="share of unknown residues (default: 1)")
+    add("--max-unknown", type=float, default=1.0, metavar="F", help="fraction of unknown residues (default: 1)")
     add("--exclude-ligands", default="", metavar="CCD,CCD", help="remove these components wherever they are ligands")
     add("--keep-crystal-aids", action="store_true", help="keep glycerol, sulphate and the like in crystals")
 
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--val-after", metavar="DATE", help="validate on entries released later, if no polymer resembles a training one"
     )
-    add("--val-fraction", type=float, metavar="F", help="validate on this share of the entries, by whole clusters")
+    add("--val-fraction", type=float, metavar="F", help="validate on this part of the entries, by whole clusters")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -66,7 +66,7 @@ def run(
         strategy=strategy,
         devices=world.devices,
         logger=_loggers(config, run_dir, record),
-        callbacks=_callbacks(config, run_dir, again),
+        callbacks=make_callbacks(config, run_dir, again),
         default_root_dir=run_dir,
         # The loader divides the samples itself, over replicas only.
         use_distributed_sampler=False,
@@ -95,7 +95,7 @@ def run(
             wandb.finish()
 
 
-def _callbacks(config: TrainConfig, run_dir: Path, again: AutoRestart | None) -> list[Callback]:
+def make_callbacks(config: TrainConfig, run_dir: Path, again: AutoRestart | None) -> list[Callback]:
     folder = run_dir / "checkpoints"
     last = SaveLast(folder / "last.ckpt", config.checkpoint.every_n_steps)
     # First, so that the others see the average in validation. It holds the weights once more.

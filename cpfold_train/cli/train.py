@@ -23,14 +23,12 @@ from cpfold_train.cli import sweep
 from cpfold_train.config.check import check
 from cpfold_train.config.check_checkpoint import checkpoint_to_resume
 from cpfold_train.config.composition import explain, register, typed_config
-from cpfold_train.config.memory_default import Room, with_default_memory
+from cpfold_train.config.memory_default import room_of, with_default_memory
 from cpfold_train.config.schema import TrainConfig
 from cpfold_train.config.world import World, device_here, is_first_rank, plan_world, started_by_slurm, starts_ranks
 from cpfold_train.errors import ConfigError, DataError, RunError
 from cpfold_train.faults.restart import AutoRestart
-from cpfold_train.kernels.choice import choose_kernels
 from cpfold_train.model.config import MemoryConfig
-from cpfold_train.parallel.grid import Grid
 from cpfold_train.paths import CONF, train_command
 
 CHOSEN_MEMORY = "CPFOLD_TRAIN_MEMORY"
@@ -78,9 +76,15 @@ def start(config: DictConfig, run_dir: Path) -> None:
     typed.ckpt_path = checkpoint_to_resume(typed.ckpt_path, run_dir)
     check(typed)
     world = plan_world(typed.cp.grid, typed.dp, typed.trainer.num_nodes, typed.trainer.accelerator)
-    room = _room(typed, world.grid)
+    device = device_here(typed.trainer.accelerator)
+    if device == "gpu":
+        from cpfold_train.training.gpus import set_up_gpus
+
+        # Before anything asks the device: its allocator reads the environment once.
+        set_up_gpus(typed.tf32)
+    room = room_of(typed, world.grid, device)
     if typed.memory.auto:
-        typed.memory = _chosen_memory(typed, world)
+        typed.memory = _chosen_memory(typed, world, device)
     typed.memory = with_default_memory(typed, world.grid, room).memory
     config.memory = OmegaConf.structured(typed.memory)
     if is_first_rank():
@@ -105,25 +109,7 @@ def start(config: DictConfig, run_dir: Path) -> None:
         raise
 
 
-def _room(config: TrainConfig, grid: Grid) -> Room | None:
-    """Memory for a rank on this machine's GPU, which is told first what it is to be told; None where the run is on
-    CPU."""
-    if device_here(config.trainer.accelerator) == "cpu":
-        return None
-    import torch
-
-    from cpfold_train.memory import host_bytes_in_all
-    from cpfold_train.training.gpus import set_up_gpus
-
-    # Before anything asks the device: its allocator reads the environment once.
-    set_up_gpus(config.tf32)
-    capability, precision = torch.cuda.get_device_capability(0), config.trainer.precision
-    kernels = choose_kernels(config.kernels, "cuda", precision, capability).name
-    host_bytes = host_bytes_in_all() * config.trainer.num_nodes / grid.world_size
-    return Room(torch.cuda.get_device_properties(0).total_memory, host_bytes, kernels)
-
-
-def _chosen_memory(config: TrainConfig, world: World) -> MemoryConfig:
+def _chosen_memory(config: TrainConfig, world: World, device: str) -> MemoryConfig:
     """The memory options that the planner chooses.
 
     Ranks that this process starts take its choice from the environment; those of a launcher all come to the same.
@@ -135,7 +121,7 @@ def _chosen_memory(config: TrainConfig, world: World) -> MemoryConfig:
 
     with Console(stderr=True).status("memory=auto: planning") if is_first_rank() else nullcontext():
         largest = replace(config, crop_size=config.largest_crop)
-        memory = choose_memory(largest, world.grid, device_here(config.trainer.accelerator))
+        memory = choose_memory(largest, world.grid, device)
     if is_first_rank():
         print(f"memory=auto: {' '.join(typed_options(memory))}", file=sys.stderr)
     os.environ[CHOSEN_MEMORY] = json.dumps(asdict(memory))

@@ -15,7 +15,7 @@ def checkpoint_to_resume(ckpt_path: str | None, run_dir: Path) -> str | None:
     if ckpt_path != "last":
         return ckpt_path
     last = run_dir / "checkpoints" / "last.ckpt"
-    # A run that began to share its parameters out, or no longer does, may have been killed while it exchanged them.
+    # A run that began to shard its parameters, or no longer does, may have been killed while it exchanged them.
     both = last, last.with_name(f"{last.name}.new")
     return next((str(path) for path in both if path.is_file() or is_sharded_checkpoint(path)), None)
 
@@ -26,7 +26,7 @@ def check_checkpoints(ckpt_path: str | None, init_from: str | None, fsdp: bool) 
     Args:
         ckpt_path: to resume from: a file, or with FSDP the directory that a run with it has written.
         init_from: of weights, a file, which is not read where a run resumes.
-        fsdp: whether the run shares its parameters out.
+        fsdp: whether the run shards its parameters.
     """
     if ckpt_path is not None and not (fsdp and is_sharded_checkpoint(Path(ckpt_path))):
         _require_file(

@@ -45,7 +45,7 @@ def read_request(settings: list[str]) -> Request:
     """The run and the plan that ``KEY=VALUE`` settings describe.
 
     ``device=NAME`` and ``gpus=N`` are the plan's own; all others are those of ``train.py``. A grid is one that is typed
-    or set by a recipe; ``cp.grid=auto`` asks for proposals. The options of ``memory`` are chosen where ``memory=auto``
+    or set by a recipe; ``cp.grid=auto`` asks for proposals. The memory options are chosen where ``memory=auto``
     is typed, and in proposals where none of them is typed.
 
     Raises:
@@ -63,8 +63,8 @@ def read_request(settings: list[str]) -> Request:
     grid = Grid(*parse_grid(config.cp.grid), dp) if asked else None
     if grid is not None and "gpus" in typed_of_plan and grid.world_size > int(own["gpus"]):
         raise ConfigError(
-            f"cp.grid={grid} with dp={dp} takes {grid.world_size} GPUs, more than gpus={own['gpus']}: type cp.grid=auto "
-            f"for proposals on up to {own['gpus']}, or gpus={grid.world_size}"
+            f"cp.grid={grid} with dp={dp} takes {grid.world_size} GPUs, more than gpus={own['gpus']}: type "
+            f"cp.grid=auto for proposals on up to {own['gpus']}, or gpus={grid.world_size}"
         )
     untouched = not any(setting.startswith("memory") for setting in typed)
     return Request(

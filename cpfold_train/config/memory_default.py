@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from cpfold_train.config.schema import TrainConfig
+from cpfold_train.devices import find_device, kernels_on
 from cpfold_train.model.config import PairformerConfig
 from cpfold_train.parallel.grid import Grid
 
@@ -25,13 +26,23 @@ class Room(NamedTuple):
 
     Attributes:
         device_bytes: memory of its GPU.
-        host_bytes: its share of the memory of the host.
+        host_bytes: its part of the memory of the host.
         kernels: ``torch``, ``triton`` or ``cuequivariance``.
     """
 
     device_bytes: float
     host_bytes: float
     kernels: str
+
+
+def room_of(config: TrainConfig, grid: Grid, device: str) -> Room | None:
+    """Of a rank of the grid on the device of this name (:func:`cpfold_train.devices.find_device`); None on CPU."""
+    found = find_device(device, grid.world_size)
+    if found.capability is None:
+        return None
+    ranks = min(grid.world_size / config.trainer.num_nodes, found.per_node)
+    kernels = kernels_on(found, device, config.kernels, config.trainer.precision).name
+    return Room(found.memory, found.host_memory / ranks, kernels)
 
 
 def with_default_memory(config: TrainConfig, grid: Grid, room: Room | None) -> TrainConfig:

@@ -219,7 +219,7 @@ class TrainerConfig:
 
 @dataclass
 class ParallelConfig:
-    """``fsdp``: parameters and optimizer shared out over all ranks."""
+    """``fsdp``: parameters and optimizer sharded over all ranks."""
 
     fsdp: bool = MISSING
 

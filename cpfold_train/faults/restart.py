@@ -24,7 +24,8 @@ def steps_out_of_memory(run_dir: Path) -> set[int]:
 
 
 class AutoRestart:
-    """Lets the process that started the ranks begin anew, as if its command were typed again in the same run directory.
+    """Lets the process that started the ranks begin again, as if its command were typed once more in the run
+    directory.
 
     The process replaces itself: whoever started it and waits for it, or sends it signals, sees one run, while memory,
     threads and connections of the failed start are gone. To be made before anything of the run is, since the new start

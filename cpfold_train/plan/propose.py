@@ -8,9 +8,9 @@ from dataclasses import replace
 from rich.console import Console
 from rich.progress import track
 
-from cpfold_train.config.memory_default import Room, keeps_on_host, tile_elements, z_width
+from cpfold_train.config.memory_default import Room, keeps_on_host, room_of, tile_elements, z_width
 from cpfold_train.config.schema import TrainConfig
-from cpfold_train.devices import find_device, kernels_on
+from cpfold_train.devices import find_device
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.parallel.grid import Grid, squarest
@@ -137,15 +137,6 @@ def _is_worth_it(config: TrainConfig, grid: Grid, room: Room | None) -> bool:
     if memory.keep_attention:
         return room.kernels != "cuequivariance" and (not memory.offload or keeps_on_host(config, grid, room))
     return memory.offload or room.kernels == "cuequivariance" or not keeps_on_host(config, grid, room)
-
-
-def room_of(config: TrainConfig, grid: Grid, device: str) -> Room | None:
-    """Of a rank of the grid on the device of this name; None on CPU."""
-    found = find_device(device, grid.world_size)
-    if found.capability is None:
-        return None
-    host_bytes = found.host_memory / min(grid.world_size, found.per_node)
-    return Room(found.memory, host_bytes, kernels_on(found, device, config.kernels, config.trainer.precision).name)
 
 
 def may_fit(config: TrainConfig, grid: Grid, device: str) -> bool:

@@ -62,7 +62,10 @@ def losses(module: nn.Module, x: dict[str, Tensor], cp: ContextParallel) -> Tens
     module.trainer = SimpleNamespace(strategy=SimpleNamespace(cp=cp), global_step=0)
     (batch,) = batches_of_data(settings(), cp.grid, 1)
     found = module.micro_batch(to_device(batch, cp.mesh.device_type), 1)
-    own = [found["loss"] / cp.grid.cp_size, *(share for name, share in found["shares"].items() if name != "loss")]
+    own = [
+        found["loss"] / cp.grid.cp_size,
+        *(loss for name, loss in found["partial_losses"].items() if name != "loss"),
+    ]
     return all_reduce(torch.stack(own), cp, cp.all, "losses")
 
 

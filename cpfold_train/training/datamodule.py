@@ -18,7 +18,7 @@ from cpfold_train.training.same_samples import check_same_samples
 
 
 class TileData(LightningDataModule):
-    """Loaders for this rank's place in the grid; each rank builds only its own tiles.
+    """Loaders for this rank's position in the grid; each rank builds only its own tiles.
 
     Args:
         data: what to read and how.

@@ -15,7 +15,7 @@ class MovingAverage(Callback):
     """Exponential moving average of the trainable parameters: used in validation and kept in checkpoints.
 
     In a checkpoint ``state_dict`` holds the average, ready for use, and ``current_model_state`` the weights under
-    training. The average is in fp32, or fp64 where the weights are, and shared out over the ranks if they are.
+    training. The average is in fp32, or fp64 where the weights are, and sharded over the ranks if they are.
 
     Args:
         decay: limit of :func:`average_decay`.
@@ -46,7 +46,7 @@ class MovingAverage(Callback):
         torch._foreach_lerp_(averages, latest, weight)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the average in place."""
+        """Validate with the average."""
         parameters = _trainable(pl_module)
         self._under_training = {name: own_part(parameter).clone() for name, parameter in parameters.items()}
         for name, parameter in parameters.items():

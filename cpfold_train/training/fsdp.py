@@ -1,4 +1,4 @@
-"""The Lightning strategy with ``parallel.fsdp=true``: the grid as ever, parameters and optimizer shared out."""
+"""The Lightning strategy with ``parallel.fsdp=true``: the grid as ever, parameters and optimizer sharded."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _STATES = "state_dict", "current_model_state"
 
 
 def shard_model(model: CoFolding, cp: ContextParallel) -> None:
-    """Share out the parameters of a model, one block of a stack at a time."""
+    """Shard the parameters of a model, one block of a stack at a time."""
     blocks = [module for module in model.modules() if isinstance(module, BLOCKS)]
     shard_parameters(model, blocks, [(model, "sample"), (model, "predict_confidence")], cp)
 
 
 class ShardedGridStrategy(GridStrategy):
-    """:class:`GridStrategy` with FSDP2 in the place of ``DistributedDataParallel``.
+    """:class:`GridStrategy` with FSDP2 instead of ``DistributedDataParallel``.
 
-    Gradients are shared out after each micro-batch, also under accumulation: kept until the last one, each rank would
+    Gradients are sharded after each micro-batch, also under accumulation: kept until the last one, each rank would
     hold all of them. A checkpoint is a directory (:mod:`cpfold_train.checkpoints.sharded`).
     """
 
@@ -51,10 +51,10 @@ class ShardedGridStrategy(GridStrategy):
         if is_sharded_checkpoint(path):
             return load_sharded(path, mesh_of(self.lightning_module))
         # Checkpoints hold loops and loader beside tensors: read only those that you trust.
-        return self._shared_out(super().load_checkpoint(path, weights_only=False))
+        return self._sharded(super().load_checkpoint(path, weights_only=False))
 
-    def _shared_out(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """A checkpoint of a run without FSDP, its parameters and the optimizer's state of them shared out, in place."""
+    def _sharded(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint of a run without FSDP, its parameters and the optimizer's state of them sharded, in place."""
         mesh = mesh_of(self.lightning_module)
         parameters = {name for name, _ in self.lightning_module.named_parameters(remove_duplicate=False)}
         for state in (checkpoint[key] for key in _STATES if key in checkpoint):

@@ -69,7 +69,7 @@ def around_end_of_batch(trainer: Trainer, around: Callable[[Callable[[], None]],
 
 
 def leave_signals_alone(trainer: Trainer) -> None:
-    """Have Lightning do nothing about signals: no handlers, and before each batch no broadcast that asks for SIGTERM."""
+    """Have Lightning do nothing about signals: no handlers, and no broadcast before each batch that asks for one."""
     _replace(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", _nothing)
     _replace(trainer._signal_connector, "register_signal_handlers", _nothing)
 

@@ -45,7 +45,7 @@ class CoFoldingModule(LightningModule):
     Attributes:
         trains_confidence: whether the confidence module is trained: on structures that are sampled in training, and
             measured on those of validation.
-        bad_losses: micro-batches whose share of the loss was not finite on this rank.
+        bad_losses: micro-batches whose part of the loss was not finite on this rank.
         too_large: whether the step at hand is to be skipped on all ranks, because one has no memory for it.
         validation: means of the last validation by metric name; equal on all ranks.
     """
@@ -82,15 +82,20 @@ class CoFoldingModule(LightningModule):
         """One micro-batch.
 
         Returns:
-            ``loss``, for the backward pass; ``shares``, this rank's part of the batch's mean losses by name, ``loss``
-            their weighted sum; ``tokens``; ``flops``, the operations of all ranks that share the batch
+            ``loss``, for the backward pass; ``partial_losses``, this rank's part of the batch's mean losses by name,
+            ``loss`` their weighted sum; ``tokens``; ``flops``, the operations of all ranks that share the batch
             (:mod:`cpfold_train.model.flops`).
         """
         if self.too_large:
             # A gradient that is not a number, so that the step is skipped as all that have one.
             trained = [p.to_local() if isinstance(p, DTensor) else p for p in self.parameters() if p.requires_grad]
             loss = sum(p.sum() for p in trained) * torch.nan
-            return {"loss": loss, "shares": {"loss": loss.detach()}, "tokens": batch["num_tokens"].sum(), "flops": 0.0}
+            return {
+                "loss": loss,
+                "partial_losses": {"loss": loss.detach()},
+                "tokens": batch["num_tokens"].sum(),
+                "flops": 0.0,
+            }
         # Every rank and every grid draws the same count, also after a resume.
         step = [self._seed, self.global_step]
         recycling = int(np.random.default_rng(step).integers(0, self._recycling + 1))
@@ -113,15 +118,15 @@ class CoFoldingModule(LightningModule):
             coords = self.model.sample(out, batch, self.cp, draws=draws, **sampling)
             logits = self.model.predict_confidence(out, coords, batch, self.cp, draws)
             losses |= confidence_losses(logits, coords, batch, self.cp)
-        shares = {name: loss.mean() for name, loss in losses.items()}
-        shares["loss"] = self._weighted(shares)
+        partial = {name: loss.mean() for name, loss in losses.items()}
+        partial["loss"] = self._weighted(partial)
         # DDP takes the mean over dp x cp ranks; the gradient is the mean over dp of the sum over cp.
-        loss = shares["loss"] * self.cp.grid.cp_size
-        shares = {name: share.detach() for name, share in shares.items()}
-        self.bad_losses = self.bad_losses.to(loss.device) + ~shares["loss"].isfinite()
+        loss = partial["loss"] * self.cp.grid.cp_size
+        partial = {name: loss.detach() for name, loss in partial.items()}
+        self.bad_losses = self.bad_losses.to(loss.device) + ~partial["loss"].isfinite()
         # The factor is 1, or not a number where the loss is not finite: then the gradient of all ranks is not, too.
-        loss = loss * (1 + 0 * shares["loss"])
-        return {"loss": loss, "shares": shares, "tokens": batch["num_tokens"].sum()}
+        loss = loss * (1 + 0 * partial["loss"])
+        return {"loss": loss, "partial_losses": partial, "tokens": batch["num_tokens"].sum()}
 
     def on_validation_epoch_start(self) -> None:
         self._sums.zero_()
@@ -143,8 +148,8 @@ class CoFoldingModule(LightningModule):
                 logits = self.model.predict_confidence(out, coords, batch, self.cp, None)
                 confidence = confidence_losses(logits, coords, batch, self.cp)
         heads = [confidence.get(name, absent) for name in CONFIDENCE]
-        shares = torch.stack([self._weighted(losses | confidence), losses["distogram"], *heads], 1)
-        reduced = all_reduce(shares, self.cp, self.cp.all, "metrics")
+        partial = torch.stack([self._weighted(losses | confidence), losses["distogram"], *heads], 1)
+        reduced = all_reduce(partial, self.cp, self.cp.all, "metrics")
         distances = score_distances(out["pdistogram"], batch, self.cp)
         # In the order of VALIDATION, and last the number of samples.
         parts = reduced[:, :2], distances, structure[:, None], reduced[:, 2:], torch.ones_like(structure)[:, None]
@@ -185,7 +190,7 @@ class CoFoldingModule(LightningModule):
     def _losses(
         self, batch: Batch, recycling: int, draws: RandomStreams
     ) -> tuple[dict[str, DTensor], dict[str, Tensor]]:
-        """What the model returns, and this rank's shares (B,) of the losses of its structures."""
+        """What the model returns, and this rank's partial losses (B,) of its structures."""
         out = self.model(
             batch, self.cp, recycling_steps=recycling, multiplicity=self._diffusion.multiplicity, draws=draws
         )

@@ -22,11 +22,11 @@ def schedule_start(config: TrainConfig, run_dir: Path) -> int | None:
         return None
     if start == "checkpoint":
         # Together with ckpt_path, model.init_from is where that run began.
-        return None if config.ckpt_path else _place_in_schedule(read_checkpoint(Path(config.model.init_from)))
+        return None if config.ckpt_path else _position_in_schedule(read_checkpoint(Path(config.model.init_from)))
     return start
 
 
-def _place_in_schedule(checkpoint: dict[str, Any]) -> int:
+def _position_in_schedule(checkpoint: dict[str, Any]) -> int:
     """Where in its schedule the run was that wrote a checkpoint; where nothing says so, how many steps it had made."""
     schedules = checkpoint.get("lr_schedulers") or [{}]
     return schedules[0].get("last_epoch", checkpoint.get("global_step", 0))
@@ -35,7 +35,7 @@ def _place_in_schedule(checkpoint: dict[str, Any]) -> int:
 class StartSchedule(Callback):
     """Starts the schedule at a given step, with the settings of this run where the optimizer is a checkpoint's.
 
-    Adam's moments stay. The scheduler's own count is the place in the schedule, so later checkpoints resume from it.
+    Adam's moments stay. The scheduler's own count is the position in the schedule, so later checkpoints resume from it.
 
     Args:
         step: from 0 on.

@@ -22,8 +22,8 @@ class SaveOnSigterm(Callback):
     Under SLURM, SIGUSR1 does the same and puts the job into the queue again (``#SBATCH --signal=USR1@300``).
 
     Lightning 2.6 answers both from inside the signal handler, by a broadcast or a checkpoint that meet whatever the
-    other ranks are sending. Here a handler only takes a note, and the ranks agree between two steps; this takes the
-    place of the broadcast with which Lightning asks for SIGTERM before every batch.
+    other ranks are sending. Here a handler only takes a note, and the ranks agree between two steps; this replaces
+    the broadcast with which Lightning asks for SIGTERM before every batch.
 
     Args:
         last: saves.

@@ -36,7 +36,7 @@ def leave_out(module: LightningModule, part: str) -> None:
 class GridStrategy(FaultMixin, OwnLauncher, DDPStrategy):
     """``DistributedDataParallel`` over dp x cp ranks; samples are divided over dp only.
 
-    Every gradient on a rank is a partial sum, and each rank's loss is its share of the sample's loss times the number
+    Every gradient on a rank is a partial sum, and each rank's loss is its part of the sample's loss times the number
     of ranks that share it. DDP's mean over the world is then the sum over the grid and the mean over the replicas.
     Bucketed, overlapped reduction and ``no_sync`` under accumulation are DDP's own.
 

@@ -47,7 +47,7 @@ def score_structures(coords: Tensor, feats: dict[str, Tensor | DTensor], cp: Con
     and atoms may be named either way.
 
     Args:
-        coords: (B, A/P, 3) in Angstrom, shares of atoms.
+        coords: (B, A/P, 3) in Angstrom, this rank's atoms.
         feats: what the trunk was given.
         cp: the running grid.
     """

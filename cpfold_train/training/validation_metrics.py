@@ -65,7 +65,7 @@ def true_distances(
 
 
 def lddt_parts(predicted: Tensor, distance: Tensor, valid: Tensor) -> Tensor:
-    """(2,): part of the thresholds that each pair's error is below, summed over the pairs, and their number."""
+    """(2,): fraction of the thresholds that each pair's error is below, summed over the pairs, and their number."""
     included = valid & (distance < INCLUSION)
     error = (predicted - distance).abs()
     score = sum((error < t).to(error.dtype) for t in LDDT_THRESHOLDS) / len(LDDT_THRESHOLDS)
@@ -91,15 +91,16 @@ def contact_candidates(
     i, j = (torch.arange(*interval, device=probability.device, dtype=torch.float64) for interval in (rows, cols))
     ranked = probability.double().round(decimals=6) - 1e-7 * (i[:, None] * n + j) / n**2
     ranked = ranked.masked_fill(~valid, -1.0).flatten()
-    best, place = ranked.topk(min(top, ranked.numel()))
-    true = (distance.flatten()[place] < CONTACT) & (best > -1)
+    best, index = ranked.topk(min(top, ranked.numel()))
+    true = (distance.flatten()[index] < CONTACT) & (best > -1)
     candidates = torch.stack([best, true.to(best.dtype)], dim=1)
     fill = candidates.new_tensor([-1.0, 0.0]).expand(top - len(candidates), 2)
     return torch.cat([candidates, fill])
 
 
 def precision(candidates: Tensor, top: int) -> Tensor:
-    """Share of true contacts among the ``top`` likeliest of (n, 2) candidates of all tiles; 0 where there are none."""
-    best, place = candidates[:, 0].topk(min(top, len(candidates)))
+    """Fraction of true contacts among the ``top`` likeliest of (n, 2) candidates of all tiles; 0 where there are
+    none."""
+    best, index = candidates[:, 0].topk(min(top, len(candidates)))
     taken = best > -1
-    return (candidates[place, 1] * taken).sum() / taken.sum().clamp(min=1)
+    return (candidates[index, 1] * taken).sum() / taken.sum().clamp(min=1)

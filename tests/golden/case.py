@@ -139,4 +139,4 @@ def our_step(cp, state: dict[str, Tensor], dtype: torch.dtype) -> dict:
     size = cp.grid.cp_size
     grads = {boltz_name(name): p.grad / size for name, p in module.model.named_parameters() if p.grad is not None}
     trajectory = torch.stack(sampled).unflatten(1, (-1, STRUCTURES))
-    return {"losses": step["shares"], "grads": grads, "trajectory": trajectory, **found}
+    return {"losses": step["partial_losses"], "grads": grads, "trajectory": trajectory, **found}

@@ -58,7 +58,7 @@ class StepMetrics(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: dict, batch: dict[str, Any], batch_idx: int
     ) -> None:
         self.watch.stop()
-        self._batches.append((outputs["shares"], outputs["tokens"], outputs["flops"]))
+        self._batches.append((outputs["partial_losses"], outputs["tokens"], outputs["flops"]))
         if trainer.global_step > self._step:
             if self._due(trainer, trainer.global_step):
                 self._log_step(trainer, batch["crop_size"])
@@ -90,8 +90,8 @@ class StepMetrics(Callback):
 
     def _log_step(self, trainer: Trainer, crop_size: int) -> None:
         cp = trainer.strategy.cp
-        shares, tokens, flops = zip(*self._batches)
-        losses = {f"train/{name}": torch.stack([share[name] for share in shares]).double() for name in shares[0]}
+        partial, tokens, flops = zip(*self._batches)
+        losses = {f"train/{name}": torch.stack([loss[name] for loss in partial]).double() for name in partial[0]}
         numbers = gather_figures(
             cp,
             [
