@@ -16,7 +16,9 @@ CLASH_SHARE = 0.3
 INTERFACE_DISTANCE = 5.0
 """Angstrom between the nearest heavy atoms of two chains that have an interface (AlphaFold 3, supplement 2.5.1)."""
 
-_BLOCK = 16384
+_BLOCK = 4096
+_MOST_CELLS = 256
+"""Cells along the longest side of the box around all atoms."""
 
 
 def interfaces(structure: Structure) -> list[list[int]]:
@@ -63,7 +65,9 @@ def _neighbours(chain: np.ndarray, coords: np.ndarray, distance: float) -> Itera
     """Pairs of atoms of different chains less than ``distance`` apart, each pair both ways, by blocks of atoms."""
     if not len(coords):
         return
-    cells = CellList(coords, cell_size=distance)
+    # The list has a cell for every place in the box: small ones would fill the memory where the box is large.
+    extent = float((coords.max(axis=0) - coords.min(axis=0)).max())
+    cells = CellList(coords, cell_size=max(distance, extent / _MOST_CELLS))
     for start in range(0, len(coords), _BLOCK):
         near = cells.get_atoms(coords[start : start + _BLOCK], distance)
         row, column = np.nonzero(near >= 0)

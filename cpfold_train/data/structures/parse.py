@@ -22,7 +22,7 @@ from cpfold_train.data.structures.entry import Chain, Entry, Site
 from cpfold_train.data.structures.mmcif import read_mmcif
 from cpfold_train.data.structures.pdb import read_pdb
 from cpfold_train.data.structures.residues import CENTER_ATOM, DISTO_ATOM, letter_of, token_of
-from cpfold_train.data.structures.structure import FORMAT_VERSION, Structure
+from cpfold_train.data.structures.structure import FORMAT_VERSION, MAX_CHAINS, Structure
 from cpfold_train.errors import DataError, in_one_line
 from cpfold_train.vocabulary import BOND_TYPES, MOL_TYPES, NONPOLYMER, TOKENS, UNKNOWN
 
@@ -85,7 +85,16 @@ class _Residue(NamedTuple):
 
 
 def build(entry: Entry) -> Structure:
-    """The arrays of an entry; atoms that their component does not know are counted in ``entry.left_out``."""
+    """The arrays of an entry; atoms that their component does not know are counted in ``entry.left_out``.
+
+    Raises:
+        DataError: it has more chains than a sample can number.
+    """
+    if len(entry.chains) > MAX_CHAINS:
+        raise DataError(
+            f"{entry.meta['source']} has {len(entry.chains):,} chains and ligands, and a sample holds at most "
+            f"{MAX_CHAINS:,}: leave out waters and ions, or prepare a part of the assembly"
+        )
     chains = [(chain, _residues(entry, chain)) for chain in entry.chains]
     used = {residue.name: residue.component for _, residues in chains for residue in residues}
     names = sorted(used)

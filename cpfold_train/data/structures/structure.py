@@ -15,6 +15,8 @@ from cpfold_train.errors import DataError
 from cpfold_train.vocabulary import MOL_TYPES, NONPOLYMER
 
 FORMAT_VERSION = 2
+MAX_CHAINS = 2**15 - 1
+"""Of a sample: ``asym_id`` and the index's columns are int16, and the number after the last chain must be one too."""
 
 
 @dataclass(frozen=True)
