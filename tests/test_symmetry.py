@@ -78,12 +78,12 @@ def shuffled(feats, crops, copies, generator):
         own = len(crop.atoms.atom)
         chain = torch.from_numpy(crop.structure.asym_id[crop.tokens][crop.atoms.token].astype(np.int64))
         table = feats["chain_copies"][b].long() - 1
-        place = (table[:, 0] == chain[:, None]).long().argmax(1)
+        row = (table[:, 0] == chain[:, None]).long().argmax(1)
         taken = torch.tensor([copy_of[int(i)] for i in chain])
-        copy = (table[place] == taken[:, None]).long().argmax(1)
+        copy = (table[row] == taken[:, None]).long().argmax(1)
         atom = torch.arange(own)
-        naming = torch.randint(feats["atom_swaps"].shape[2], (own,), generator=generator)
-        source = atom + feats["atom_swaps"][b, atom, naming[feats["ref_space_uid"][b, :own].long()]]
+        order = torch.randint(feats["atom_swaps"].shape[2], (own,), generator=generator)
+        source = atom + feats["atom_swaps"][b, atom, order[feats["ref_space_uid"][b, :own].long()]]
         missing = feats["atom_pad_mask"].shape[1] - own
         coords.append(pad(feats["copy_coords"][b, source, copy], [0, 0, 0, missing]))
         resolved.append(pad(feats["copy_resolved"][b, source, copy], [0, missing]) > 0)
@@ -91,7 +91,7 @@ def shuffled(feats, crops, copies, generator):
 
 
 def match(cp, feats, pred):
-    """This rank's share of the matched truth."""
+    """This rank's part of the matched truth."""
 
     def own(x):
         return x[:, slice(*split(x.shape[1], cp.all.size)[cp.all.index])]
@@ -132,12 +132,12 @@ def test_names_are_found(ranks, case, shape):
 
 
 def test_no_copy_is_taken_twice(ranks):
-    """Two chains predicted in one place."""
+    """Two chains predicted in one position."""
     crops = [crop("4hhb", (0, 1, 2, 3))]
     feats = features(crops)
     one_place, resolved = shuffled(feats, crops, [{0: 0, 1: 1, 2: 0, 3: 3}], torch.Generator().manual_seed(0))
     assert resolved.any()
     ((coords, _),) = ranks.run(match, 1, 1, feats, one_place)
     token = feats["asym_id"].gather(1, feats["atom_to_token"].long())
-    places = [coords[(token == chain) & (feats["atom_pad_mask"] > 0)].sum(0) for chain in (0, 2)]
-    assert not torch.allclose(*places)
+    centres = [coords[(token == chain) & (feats["atom_pad_mask"] > 0)].sum(0) for chain in (0, 2)]
+    assert not torch.allclose(*centres)

@@ -18,7 +18,7 @@ _WORD = 32
 
 
 def align(query: Sequence[str], target: Sequence[str], most_pairs: int | None = None) -> np.ndarray:
-    """Lay a query (letters or residue names) on a target that may be longer.
+    """Align a query (letters or residue names) with a target that may be longer.
 
     The optimal alignment takes some ten bytes for each pair of symbols. Longer sequences are split at words that occur
     once in each: they are the same chain but for some residues.
