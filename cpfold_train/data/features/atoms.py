@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cpfold_train.data.structures.structure import Structure
-from cpfold_train.ops.quaternions import rotation_rows
 from cpfold_train.parallel.grid import Interval
+from cpfold_train.spatial import rotation_rows
 
 
 class CropAtoms(NamedTuple):
