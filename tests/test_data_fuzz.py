@@ -128,14 +128,14 @@ def test_damaged_arrays(entries, outcome, tmp_path):
     for turn in range(400):
         entry = entries[turn % len(entries)]
         members = damaged_arrays(stored[entry.key], rng)
-        offset, members = 0, {}
+        offset, written = 0, {}
         with path.open("wb") as file:
             for name, data in members.items():
                 header = make_header(f"{entry.key}.{name}", len(data))
                 file.write(header + data)
-                members[name] = (offset + len(header), len(data))
+                written[name] = (offset + len(header), len(data))
                 offset += len(header) + len(data)
-        reasons[outcome(replace(entry, tar=str(path), members=members))] += 1
+        reasons[outcome(replace(entry, tar=str(path), members=written))] += 1
     assert sum(reasons.values()) == 400
     assert reasons["valid"] < 250
     assert len(reasons) > 40
