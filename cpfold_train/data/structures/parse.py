@@ -93,7 +93,7 @@ def build(entry: Entry) -> Structure:
     if len(entry.chains) > MAX_CHAINS:
         raise DataError(
             f"{entry.meta['source']} has {len(entry.chains):,} chains and ligands, and a sample holds at most "
-            f"{MAX_CHAINS:,}: leave out waters and ions, or prepare a part of the assembly"
+            f"{MAX_CHAINS:,}: prepare it without --assembly, or a file with a part of its chains"
         )
     chains = [(chain, _residues(entry, chain)) for chain in entry.chains]
     used = {residue.name: residue.component for _, residues in chains for residue in residues}
