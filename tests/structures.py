@@ -14,21 +14,21 @@ PROTEIN_ATOMS = ["N", "CA", "C", "O", "CB"]
 
 def make_chain(name, sequence, origin=(0.0, 0.0, 0.0), step=3.8, mol_type=PROTEIN, missing=()):
     """A chain along x. Only center atoms of a polymer's residues are resolved; a ligand's atoms are half an Å apart."""
-    names, places, coords = [], [], []
-    for place, residue in enumerate(sequence):
-        if place in missing:
+    names, positions, coords = [], [], []
+    for position, residue in enumerate(sequence):
+        if position in missing:
             continue
         known = component(residue).names.astype(str).tolist() if component(residue) else ["CA"]
         own = known if mol_type == NONPOLYMER else ["CA" if mol_type == PROTEIN else "C1'"]
         for i, atom in enumerate(own):
             names.append(atom)
-            places.append(place)
-            coords.append(np.add(origin, (place * step, 0.5 * i, 0.0)))
+            positions.append(position)
+            coords.append(np.add(origin, (position * step, 0.5 * i, 0.0)))
     atoms = struc.AtomArray(len(names))
     atoms.coord = np.array(coords, dtype=np.float32).reshape(-1, 3)
     atoms.atom_name = np.array(names, dtype="U6")
     atoms.set_annotation("b_factor", np.full(len(names), 20.0))
-    return Chain(name, f"x{name}", mol_type, list(sequence), atoms, np.array(places, dtype=np.int64))
+    return Chain(name, f"x{name}", mol_type, list(sequence), atoms, np.array(positions, dtype=np.int64))
 
 
 def make_structure(chains, links=(), **meta):
@@ -61,10 +61,10 @@ def write_mmcif(path, chains, sequences, types, extra=()):
         *(f"_atom_site.{column}" for column in [*columns.split(), "pdbx_PDB_ins_code", "pdbx_PDB_model_num"]),
     ]
     for i, (group, element, atom, alt, residue, name, entity, number, x, occupancy) in enumerate(rows):
-        place = f"{x:.3f} 0.5 -1.25 {occupancy} 20.5"
+        columns = f"{x:.3f} 0.5 -1.25 {occupancy} 20.5"
         seq, quoted = ("." if residue == "HOH" else number), f'"{atom}"'
         lines.append(
-            f"{group} {i + 1} {element} {quoted} {alt} {residue} {name} {entity} {seq} {place} {number} {residue} "
+            f"{group} {i + 1} {element} {quoted} {alt} {residue} {name} {entity} {seq} {columns} {number} {residue} "
             f"x{name} {quoted} ? 1"
         )
     path.write_text("\n".join(lines) + "\n")

@@ -9,12 +9,12 @@ from cpfold_train.vocabulary import MOL_TYPES, NONPOLYMER, UNKNOWN
 
 
 def make_structure(lengths, types, seed=0, unresolved=0.1, atoms=(4, 9), spread=15.0, interfaces=()):
-    """Chains of random walks in one place.
+    """Chains of random walks that overlap.
 
     Args:
         lengths: of each chain: residues of a polymer, or atoms of a ligand, which is one residue.
         types: ``protein``, ``dna``, ``rna`` or ``nonpolymer`` of each.
-        unresolved: share of tokens without coordinates.
+        unresolved: fraction of tokens without coordinates.
         atoms: fewest and most atoms of a residue.
         spread: Angstrom, how far apart the chains begin.
     """
@@ -23,7 +23,7 @@ def make_structure(lengths, types, seed=0, unresolved=0.1, atoms=(4, 9), spread=
     mol_type = np.repeat([MOL_TYPES.index(kind) for kind in types], lengths)
     asym_id = np.repeat(np.arange(len(lengths)), lengths).astype(np.int16)
     ligand = mol_type == NONPOLYMER
-    place = np.concatenate([np.arange(n) for n in lengths]) * ~ligand
+    res_index = np.concatenate([np.arange(n) for n in lengths]) * ~ligand
     size = np.where(ligand, 1, rng.integers(*atoms, total))
     start = np.concatenate([[0], np.cumsum(size)]).astype(np.int32)
     walks = [rng.normal(0, spread, 3) + rng.normal(0, 2.2, (n, 3)).cumsum(0) for n in lengths]
@@ -45,7 +45,7 @@ def make_structure(lengths, types, seed=0, unresolved=0.1, atoms=(4, 9), spread=
         meta=meta,
         res_type=np.array([UNKNOWN[kind] for kind in mol_type], dtype=np.int8),
         component=np.zeros(total, dtype=np.int16),
-        res_index=place.astype(np.int32),
+        res_index=res_index.astype(np.int32),
         asym_id=asym_id,
         modified=np.zeros(total, dtype=bool),
         atom_start=start,

@@ -1,4 +1,4 @@
-"""Alignment files: their rows, keys and place on an entity."""
+"""Alignment files: their rows, keys and positions in an entity."""
 
 import gzip
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "cpfold_train"
 ORDER = [
-    {"bounds", "errors", "dry_run", "memory", "whole_file", "tables", "paths", "processes", "vocabulary"},
+    {"bounds", "errors", "dry_run", "memory", "whole_file", "tables", "paths", "processes", "spatial", "vocabulary"},
     {"parallel"},
     {"kernels", "devices"},
     {"ops"},

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpfold_train.data.features.atoms import atom_features, crop_atoms, rotations
+from cpfold_train.data.features.atoms import atom_features, crop_atoms, rotation_matrices
 from cpfold_train.data.features.frames import frame_features
 from cpfold_train.data.stream.batch import make_crop
 from cpfold_train.data.stream.shards import open_shards, read_sample
@@ -73,7 +73,7 @@ def test_each_residue_is_turned_as_a_whole_and_by_itself(structure):
 
 
 def test_rotations_are_uniform():
-    turns = rotations(np.random.default_rng(0).normal(size=(20_000, 4)))
+    turns = rotation_matrices(np.random.default_rng(0).normal(size=(20_000, 4)))
     np.testing.assert_allclose(turns @ turns.transpose(0, 2, 1), np.broadcast_to(np.eye(3), turns.shape), atol=1e-12)
     np.testing.assert_allclose(np.linalg.det(turns), 1, atol=1e-12)
     np.testing.assert_allclose(turns.mean(axis=0), 0, atol=0.02)
@@ -144,7 +144,7 @@ def test_atoms_in_line_span_no_frame(samples):
 
 
 def shares_joined(cp, count):
-    """What a DTensor of this rank's share takes the whole to be."""
+    """What a DTensor of this rank's part takes the whole to be."""
     share = torch.arange(*cp.grid.atoms(count))[None]
     assert cp.shared_out(share).shape == (1, count)
     # The mesh has no process groups with which torch could join them.

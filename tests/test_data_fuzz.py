@@ -53,8 +53,8 @@ def damaged_bytes(data, entries, rng):
     data = bytearray(data)
     kind = ("flip", "truncate", "swap", "zero", "repeat")[rng.integers(5)]
     if kind == "flip":
-        for place in rng.integers(offset - 512, offset + size, rng.integers(1, 9)):
-            data[place] ^= 1 << rng.integers(8)
+        for offset_of_byte in rng.integers(offset - 512, offset + size, rng.integers(1, 9)):
+            data[offset_of_byte] ^= 1 << rng.integers(8)
     elif kind == "truncate":
         del data[offset + rng.integers(size) :]
     elif kind == "swap":
@@ -128,14 +128,14 @@ def test_damaged_arrays(entries, outcome, tmp_path):
     for turn in range(400):
         entry = entries[turn % len(entries)]
         members = damaged_arrays(stored[entry.key], rng)
-        offset, places = 0, {}
+        offset, written = 0, {}
         with path.open("wb") as file:
             for name, data in members.items():
                 header = make_header(f"{entry.key}.{name}", len(data))
                 file.write(header + data)
-                places[name] = (offset + len(header), len(data))
+                written[name] = (offset + len(header), len(data))
                 offset += len(header) + len(data)
-        reasons[outcome(replace(entry, tar=str(path), members=places))] += 1
+        reasons[outcome(replace(entry, tar=str(path), members=written))] += 1
     assert sum(reasons.values()) == 400
     assert reasons["valid"] < 250
     assert len(reasons) > 40

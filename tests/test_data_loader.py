@@ -121,7 +121,7 @@ def test_resume_reads_nothing_before_its_place(tmp_path, monkeypatch):
 
 
 def test_epochs_follow_without_a_stop():
-    """Workers live on into the next epoch, and start anew only where the stream is left."""
+    """Workers live on into the next epoch, and start again only where the stream is left."""
     whole = loader(num_workers=2, samples_per_epoch=6)
     epochs = [draws(whole)]
     workers = whole._packed
@@ -201,7 +201,7 @@ def test_resume_with_other_replicas():
 
 
 def test_epochs():
-    """Training draws anew in each epoch, also after a pass that was left early; validation is always the same."""
+    """Training draws again in each epoch, also after a pass that was left early; validation is always the same."""
     training = loader()
     epochs = [draws(itertools.islice(iter(training), 2)) for _ in range(3)]
     assert len({tuple(epoch) for epoch in epochs}) == 3

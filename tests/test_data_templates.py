@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cpfold_train.__main__ import main
-from cpfold_train.data.features.atoms import rotations
+from cpfold_train.data.features.atoms import rotation_matrices
 from cpfold_train.data.features.make_template import make_template
 from cpfold_train.data.features.templates import (
     Template,
@@ -34,7 +34,7 @@ def query():
 
 def turned(structure):
     """The structure in another orientation."""
-    rotation = rotations(np.array([[1.0, 2, 3, 4]]))[0]
+    rotation = rotation_matrices(np.array([[1.0, 2, 3, 4]]))[0]
     coords = structure.coords @ rotation.T + 5
     return replace(structure, coords=np.where(structure.resolved[:, None], coords, 0).astype(np.float32)), rotation
 
@@ -62,7 +62,7 @@ def test_alignment_carries_over_what_the_template_has(query):
 
 
 def test_related_sequences_are_aligned(query):
-    """The alpha and beta chains of haemoglobin: their two histidines at the iron stand in each other's places."""
+    """The alpha and beta chains of haemoglobin: their two histidines at the iron are aligned with each other."""
     template = make_template(query, query, [(1, 0)])
     shown = dict(zip((template.token - 141).tolist(), template.center.tolist()))
     for in_beta, in_alpha in ((62, 57), (91, 86)):

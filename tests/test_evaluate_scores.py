@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tmtools
 
-from cpfold_train.data.features.atoms import rotations
+from cpfold_train.data.features.atoms import rotation_matrices
 from cpfold_train.data.stream.shards import open_shards, read_sample
 from cpfold_train.errors import DataError
 from cpfold_train.evaluate.interfaces import BACKBONE
@@ -18,7 +18,7 @@ from cpfold_train.vocabulary import DNA
 from tests.structures import make_chain, make_structure
 
 SHARD = str(Path(__file__).parent / "data" / "train-000000.tar")
-ROTATION = rotations(np.array([[0.3, -0.8, 0.1, 0.5]]))[0]
+ROTATION = rotation_matrices(np.array([[0.3, -0.8, 0.1, 0.5]]))[0]
 
 
 def sample_of(key):

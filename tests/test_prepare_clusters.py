@@ -20,12 +20,12 @@ def protein(seed, length=120):
     return "".join(np.random.default_rng(seed).choice(list(LETTERS), length))
 
 
-def mutated(sequence, share, seed=0):
-    """Another residue at exactly this share of the places."""
+def mutated(sequence, fraction, seed=0):
+    """Another residue at exactly this fraction of the positions."""
     rng = np.random.default_rng(seed)
     letters = list(sequence)
-    for place in rng.choice(len(letters), round(share * len(letters)), replace=False):
-        letters[place] = rng.choice([letter for letter in LETTERS if letter != letters[place]])
+    for position in rng.choice(len(letters), round(fraction * len(letters)), replace=False):
+        letters[position] = rng.choice([letter for letter in LETTERS if letter != letters[position]])
     return "".join(letters)
 
 

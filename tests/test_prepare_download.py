@@ -106,7 +106,7 @@ def test_several_at_a_time(server, tmp_path):
 
 
 def test_prepare_downloads(server, tmp_path, capsys):
-    """Ids in the place of files, in a list or typed; what cannot be had is dropped and told."""
+    """Ids instead of files, in a list or typed; what cannot be had is dropped and told."""
     server.files = {"1abc.cif.gz": gzip.compress(write_tiny(tmp_path / "tiny.cif").read_bytes())}
     (tmp_path / "list.txt").write_text("# ids and files\n1ABC\ntiny.cif\n")
     out, kept = tmp_path / "out", tmp_path / "kept"

@@ -89,5 +89,6 @@ def test_clashes(block, monkeypatch):
         make_chain("L", ["ALA"] * 10, origin=(6 * 3.8, 302, 0)),
     ]
     structure = make_structure(chains)
-    # Equal shares and sizes: the later one goes. C has the greater share. L clashes only with K, which is gone by then.
+    # Equal fractions and sizes: the later one goes. C has the greater fraction. L clashes only with K, which is gone
+    # by then.
     assert [structure.meta["chains"][i]["name"] for i in clashing_chains(structure)] == ["B", "C", "H", "K"]

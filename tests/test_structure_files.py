@@ -58,10 +58,10 @@ def test_representative_atoms(tiny):
 
 
 def gemmi_atoms(path):
-    """Coordinates by chain, place, residue and atom of all atoms that a sample should have, and the sequences."""
+    """Coordinates by chain, position, residue and atom of all atoms that a sample should have, and the sequences."""
     structure = gemmi.read_structure(str(path))
     entity_of = {name: entity for entity in structure.entities for name in entity.subchains}
-    atoms, sequences, places, site_of = {}, {}, Counter(), {}
+    atoms, sequences, positions, site_of = {}, {}, Counter(), {}
     for chain in structure[0]:
         for residue in chain:
             if residue.name in ("HOH", "DOD"):
@@ -69,22 +69,22 @@ def gemmi_atoms(path):
             entity = entity_of[residue.subchain]
             if entity.entity_type == gemmi.EntityType.Polymer:
                 sequence = [gemmi.Entity.first_mon(item) for item in entity.full_sequence]
-                sequences[residue.subchain], place = sequence, residue.label_seq - 1
-                if sequence[place] != residue.name:
+                sequences[residue.subchain], position = sequence, residue.label_seq - 1
+                if sequence[position] != residue.name:
                     continue
             else:
-                place = places[residue.subchain]
-                places[residue.subchain] += 1
+                position = positions[residue.subchain]
+                positions[residue.subchain] += 1
             heavy = [atom for atom in residue if not atom.is_hydrogen()]
-            shares = {}
+            occupancies = {}
             for atom in heavy:
-                shares.setdefault(atom.altloc, []).append(atom.occ)
-            shares.pop("\0", None)
-            best = max(shares, key=lambda altloc: np.mean(shares[altloc])) if shares else None
+                occupancies.setdefault(atom.altloc, []).append(atom.occ)
+            occupancies.pop("\0", None)
+            best = max(occupancies, key=lambda altloc: np.mean(occupancies[altloc])) if occupancies else None
             for atom in heavy:
                 # The chains' last oxygen is no part of a residue's atoms, as in Boltz-2.
                 if atom.altloc in ("\0", best) and not (residue.subchain in sequences and atom.name == "OXT"):
-                    site = (residue.subchain, place, residue.name, atom.name)
+                    site = (residue.subchain, position, residue.name, atom.name)
                     atoms[site] = atom.pos.tolist()
                     site_of[chain.name, str(residue.seqid), residue.name, atom.name] = site
     links = set()
@@ -107,7 +107,7 @@ def test_round_trip(name):
     chain = np.array([chain["name"] for chain in structure.meta["chains"]])[structure.asym_id]
     columns = (chain[token], structure.res_index[token], residue[token], atom)
     sites = list(zip(*(column.tolist() for column in columns)))
-    read = {site: place for site, place, known in zip(sites, structure.coords, structure.resolved) if known}
+    read = {site: position for site, position, known in zip(sites, structure.coords, structure.resolved) if known}
     swapped = 0
     for site in [site for site in read if site[2:] == ("ARG", "NH1")]:
         other = (*site[:3], "NH2")

@@ -79,12 +79,12 @@ def shuffled(feats, crops, copies, generator):
         own = len(crop.atoms.atom)
         chain = torch.from_numpy(crop.structure.asym_id[crop.tokens][crop.atoms.token].astype(np.int64))
         table = feats["chain_copies"][b].long() - 1
-        place = (table[:, 0] == chain[:, None]).long().argmax(1)
+        row = (table[:, 0] == chain[:, None]).long().argmax(1)
         taken = torch.tensor([copy_of[int(i)] for i in chain])
-        copy = (table[place] == taken[:, None]).long().argmax(1)
+        copy = (table[row] == taken[:, None]).long().argmax(1)
         atom = torch.arange(own)
-        naming = torch.randint(feats["atom_swaps"].shape[2], (own,), generator=generator)
-        source = atom + feats["atom_swaps"][b, atom, naming[feats["ref_space_uid"][b, :own].long()]]
+        order = torch.randint(feats["atom_swaps"].shape[2], (own,), generator=generator)
+        source = atom + feats["atom_swaps"][b, atom, order[feats["ref_space_uid"][b, :own].long()]]
         missing = feats["atom_pad_mask"].shape[1] - own
         coords.append(pad(feats["copy_coords"][b, source, copy], [0, 0, 0, missing]))
         resolved.append(pad(feats["copy_resolved"][b, source, copy], [0, missing]) > 0)
@@ -92,7 +92,7 @@ def shuffled(feats, crops, copies, generator):
 
 
 def match(cp, feats, pred):
-    """This rank's share of the matched truth."""
+    """This rank's part of the matched truth."""
 
     def own(x):
         return x[:, slice(*split(x.shape[1], cp.all.size)[cp.all.index])]
@@ -133,24 +133,24 @@ def test_names_are_found(ranks, case, shape):
 
 
 def test_no_copy_is_taken_twice(ranks):
-    """Two chains predicted in one place."""
+    """Two chains predicted in one position."""
     crops = [crop("4hhb", (0, 1, 2, 3))]
     feats = features(crops)
     one_place, resolved = shuffled(feats, crops, [{0: 0, 1: 1, 2: 0, 3: 3}], torch.Generator().manual_seed(0))
     assert resolved.any()
     ((coords, _),) = ranks.run(match, 1, 1, feats, one_place)
     token = feats["asym_id"].gather(1, feats["atom_to_token"].long())
-    places = [coords[(token == chain) & (feats["atom_pad_mask"] > 0)].sum(0) for chain in (0, 2)]
-    assert not torch.allclose(*places)
+    centres = [coords[(token == chain) & (feats["atom_pad_mask"] > 0)].sum(0) for chain in (0, 2)]
+    assert not torch.allclose(*centres)
 
 
-def test_namings_of_a_residue_are_combined(ranks):
-    """Both carboxylates of a heme are named the other way. Each has a naming of its own, and none has both."""
+def test_symmetries_of_a_residue_are_combined(ranks):
+    """Both carboxylates of a heme are in the other order. Each has a symmetry of its own, and none has both."""
     crops = [crop("4hhb", (0, 1, 4, 5))]
     feats = features(crops)
     swaps, residue = feats["atom_swaps"][0].long(), feats["ref_space_uid"][0].long()
-    namings = Counter(own for own, _ in {(int(residue[atom]), naming) for atom, naming in swaps.nonzero().tolist()})
-    heme = next(own for own, count in namings.items() if count == 2)
+    orders = Counter(own for own, _ in {(int(residue[atom]), order) for atom, order in swaps.nonzero().tolist()})
+    heme = next(own for own, count in orders.items() if count == 2)
     both = torch.where(residue == heme, swaps.sum(1), 0)
     assert both.count_nonzero() == 4
     truth = feats["copy_coords"][:, :, 0].double()

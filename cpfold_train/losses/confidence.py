@@ -18,11 +18,12 @@ from torch import Tensor
 
 from cpfold_train.kernels.by_rows import by_rows, in_blocks, rows_per_block
 from cpfold_train.losses.geometry import frame_axes
-from cpfold_train.model.frames import spanning, token_frames
+from cpfold_train.model.frames import token_frames
 from cpfold_train.ops.distances import LDDT_THRESHOLDS, distances
 from cpfold_train.ops.shares import gather_shares, own_share
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.redistribute import all_reduce
+from cpfold_train.spatial import spanning
 from cpfold_train.vocabulary import DNA, NONPOLYMER, RNA
 
 OP = "confidence_loss"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from cpfold_train.kernels.by_rows import in_blocks, rows_per_block
-from cpfold_train.model.frames import frame_points, spanning
+from cpfold_train.model.frames import frame_points
 from cpfold_train.model.layers import without_autocast
 from cpfold_train.ops.atoms_at import atoms_at
 from cpfold_train.ops.attention_pair_bias import all_tokens
@@ -19,6 +19,7 @@ from cpfold_train.ops.distances import distances
 from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.redistribute import all_reduce, all_reduce_max
+from cpfold_train.spatial import spanning
 from cpfold_train.vocabulary import NONPOLYMER, PROTEIN
 
 OP = "confidence_scores"

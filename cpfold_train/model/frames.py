@@ -1,7 +1,8 @@
-"""Which three atoms span the frame of each token, and whether they can be trusted (AlphaFold 3, supplement 4.3.2).
+"""Which three atoms span the frame of each token (AlphaFold 3, supplement 4.3.2).
 
 As ``compute_frame_pred`` of ``boltz/model/layers/confidence_utils.py``: a polymer's residue has its backbone's frame,
-an atom of a ligand that of the two atoms nearest to it in its chain, which coordinates decide. Three callers, one rule:
+an atom of a ligand that of the two atoms nearest to it in its chain, which coordinates decide. One rule
+(:mod:`cpfold_train.spatial`) for three callers:
 :func:`token_frames` for losses, where nothing may wait for the GPU; :func:`frame_points` for scores of predictions,
 which looks at the few atoms of ligands only; and ``data/features/frames.py`` for the truth, from arrays.
 """
@@ -16,41 +17,13 @@ from cpfold_train.ops.atoms_at import atoms_at
 from cpfold_train.ops.distances import distances
 from cpfold_train.ops.shares import gather_shares, own_share
 from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.spatial import neighbours
 from cpfold_train.vocabulary import NONPOLYMER
 
-MAX_COSINE = 0.9063
-"""Atoms are in line where the angle at the origin is within 25 degrees of 0 or 180."""
-MIN_LENGTH = 0.01
-"""Angstrom between the origin and each of the other two."""
 BLOCK_PAIRS = 1 << 22
 """Pairs of ligand atoms whose distances are held at a time."""
 _FAR = 1e9
 """Angstrom: further than any atom."""
-
-
-def spanning(points: Tensor) -> Tensor:
-    """(...,) bool of (..., 3, 3) points: the two around the middle one are apart from it and not in line with it."""
-    first, second = points[..., 1, :] - points[..., 0, :], points[..., 1, :] - points[..., 2, :]
-    lengths = first.norm(dim=-1), second.norm(dim=-1)
-    cosine = (first * second).sum(-1) / ((lengths[0] + 1e-6) * (lengths[1] + 1e-6))
-    return (cosine.abs() < MAX_COSINE) & (torch.minimum(*lengths) > MIN_LENGTH)
-
-
-def neighbours(apart: Tensor, itself: Tensor, stable: bool = False) -> Tensor:
-    """Columns (..., r, 3) of the point nearest to each of r points, of the point itself, and of the next nearest.
-
-    Args:
-        apart: (..., r, n) distances or their squares; far where a point may not be taken.
-        itself: (..., r) column of the point itself, which is taken however far.
-        stable: of points equally near the first ones, which costs a sort; else whichever.
-    """
-    apart = apart.scatter(-1, itself[..., None], -1.0)
-    if stable:
-        nearest = apart.sort(dim=-1, stable=True).indices[..., :3]
-    else:
-        nearest = apart.topk(min(3, apart.shape[-1]), largest=False).indices
-    # Not by a list of columns, which would be copied to the device, and waited for.
-    return torch.cat([nearest[..., 1:2], nearest[..., :1], nearest[..., 2:]], -1)
 
 
 def token_frames(coords: Tensor, resolved: Tensor, feats: dict[str, Tensor], cp: ContextParallel, op: str) -> Tensor:

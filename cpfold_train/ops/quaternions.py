@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from cpfold_train.spatial import rotation_rows
 
 _ROUNDS = 10
 """Of four squarings each: the 2^40th power, so that eigenvalues count as apart that differ by 1e-11 of the largest."""
@@ -15,15 +15,6 @@ def rotations(quaternions: Tensor) -> Tensor:
     """(..., 4) quaternions of any length to (..., 3, 3) rotations; of normal deviates they are uniform."""
     unit = quaternions / torch.linalg.vector_norm(quaternions, dim=-1, keepdim=True)
     return torch.stack([torch.stack(row, -1) for row in rotation_rows(*unit.unbind(-1))], -2)
-
-
-def rotation_rows(w: Any, x: Any, y: Any, z: Any) -> list[list[Any]]:
-    """The three rows of the rotations of unit quaternions, whose components are all tensors or all arrays."""
-    return [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-    ]
 
 
 def rotation_of_most_overlap(covariance: Tensor) -> Tensor:

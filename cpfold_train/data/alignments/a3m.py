@@ -1,10 +1,10 @@
-"""Read alignments and lay them on an entity's full sequence.
+"""Read alignments and map them to an entity's full sequence.
 
 In an a3m file upper-case letters and ``-`` are the query's columns; lower-case letters are residues inserted between
 two columns. An insertion is recorded at the column that follows it, as the number of residues there ("deletion", seen
-from the query, which lacks them); insertions after the last column have no place and are not counted. Boltz's csv files
-hold the same sequences in a column ``sequence``, and beside each a ``key``; rows of different chains with the same key
-belong together.
+from the query, which lacks them); insertions after the last column are not counted. Boltz's csv files hold the same
+sequences in a column ``sequence``, and beside each a ``key``; rows of different chains with the same key belong
+together.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def species_key(header: str) -> int:
 
 
 def read_alignment(path: Path, mol_type: int, letters: str) -> Alignment:
-    """Read an alignment and lay it on an entity.
+    """Read an alignment and map it to an entity.
 
     Args:
         mol_type: of the entity.
@@ -123,8 +123,8 @@ def read_alignment(path: Path, mol_type: int, letters: str) -> Alignment:
     columns = np.frombuffer(_columns(sequences[0]), np.uint8)
     query_columns = np.flatnonzero(columns != ord("-"))
     own_query = columns[query_columns].tobytes().decode().translate(_SAME_BASE.get(mol_type, {}))
-    place = align(own_query, letters)
-    same = sum(own_query[i] == letters[p] for i, p in enumerate(place) if p >= 0)
+    position = align(own_query, letters)
+    same = sum(own_query[i] == letters[p] for i, p in enumerate(position) if p >= 0)
     identity = same / max(1, min(len(own_query), len(letters)))
     if identity < MIN_IDENTITY:
         raise DataError(
@@ -133,7 +133,7 @@ def read_alignment(path: Path, mol_type: int, letters: str) -> Alignment:
         )
     table = letter_table(mol_type)
     tokens, deletions = _encode(path, sequences, table)
-    tokens, deletions = _lay(tokens, deletions, query_columns, place, len(letters))
+    tokens, deletions = _on_entity(tokens, deletions, query_columns, position, len(letters))
     tokens[0], deletions[0] = table[np.frombuffer(letters.encode(), np.uint8)], 0
     return Alignment(tokens, deletions, keys)
 
@@ -157,13 +157,15 @@ def _encode(path: Path, sequences: list[str], table: np.ndarray) -> tuple[np.nda
     return tokens, inserted
 
 
-def _lay(
-    tokens: np.ndarray, inserted: np.ndarray, query_columns: np.ndarray, place: np.ndarray, length: int
+def _on_entity(
+    tokens: np.ndarray, inserted: np.ndarray, query_columns: np.ndarray, position: np.ndarray, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Move columns to their places in the entity; residues in columns without a place count as insertions."""
-    columns, targets = query_columns[place >= 0], place[place >= 0]
+    """Move columns to their positions in the entity; residues in columns without one count as insertions."""
+    columns, targets = query_columns[position >= 0], position[position >= 0]
     out = np.full((len(tokens), length), GAP, dtype=np.int8)
     out[:, targets] = tokens[:, columns]
+    # Residues of each row up to a column, less those up to the kept column before it and the residue of the column
+    # itself, are what the entity has no column for: insertions, and residues in columns that were dropped.
     residues = inserted + (tokens != GAP)
     before = np.cumsum(residues, axis=1)
     up_to = before[:, columns]

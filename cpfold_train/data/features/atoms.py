@@ -1,4 +1,4 @@
-"""Features of the atoms of a crop: one rank's share of them, under Boltz-2's names.
+"""Features of the atoms of a crop: one rank's part of them, under Boltz-2's names.
 
 Where the package has one-hot vectors and A x N matrices, here are indices: ``ref_element`` (A,) for (A, 128),
 ``ref_atom_name_chars`` (A, 4) for (A, 4, 64), ``atom_to_token`` (A,) for (A, N).
@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cpfold_train.data.structures.structure import Structure
-from cpfold_train.ops.quaternions import rotation_rows
 from cpfold_train.parallel.grid import Interval
+from cpfold_train.spatial import rotation_rows
 
 
 class CropAtoms(NamedTuple):
@@ -55,10 +55,8 @@ def positions_of(structure: Structure, tokens: np.ndarray, atoms: CropAtoms, whi
     return (atoms.start[:-1] + np.maximum(which[tokens], 0)).astype(np.int32)
 
 
-def atom_features(
-    structure: Structure, atoms: CropAtoms, motions: np.ndarray, share: Interval
-) -> dict[str, np.ndarray]:
-    """Features of the atoms in ``share``, which may reach past the last one.
+def atom_features(structure: Structure, atoms: CropAtoms, motions: np.ndarray, part: Interval) -> dict[str, np.ndarray]:
+    """Features of the atoms in ``part``, which may reach past the last one.
 
     Args:
         motions: (residues, 7) normal deviates, from which each residue's conformer is turned and shifted.
@@ -69,7 +67,7 @@ def atom_features(
         uint8; ``ref_space_uid`` and ``atom_to_token`` (A,) int32; ``coords`` (A, 3) in Angstrom from the centre of the
         crop's resolved atoms, zero where unresolved (the one conformation of the package's (K, A, 3)).
     """
-    own = slice(*share)
+    own = slice(*part)
     atom = atoms.atom[own]
     reference, resolved = structure.ref_atom[atom], structure.resolved[atom]
     characters = structure.comp_atom_name.view(np.uint8).reshape(-1, 4)[reference]
@@ -96,13 +94,13 @@ def _moved_conformers(structure: Structure, atoms: CropAtoms, motions: np.ndarra
     """
     pos, residue = structure.comp_pos[structure.ref_atom[atoms.atom]], atoms.residue
     middle = np.stack([np.bincount(residue, pos[:, x]) for x in range(3)], axis=1) / np.bincount(residue)[:, None]
-    centred, rotation, shift = pos[own] - middle[residue[own]], rotations(motions[:, :4]), motions[:, 4:]
+    centred, rotation, shift = pos[own] - middle[residue[own]], rotation_matrices(motions[:, :4]), motions[:, 4:]
     # Component by component, so that an atom's number does not depend on which others the rank has.
     turned = sum(rotation[residue[own], :, x] * centred[:, x, None] for x in range(3))
     return (turned + shift[residue[own]]).astype(np.float32)
 
 
-def rotations(quaternions: np.ndarray) -> np.ndarray:
+def rotation_matrices(quaternions: np.ndarray) -> np.ndarray:
     """(n, 4) quaternions of any length to (n, 3, 3) rotations; of normal deviates they are uniform."""
     unit = quaternions / np.linalg.norm(quaternions, axis=1, keepdims=True)
     return np.array(rotation_rows(*unit.T)).transpose(2, 0, 1)

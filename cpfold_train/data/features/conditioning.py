@@ -133,6 +133,7 @@ def _contact(points: _Points, asym_id: np.ndarray, res_index: np.ndarray, rng: n
         others = points.where(own)
     else:
         touching, others = np.unique(points.token), points
+    # All partners of a few tokens instead of all pairs, of which there may be millions.
     pairs = [np.zeros((0, 2), dtype=np.int64)]
     for token in rng.permutation(touching)[:_CONTACT_TOKENS]:
         candidates = others

@@ -12,11 +12,13 @@ from cpfold_train.data.structures.structure import Structure
 CLASH_DISTANCE = 1.7
 """Angstrom."""
 
-CLASH_SHARE = 0.3
+CLASH_FRACTION = 0.3
 INTERFACE_DISTANCE = 5.0
 """Angstrom between the nearest heavy atoms of two chains that have an interface (AlphaFold 3, supplement 2.5.1)."""
 
-_BLOCK = 16384
+_BLOCK = 4096
+_MOST_CELLS = 256
+"""Cells along the longest side of the box around all atoms."""
 
 
 def interfaces(structure: Structure) -> list[list[int]]:
@@ -32,9 +34,9 @@ def interfaces(structure: Structure) -> list[list[int]]:
 def clashing_chains(structure: Structure) -> list[int]:
     """Chains to remove because they lie within others (AlphaFold 3, supplement 2.5.4).
 
-    A chain clashes with another if more than ``CLASH_SHARE`` of its resolved atoms are within ``CLASH_DISTANCE`` of an
-    atom of that one. Where each clashes with the other, the one with the greater share goes; at equal shares the one
-    with fewer atoms, and then the later one.
+    A chain clashes with another if more than ``CLASH_FRACTION`` of its resolved atoms are within ``CLASH_DISTANCE`` of
+    an atom of that one. Where each clashes with the other, the one with the greater fraction goes; at equal fractions
+    the one with fewer atoms, and then the later one.
     """
     chain, coords = _resolved(structure)
     size = np.bincount(chain, minlength=len(structure.meta["chains"]))
@@ -44,12 +46,12 @@ def clashing_chains(structure: Structure) -> list[int]:
         pairs, counts = np.unique(np.stack([chain[touched[:, 0]], touched[:, 1]], axis=1), axis=0, return_counts=True)
         for pair, count in zip(map(tuple, pairs.tolist()), counts.tolist()):
             clashing[pair] = clashing.get(pair, 0) + count
-    share = {(a, b): count / size[a] for (a, b), count in clashing.items() if count > CLASH_SHARE * size[a]}
+    fraction = {(a, b): count / size[a] for (a, b), count in clashing.items() if count > CLASH_FRACTION * size[a]}
     removed: set[int] = set()
-    for a, b in sorted(share):
+    for a, b in sorted(fraction):
         if a in removed or b in removed:
             continue
-        removed.add(max((share[pair], -size[pair[0]], pair[0]) for pair in ((a, b), (b, a)) if pair in share)[2])
+        removed.add(max((fraction[pair], -size[pair[0]], pair[0]) for pair in ((a, b), (b, a)) if pair in fraction)[2])
     return sorted(removed)
 
 
@@ -63,7 +65,9 @@ def _neighbours(chain: np.ndarray, coords: np.ndarray, distance: float) -> Itera
     """Pairs of atoms of different chains less than ``distance`` apart, each pair both ways, by blocks of atoms."""
     if not len(coords):
         return
-    cells = CellList(coords, cell_size=distance)
+    # The list has a cell for every part of the box: small ones would fill the memory where the box is large.
+    extent = float((coords.max(axis=0) - coords.min(axis=0)).max())
+    cells = CellList(coords, cell_size=max(distance, extent / _MOST_CELLS))
     for start in range(0, len(coords), _BLOCK):
         near = cells.get_atoms(coords[start : start + _BLOCK], distance)
         row, column = np.nonzero(near >= 0)

@@ -11,7 +11,7 @@ import torch
 
 from cpfold_train.data.features.atoms import CropAtoms
 from cpfold_train.data.structures.structure import Structure
-from cpfold_train.model.frames import neighbours, spanning
+from cpfold_train.spatial import neighbours, spanning
 from cpfold_train.vocabulary import PROTEIN
 
 BACKBONE = ((b"N", b"CA", b"C"), (b"C1'", b"C3'", b"C4'"))

@@ -20,7 +20,7 @@ _LETTERS = [_LETTER_OF.get(name, "X") for name in TOKENS]
 
 
 def make_template(structure: Structure, query: Structure, chains: list[tuple[int, int]]) -> Template:
-    """Lay protein chains of a template structure on protein chains of the sample.
+    """Align protein chains of a template structure with protein chains of the sample.
 
     Args:
         structure: the template's.
@@ -45,7 +45,7 @@ def make_template(structure: Structure, query: Structure, chains: list[tuple[int
 
 
 def _aligned_tokens(structure: Structure, shown: int, query: Structure, covered: int) -> np.ndarray:
-    """(2, P) tokens of chain ``covered`` of the query and those of chain ``shown`` that stand in their places."""
+    """(2, P) tokens of chain ``covered`` of the query and those of chain ``shown`` that are aligned with them."""
     own, other = np.flatnonzero(query.asym_id == covered), np.flatnonzero(structure.asym_id == shown)
     sequences = (
         ProteinSequence("".join(_LETTERS[token] for token in of.res_type[tokens].tolist()))

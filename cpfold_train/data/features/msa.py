@@ -33,11 +33,11 @@ _DELETION_VALUE = (np.pi / 2 * np.arctan(np.arange(256) / 3)).astype(np.float32)
 
 @dataclass(frozen=True)
 class Segment:
-    """The tokens of one chain in a crop: columns ``start:stop`` of it, at ``places`` of the chain's alignment."""
+    """The tokens of one chain in a crop: columns ``start:stop`` of it, at ``positions`` of the chain's alignment."""
 
     start: int
     stop: int
-    places: np.ndarray
+    positions: np.ndarray
     alignment: Alignment
 
 
@@ -72,11 +72,11 @@ def assemble(
     segments = []
     for start, stop in zip(starts, [*starts[1:], len(tokens)]):
         entity = int(structure.chains["entity"][asym_id[start]])
-        places = structure.res_index[tokens[start:stop]]
+        positions = structure.res_index[tokens[start:stop]]
         alignment = alignments.get(entity)
         if alignment is None:
             alignment = _query_only(structure.res_type[structure.asym_id == asym_id[start]])
-        segments.append(Segment(int(start), int(stop), places, alignment))
+        segments.append(Segment(int(start), int(stop), positions, alignment))
     rows, paired = pair([segment.alignment.keys for segment in segments])
     drawn = np.arange(len(rows))
     if len(rows) > max_rows:
@@ -114,6 +114,7 @@ def pair(keys: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
             rows.append(row)
             paired.append([chain in chains for chain in range(len(keys))])
     shown, is_paired = np.array(rows, dtype=np.int32), np.array(paired)
+    # Where a paired row has no sequence of a chain, it shows the chain's next one that no pair has used.
     left = [np.flatnonzero(chain_unused) for chain_unused in unused]
     holes = [np.flatnonzero(shown[:, chain] < 0) for chain in range(len(keys))]
     for chain, hole in enumerate(holes):
@@ -137,16 +138,18 @@ def profile(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     deletion = np.zeros(n, dtype=np.float64)
     for chain, segment in enumerate(rows.segments):
         shown = rows.all[:, chain]
+        # A sequence that several rows show is counted as often, and read once.
         weight = np.bincount(shown[shown >= 0], minlength=len(segment.alignment)).astype(np.float64)
         used = np.flatnonzero(weight)
         weight = weight[used]
-        cells = segment.alignment.tokens[used][:, segment.places]
-        length = len(segment.places)
+        cells = segment.alignment.tokens[used][:, segment.positions]
+        length = len(segment.positions)
+        # One histogram for all columns: column and token as one number.
         flat = (cells + np.arange(length) * NUM_TOKENS).ravel()
         counts = np.bincount(flat, np.repeat(weight, length), minlength=length * NUM_TOKENS)
         frequency[segment.start : segment.stop] = counts.reshape(length, NUM_TOKENS)
         frequency[segment.start : segment.stop, GAP] += (shown < 0).sum()
-        values = _DELETION_VALUE[segment.alignment.deletions[used][:, segment.places]]
+        values = _DELETION_VALUE[segment.alignment.deletions[used][:, segment.positions]]
         deletion[segment.start : segment.stop] = weight @ values
     return (frequency / len(rows.all)).astype(np.float32), (deletion / len(rows.all)).astype(np.float32)
 
@@ -170,12 +173,12 @@ def tile(rows: Rows, which: Interval, columns: Interval) -> dict[str, np.ndarray
         start, stop = max(segment.start, columns[0]), min(segment.stop, columns[1])
         if start >= stop:
             continue
-        places = segment.places[start - segment.start : stop - segment.start]
+        positions = segment.positions[start - segment.start : stop - segment.start]
         target = slice(start - columns[0], stop - columns[0])
         shown = np.flatnonzero(real[:, chain] >= 0)
         sequences = real[shown, chain]
-        tokens[shown, target] = segment.alignment.tokens[sequences[:, None], places]
-        deletions[shown, target] = segment.alignment.deletions[sequences[:, None], places]
+        tokens[shown, target] = segment.alignment.tokens[sequences[:, None], positions]
+        deletions[shown, target] = segment.alignment.deletions[sequences[:, None], positions]
         mask[: len(real), target] = 1
         paired[: len(real), target] = rows.paired[which[0] : which[1], chain, None]
     return {

@@ -1,4 +1,4 @@
-"""What in the ground truth of a crop could as well be named otherwise: copies of its chains, atoms of its residues.
+"""What in the ground truth of a crop could be exchanged: copies of its chains, equivalent atoms of its residues.
 
 The truth for a crop's chain may be any copy of it in the structure, in the crop or not, since nothing tells the model
 which one it sees; and residues have atoms that only convention tells apart. The losses that compare a finished
@@ -30,14 +30,14 @@ _EXCHANGED |= {name.encode(): _PHOSPHATE for name in NUCLEOTIDES}
 
 @dataclass(frozen=True)
 class Symmetry:
-    """Other namings of a crop's truth.
+    """Chains and atoms that a crop's truth could exchange.
 
     Attributes:
         chain_copies: (C, K) int32; row c has the copies of the crop's c-th chain, itself first: one more than their
             index among the structure's chains, 0 where there are fewer than K.
         copy_atom: (A, K) int64 atom of the structure that is the crop's atom in each copy, -1 where there is none.
-        swaps: (A, S) int32, how many places further the atom is whose place each atom takes in each of the other
-            namings of its residue; 0 where there are fewer than S.
+        swaps: (A, S) int32, how many atoms further the atom is whose position each atom takes, in each of the other
+            orders of its residue's equivalent atoms; 0 where there are fewer than S.
     """
 
     chain_copies: np.ndarray
@@ -51,36 +51,37 @@ class Symmetry:
 
 
 def find_symmetry(structure: Structure, tokens: np.ndarray, atoms: CropAtoms) -> Symmetry:
-    """Other namings of the truth of a crop."""
+    """Chains and atoms that the truth of a crop could exchange."""
     asym_id = structure.asym_id[tokens].astype(np.int64)
     chains = np.unique(asym_id)
     first, stop = _chain_atoms(structure)
     listed = [_copies(structure, chain, chains, first, stop) for chain in chains]
     table = np.zeros((len(chains), max(map(len, listed), default=1)), dtype=np.int32)
-    for row, copies in zip(table, listed):
-        row[: len(copies)] = np.add(copies, 1)
-    place = np.searchsorted(chains, asym_id[atoms.token])
-    copies = table[place]
+    for own, copies in zip(table, listed):
+        own[: len(copies)] = np.add(copies, 1)
+    row = np.searchsorted(chains, asym_id[atoms.token])
+    copies = table[row]
+    # A copy has the same atoms in the same order, so an atom lies as far from its chain's first atom in each of them.
     begins = first[copies - 1]
     copy_atom = np.where(copies > 0, begins + (atoms.atom - begins[:, 0])[:, None], -1)
     return Symmetry(table, copy_atom, _swaps(structure, tokens, atoms))
 
 
 def symmetry_features(
-    structure: Structure, atoms: CropAtoms, symmetry: Symmetry, share: Interval
+    structure: Structure, atoms: CropAtoms, symmetry: Symmetry, part: Interval
 ) -> dict[str, np.ndarray]:
-    """Of the atoms in ``share``, which may reach past the last one.
+    """Of the atoms in ``part``, which may reach past the last one.
 
     Returns:
         ``copy_coords`` (A, K, 3) float32 in Angstrom, from the same centre as ``coords``, and ``copy_resolved`` (A, K)
         uint8 of each atom in each copy of its chain; ``atom_swaps`` (A, S) int32.
     """
-    source = symmetry.copy_atom[slice(*share)]
+    source = symmetry.copy_atom[slice(*part)]
     resolved = (source >= 0) & structure.resolved[source]
     known = atoms.atom[structure.resolved[atoms.atom]]
     middle = structure.coords[known].mean(axis=0, dtype=np.float64) if len(known) else 0.0
     coords = np.where(resolved[..., None], structure.coords[source] - middle, 0).astype(np.float32)
-    swaps = symmetry.swaps[slice(*share)]
+    swaps = symmetry.swaps[slice(*part)]
     return {"copy_coords": coords, "copy_resolved": resolved.astype(np.uint8), "atom_swaps": swaps}
 
 
@@ -135,11 +136,12 @@ def _whole_residues(structure: Structure, tokens: np.ndarray) -> np.ndarray:
     """(n,) bool: all tokens of the token's residue are in the crop."""
     begins = (np.diff(structure.asym_id, prepend=-1) != 0) | (np.diff(structure.res_index, prepend=-1) != 0)
     residue = np.cumsum(begins) - 1
+    # As many tokens of the residue in the crop as in the structure.
     return (np.bincount(residue[tokens], minlength=residue[-1] + 1) == np.bincount(residue))[residue[tokens]]
 
 
 def _exchanged(structure: Structure, token: int, own: np.ndarray) -> np.ndarray:
-    """(0 or 1, n) the other naming of the n atoms of a standard residue."""
+    """(0 or 1, n) the other order of the n atoms of a standard residue."""
     pairs = _EXCHANGED.get(bytes(structure.comp_name[structure.component[token]]), ())
     names = structure.comp_atom_name[structure.ref_atom[own]].tolist()
     if not all(name in names for pair in pairs for name in pair):
@@ -162,12 +164,12 @@ def _bonds_of(structure: Structure) -> dict[int, list[tuple[int, int]]]:
 
 def _molecule(structure: Structure, own: np.ndarray, bonds: dict[int, list[tuple[int, int]]]) -> tuple:
     """Arguments of :func:`automorphisms` for all atoms of a residue."""
-    place = {int(atom): i for i, atom in enumerate(own)}
+    index = {int(atom): i for i, atom in enumerate(own)}
     inner, linked = [], []
-    for atom, i in place.items():
+    for atom, i in index.items():
         partners = bonds.get(atom, [])
-        inner += [(i, place[j], kind) for j, kind in partners if place.get(j, -1) > i]
-        linked.append(any(j not in place for j, _ in partners))
+        inner += [(i, index[j], kind) for j, kind in partners if index.get(j, -1) > i]
+        linked.append(any(j not in index for j, _ in partners))
     reference = structure.ref_atom[own]
     elements = tuple(structure.comp_element[reference].tolist())
     return elements, tuple(inner), tuple(linked), structure.comp_pos[reference].tobytes()

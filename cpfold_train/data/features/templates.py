@@ -73,11 +73,11 @@ def template_features(
     features["template_restype"] = np.zeros((t, n), np.uint8)
     features["visibility_ids"] = np.zeros((t, n), np.int32)
     asym_id = structure.asym_id[tokens].astype(np.int32)
-    place = np.full(len(structure), -1)
-    place[tokens] = np.arange(n)
+    position = np.full(len(structure), -1)
+    position[tokens] = np.arange(n)
     for number, template in enumerate(templates):
-        inside = place[template.token] >= 0
-        own = place[template.token[inside]]
+        inside = position[template.token] >= 0
+        own = position[template.token[inside]]
         known = template.frame_known[inside]
         values = {
             "template_restype": template.res_type,

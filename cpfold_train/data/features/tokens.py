@@ -54,6 +54,7 @@ def _cyclic_periods(structure: Structure) -> np.ndarray:
     last = np.zeros(len(structure.meta["chains"]), dtype=np.int64)
     np.maximum.at(last, asym_id, res_index)
     first, second = structure.atom_token[structure.bond_atoms].T
+    # A bond closes a chain if it joins its residue 0 to its last one, three residues at least.
     end = last[asym_id[first]]
     closed = (asym_id[first] == asym_id[second]) & (end >= 2)
     closed &= np.minimum(res_index[first], res_index[second]) == 0
@@ -70,9 +71,9 @@ def bond_tile(structure: Structure, tokens: np.ndarray, rows: Interval, columns:
         ``token_bonds`` (n_r, n_c, 1) uint8, 1 where there is a bond, and ``type_bonds`` (n_r, n_c) uint8, 1 + the index
         into ``BOND_TYPES``, 0 where there is none.
     """
-    place = np.full(len(structure), -1)
-    place[tokens] = np.arange(len(tokens))
-    pairs = place[structure.atom_token[structure.bond_atoms]]
+    position = np.full(len(structure), -1)
+    position[tokens] = np.arange(len(tokens))
+    pairs = position[structure.atom_token[structure.bond_atoms]]
     # Each bond one way and then the other, so that of several bonds between two tokens the last one counts both ways.
     both_ways = np.stack([pairs, pairs[:, ::-1]], axis=1).reshape(-1, 2)
     i, j = both_ways[:, 0], both_ways[:, 1]
@@ -101,6 +102,7 @@ def distogram_tile(center: np.ndarray, known: np.ndarray, rows: Interval, column
         square = sum((first[:, None, x] - second[None, :, x]) ** 2 for x in range(3))
         # The bin is the number of boundaries below the distance.
         block[:] = np.searchsorted(DISTO_BOUNDARIES, np.sqrt(square), side="left")
+    # What is unresolved has no distance; the loss masks it, and bin 0 is as good as any.
     bins[known[slice(*rows)] == 0] = 0
     bins[:, known[slice(*columns)] == 0] = 0
     return bins[..., None]

@@ -49,12 +49,12 @@ def crop_of(given: Complex, crop_size: int | None, max_msa_rows: int, seed: int)
         crop={"spatial" if structure.center[1].any() else "contiguous": 1.0},
         draw=(key_of(seed, "predict", structure.meta["id"]), 0, 0),
     )
-    place = np.full(len(structure), -1)
-    place[crop.tokens] = np.arange(len(crop.tokens))
-    return replace(crop, conditions=[_moved(condition, place) for condition in given.conditions])
+    position = np.full(len(structure), -1)
+    position[crop.tokens] = np.arange(len(crop.tokens))
+    return replace(crop, conditions=[_moved(condition, position) for condition in given.conditions])
 
 
-def _moved(condition: Condition, place: np.ndarray) -> Condition:
-    """The condition in tokens of a crop; ``place`` (L,) is -1 for tokens outside."""
-    rows, columns = (place[tokens][place[tokens] >= 0] for tokens in (condition.rows, condition.columns))
+def _moved(condition: Condition, position: np.ndarray) -> Condition:
+    """The condition in tokens of a crop; ``position`` (L,) is -1 for tokens outside."""
+    rows, columns = (position[tokens][position[tokens] >= 0] for tokens in (condition.rows, condition.columns))
     return condition._replace(rows=rows, columns=columns)

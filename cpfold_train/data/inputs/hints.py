@@ -1,6 +1,6 @@
 """What a YAML file says beside the sequences: bonds, pockets, contacts and templates.
 
-A place is ``[CHAIN, NUMBER]`` of a residue, counted from 1, or ``[CHAIN, ATOM]`` of a ligand's atom.
+A position is ``[CHAIN, NUMBER]`` of a residue, counted from 1, or ``[CHAIN, ATOM]`` of a ligand's atom.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def read_conditions(constraints: list[Any], structure: Structure) -> list[Condit
         distance = _distance(fields.get("max_distance"))
         if kind == "pocket":
             binder = np.flatnonzero(structure.asym_id == _chain(fields["binder"], structure))
-            pocket = np.concatenate([_tokens(place, structure) for place in fields["contacts"]])
+            pocket = np.concatenate([_tokens(position, structure) for position in fields["contacts"]])
             conditions.append(Condition(binder, pocket, BINDER_TO_POCKET, distance))
             conditions.append(Condition(pocket, binder, POCKET_TO_BINDER, distance))
         else:
@@ -96,10 +96,10 @@ def _distance(text: str | None) -> float:
     return distance
 
 
-def _site(place: Any, chains: dict[str, Chain]) -> Site:
-    if not isinstance(place, list) or len(place) != 3 or place[0] not in chains or not place[1].isdigit():
-        raise DataError(f"{place} is no atom: write [CHAIN, NUMBER, ATOM] with a chain of the sequences")
-    name, number, atom = place[0], int(place[1]), place[2]
+def _site(position: Any, chains: dict[str, Chain]) -> Site:
+    if not isinstance(position, list) or len(position) != 3 or position[0] not in chains or not position[1].isdigit():
+        raise DataError(f"{position} is no atom: write [CHAIN, NUMBER, ATOM] with a chain of the sequences")
+    name, number, atom = position[0], int(position[1]), position[2]
     sequence = chains[name].sequence
     if not 1 <= number <= len(sequence):
         raise DataError(f"chain {name} has no residue {number}")
@@ -115,19 +115,19 @@ def _chain(name: Any, structure: Structure) -> int:
     return names.index(name)
 
 
-def _tokens(place: Any, structure: Structure) -> np.ndarray:
-    """(1,) token of a place."""
-    if not isinstance(place, list) or len(place) != 2:
-        raise DataError(f"{place} is no place: write [CHAIN, NUMBER], or [CHAIN, ATOM] of a ligand")
-    asym_id = _chain(place[0], structure)
+def _tokens(position: Any, structure: Structure) -> np.ndarray:
+    """(1,) token of a position."""
+    if not isinstance(position, list) or len(position) != 2:
+        raise DataError(f"{position} is no position: write [CHAIN, NUMBER], or [CHAIN, ATOM] of a ligand")
+    asym_id = _chain(position[0], structure)
     own = np.flatnonzero(structure.asym_id == asym_id)
     if structure.chains["mol_type"][asym_id] == NONPOLYMER:
         names = structure.comp_atom_name[structure.ref_atom[structure.atom_start[own]]]
-        found = own[names == place[1].encode()][:1]
+        found = own[names == position[1].encode()][:1]
     else:
-        found = own[structure.res_index[own] == (int(place[1]) - 1 if place[1].isdigit() else -1)]
+        found = own[structure.res_index[own] == (int(position[1]) - 1 if position[1].isdigit() else -1)]
     if not len(found):
-        raise DataError(f"chain {place[0]} has no {place[1]}")
+        raise DataError(f"chain {position[0]} has no {position[1]}")
     return found
 
 
@@ -142,7 +142,7 @@ def read_templates(templates: list[Any], structure: Structure, folder: Path) -> 
         if not isinstance(fields, dict) or not set(fields) <= known or ("cif" in fields) == ("pdb" in fields):
             raise DataError("a template has the fields cif or pdb, chain_id and template_id")
         name = fields.get("cif") or fields.get("pdb")
-        path = next((place for place in (folder / name, Path(name)) if place.is_file()), None)
+        path = next((candidate for candidate in (folder / name, Path(name)) if candidate.is_file()), None)
         if path is None:
             raise DataError(f"there is no template {name}")
         shown, _ = read_structure(path)

@@ -62,8 +62,8 @@ def find_queries(inputs: Sequence[str], msa: Path | None = None, ids: Sequence[s
 def _found(given: str, listed: dict[str, list[AlignmentFile]]) -> Iterator[Query]:
     path = Path(given)
     if given.endswith(".tar"):
-        for place in open_shards([given]):
-            yield Query(place.key, place.tar, partial(_of_shard, place))
+        for location in open_shards([given]):
+            yield Query(location.key, location.tar, partial(_of_shard, location))
     elif path.is_dir():
         files = [file for file in sorted(path.iterdir()) if file.suffix == ".tar" or _reader(file)]
         if not files:

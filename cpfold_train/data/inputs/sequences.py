@@ -144,11 +144,11 @@ def _chains(kind: str, fields: dict[str, Any]) -> list[Chain]:
     else:
         residues = _residues(_KINDS[kind], fields["sequence"])
         for change in fields.get("modifications") or []:
-            place = change.get("position", "")
-            if not place.isdigit() or not 1 <= int(place) <= len(residues) or "ccd" not in change:
+            position = change.get("position", "")
+            if not position.isdigit() or not 1 <= int(position) <= len(residues) or "ccd" not in change:
                 raise DataError(f"a modification needs a position from 1 to {len(residues)} and a ccd")
             _check_component(change["ccd"])
-            residues[int(place) - 1] = change["ccd"]
+            residues[int(position) - 1] = change["ccd"]
     nothing = struc.AtomArray(0)
     nothing.set_annotation("b_factor", np.zeros(0))
     none = np.zeros(0, dtype=np.int64)
@@ -186,7 +186,7 @@ def _alignments(structure: Structure, items: list[Item], folder: Path) -> dict[i
             raise DataError(f"chains of one sequence have different alignments, {named[entity] or 'none'} and {name}")
         if name in ("", "empty") or entity in found:
             continue
-        path = next((place for place in (folder / name, Path(name)) if place.is_file()), None)
+        path = next((candidate for candidate in (folder / name, Path(name)) if candidate.is_file()), None)
         if path is None:
             raise DataError(f"there is no alignment {name}")
         found[entity] = merge([read_alignment(path, _KINDS[kind], chain_letters(structure, asym_id))], MAX_ROWS)

@@ -78,9 +78,9 @@ def _draw_chains(axis: Axes, structure: Structure, colours: np.ndarray) -> None:
             continue
         axis.plot(*points.T, color=colours[asym_id], linewidth=1.1, alpha=0.85)
         if structure.meta["counts"]["chains"] <= _MAX_NAMES and not np.isnan(points).all():
-            place = np.nanmean(points, axis=0)
+            middle = np.nanmean(points, axis=0)
             box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": colours[asym_id], "alpha": 0.85}
-            axis.text(*place, chain["name"], fontsize=8, ha="center", va="center", bbox=box, zorder=4)
+            axis.text(*middle, chain["name"], fontsize=8, ha="center", va="center", bbox=box, zorder=4)
     axis.set(aspect="equal", xlabel="Å", ylabel="Å", title="chains (ligand atoms grey)")
 
 

@@ -99,7 +99,7 @@ def _entry(arrays: Any, record: dict[str, Any]) -> Entry:
             entry.left_out["unknown ligand"] += len(own)
             continue
         entry.chains.append(_chain(str(chain["name"]), int(chain["mol_type"]), residues[known], atoms, names))
-        owner.update({residue: (str(chain["name"]), place) for place, residue in enumerate(known)})
+        owner.update({residue: (str(chain["name"]), position) for position, residue in enumerate(known)})
     links = arrays["bonds"] if "res_1" in arrays["bonds"].dtype.names else arrays["connections"]
     for link in links[links["res_1"] != links["res_2"]].tolist():
         link = dict(zip(links.dtype.names, link))
@@ -112,17 +112,18 @@ def _entry(arrays: Any, record: dict[str, Any]) -> Entry:
 
 def _chain(name: str, mol_type: int, residues: np.ndarray, atoms: np.ndarray, names: np.ndarray) -> Chain:
     counts = residues["atom_num"]
-    place = np.repeat(np.arange(len(residues)), counts)
-    within = np.arange(len(place)) - np.repeat(np.cumsum(counts) - counts, counts)
-    index = residues["atom_idx"][place] + within
-    there = atoms["is_present"][index] & residues["is_present"][place]
-    index, place = index[there], place[there]
+    position = np.repeat(np.arange(len(residues)), counts)
+    # Atoms of the residues in a row, each counted from its residue's first.
+    within = np.arange(len(position)) - np.repeat(np.cumsum(counts) - counts, counts)
+    index = residues["atom_idx"][position] + within
+    there = atoms["is_present"][index] & residues["is_present"][position]
+    index, position = index[there], position[there]
     found = struc.AtomArray(len(index))
     found.coord = atoms["coords"][index]
     found.atom_name = names[index]
     b_factor = atoms["bfactor"][index] if "bfactor" in atoms.dtype.names else np.zeros(len(index))
     found.set_annotation("b_factor", b_factor)
-    return Chain(name, name, mol_type, residues["name"].astype(str).tolist(), found, place)
+    return Chain(name, name, mol_type, residues["name"].astype(str).tolist(), found, position)
 
 
 def _atom_names(stored: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from cpfold_train.errors import ConfigError, DataError
 
 IDENTITY = 0.4
 COVERAGE = 0.8
-"""Share of the longer sequence that the alignment must cover (the default of MMseqs2's easy-cluster)."""
+"""Part of the longer sequence that the alignment must cover (the default of MMseqs2's easy-cluster)."""
 
 SHORTEST = 10
 """Residues below which a protein is clustered with equal ones only."""
@@ -114,7 +114,7 @@ def mmseqs_clusters(sequences: list[str]) -> dict[str, str]:
 def greedy_clusters(sequences: Iterable[str]) -> dict[str, str]:
     """Each sequence, from the longest on, joins the first representative that is similar, or becomes one.
 
-    Representatives are tried in the order of how many words of three residues they share with the sequence.
+    Representatives are tried in the order of how many words of three residues they have in common with the sequence.
     """
     order = sorted(set(sequences), key=lambda text: (-len(text), text))
     encoded = [ProteinSequence(text) for text in order]
@@ -131,7 +131,7 @@ def greedy_clusters(sequences: Iterable[str]) -> dict[str, str]:
 
 
 def is_similar(first: ProteinSequence, second: ProteinSequence) -> bool:
-    """Whether the best local alignment has the identity, and covers the share, that a cluster asks for."""
+    """Whether the best local alignment has the identity and the coverage that a cluster asks for."""
     if min(len(first), len(second)) < COVERAGE * max(len(first), len(second)):
         return False
     trace = align_optimal(first, second, _MATRIX, gap_penalty=(-11, -1), local=True, max_number=1)[0].trace

@@ -14,8 +14,8 @@ from cpfold_train.data.features.templates import pack_templates
 from cpfold_train.data.prepare.boltz_format import read_boltz
 from cpfold_train.data.prepare.filters import Limits, fit_chains, unfit_entry
 from cpfold_train.data.prepare.msas import AlignmentFile, align_entities, boltz_entities
-from cpfold_train.data.prepare.sources import Source
-from cpfold_train.data.prepare.templates import TemplateFile, lay_templates
+from cpfold_train.data.prepare.sources import SourceFile
+from cpfold_train.data.prepare.templates import TemplateFile, align_templates
 from cpfold_train.data.stream.shards import MAX_NAME
 from cpfold_train.data.stream.validate import check_sample
 from cpfold_train.data.structures.parse import chain_letters, read_structure
@@ -37,7 +37,7 @@ class Options:
 class Job:
     """An entry, its alignment files and its templates."""
 
-    source: Source
+    source: SourceFile
     alignments: tuple[AlignmentFile, ...] = ()
     templates: tuple[TemplateFile, ...] = ()
 
@@ -109,7 +109,7 @@ def _members(job: Job, options: Options, result: Result) -> dict[str, bytes]:
     meta["id"] = job.source.key
     meta["msa_depth"] = result.msa_depth
     meta["interfaces"] = interfaces(structure)
-    templates = lay_templates(structure, list(job.templates), result.problems)
+    templates = align_templates(structure, list(job.templates), result.problems)
     result.templates = len(templates)
     # What training would refuse is dropped here, where somebody looks at the report.
     check_sample(structure, alignments, templates, job.source.key)

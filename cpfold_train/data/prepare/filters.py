@@ -104,9 +104,9 @@ def unfit_entry(structure: Structure, limits: Limits) -> str | None:
         if most is not None and count > most:
             return f"{count} {name} are more than --max-{name} {most}"
     unknown = np.isin(structure.res_type, [UNKNOWN[kind] for kind in (PROTEIN, DNA, RNA)]) & ~structure.modified
-    share = (unknown & structure.polymer).sum() / max(1, residues)
-    if share > limits.max_unknown:
-        return f"{share:.0%} of the residues are unknown, more than --max-unknown {limits.max_unknown:g}"
+    fraction = (unknown & structure.polymer).sum() / max(1, residues)
+    if fraction > limits.max_unknown:
+        return f"{fraction:.0%} of the residues are unknown, more than --max-unknown {limits.max_unknown:g}"
     if not (structure.center[1] & structure.polymer).any():
         return "no residue has coordinates"
     return None

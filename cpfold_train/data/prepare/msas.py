@@ -1,4 +1,4 @@
-"""Find the alignment files of an entry and lay them on its entities."""
+"""Find the alignment files of an entry and map them to its entities."""
 
 from __future__ import annotations
 
@@ -104,13 +104,15 @@ def boltz_entities(
         folder: looked in first.
     """
     ids = {chain["chain_name"]: chain["msa_id"] for chain in read_record(path)["chains"]}
-    folders = [place for place in (folder, path.parent.parent / "msa") if place is not None]
+    folders = [candidate for candidate in (folder, path.parent.parent / "msa") if candidate is not None]
     found = {}
     for entity, asym_id in _polymers(structure).items():
         msa_id = ids.get(structure.meta["chains"][asym_id]["name"], -1)
         if str(msa_id) in ("-1", ""):
             continue
-        file = next((place / f"{msa_id}.npz" for place in folders if (place / f"{msa_id}.npz").exists()), None)
+        file = next(
+            (candidate / f"{msa_id}.npz" for candidate in folders if (candidate / f"{msa_id}.npz").exists()), None
+        )
         if file is None:
             problems.append(f"{msa_id}.npz, which the record names, is not there")
             continue

@@ -15,7 +15,7 @@ _PDB_ID = re.compile(r"([0-9][a-z0-9]{3}|pdb_[a-z0-9]{8})", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceFile:
     """An entry: the sample's key, and a structure file or a ``structures/ID.npz`` of Boltz."""
 
     key: str
@@ -29,7 +29,7 @@ def names(text: str) -> set[str]:
 
 def find_sources(
     inputs: list[str], only: set[str], skip: set[str], folder: Path | None, url: str
-) -> tuple[list[Source], dict[str, str]]:
+) -> tuple[list[SourceFile], dict[str, str]]:
     """Entries of the inputs in the order of their keys.
 
     Args:
@@ -45,7 +45,7 @@ def find_sources(
     Raises:
         ConfigError: an input or a key of ``only`` does not exist, or two files have the same key.
     """
-    found: dict[str, Source] = {}
+    found: dict[str, SourceFile] = {}
     wanted: set[str] = set()
     for given in inputs:
         for item in _expand(given):
@@ -63,7 +63,7 @@ def find_sources(
         )
     chosen = {key for key in wanted if (not only or key in only) and key not in skip}
     paths, failed = download(sorted(chosen), folder, url) if chosen else ({}, {})
-    found |= {key: Source(key, path) for key, path in paths.items()}
+    found |= {key: SourceFile(key, path) for key, path in paths.items()}
     missing = sorted(only - found.keys() - failed.keys())
     if missing:
         raise ConfigError(f"no structure file for {', '.join(missing)} in {', '.join(inputs)}: check the ids")
@@ -73,17 +73,17 @@ def find_sources(
     return [found[key] for key in keys], failed
 
 
-def _expand(given: str) -> Iterator[Source | str]:
+def _expand(given: str) -> Iterator[SourceFile | str]:
     """Sources, and ids to download, that one input stands for."""
     path = Path(given)
     ids = [part.strip() for part in given.split(",")]
     if path.is_dir() and (path / "manifest.json").exists():
         for structure in sorted((path / "structures").glob("*.npz")):
-            yield Source(structure.stem.lower(), structure)
+            yield SourceFile(structure.stem.lower(), structure)
     elif path.is_dir():
         for file in sorted(path.rglob("*")):
             if _is_structure(file):
-                yield Source(entry_id(file), file)
+                yield SourceFile(entry_id(file), file)
     elif path.exists() and path.suffix == ".txt":
         for line in path.read_text().splitlines():
             line = line.strip()
@@ -94,7 +94,7 @@ def _expand(given: str) -> Iterator[Source | str]:
     elif path.exists():
         if not _is_structure(path):
             raise ConfigError(f"{path} is neither a structure file ({', '.join(SUFFIXES)}, .gz) nor a list (.txt)")
-        yield Source(entry_id(path), path)
+        yield SourceFile(entry_id(path), path)
     elif all(_PDB_ID.fullmatch(name) for name in ids):
         yield from (name.lower() for name in ids)
     else:

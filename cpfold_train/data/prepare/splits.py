@@ -20,7 +20,7 @@ def split(
         val: keys that go to validation whatever they resemble.
         after: entries released after this date (ISO 8601) are not trained on; those without a polymer that resembles
             one of the training set go to validation.
-        fraction: this share of the entries, or a little less, goes to validation, by whole groups of entries that
+        fraction: this part of the entries, or a little less, goes to validation, by whole groups of entries that
             share clusters; which ones is the same for the same entries.
 
     Returns:

@@ -12,7 +12,7 @@ from cpfold_train.data.structures.structure import Structure
 from cpfold_train.errors import DataError
 
 TemplateFile = tuple[Path, tuple[tuple[str, str], ...]]
-"""A structure, and pairs of names (chain of the entry, chain of the template) that stand in each other's places."""
+"""A structure, and pairs of names (chain of the entry, chain of the template) that are aligned with each other."""
 
 
 def find_templates(table: Path | None) -> dict[str, list[TemplateFile]]:
@@ -29,7 +29,7 @@ def find_templates(table: Path | None) -> dict[str, list[TemplateFile]]:
     return {entry: [(path, tuple(pairs)) for path, pairs in files.items()] for entry, files in by_entry.items()}
 
 
-def lay_templates(structure: Structure, files: list[TemplateFile], problems: list[str]) -> list[Template]:
+def align_templates(structure: Structure, files: list[TemplateFile], problems: list[str]) -> list[Template]:
     """Templates of an entry; what is wrong with one is added to ``problems``, and that template or chain left out."""
     own, found = _protein_chains(structure), []
     for path, pairs in files:
@@ -53,7 +53,7 @@ def lay_templates(structure: Structure, files: list[TemplateFile], problems: lis
             if len(made.token):
                 found.append(made)
             else:
-                problems.append(f"template {path.name}: no residue of it stands in the place of one of the entry's")
+                problems.append(f"template {path.name}: no residue of it is aligned with one of the entry's")
     return found
 
 

@@ -139,6 +139,8 @@ def neighbourhood_crop(structure: Structure, seed: int, size: int, max_tokens: i
     length = (stop - start)[order]
     step = np.repeat(np.arange(len(order)), length)
     brought = np.arange(len(step)) + np.repeat(start[order] - np.cumsum(length) + length, length)
+    # The step at which each token comes, ``len(order)`` for never; the crop is all that came before the first step
+    # that breaks a limit, so sums by step are enough.
     came = np.full(len(structure), len(order))
     np.minimum.at(came, brought, step)
     atoms = np.bincount(came, np.diff(structure.atom_start), minlength=len(order))[: len(order)]
@@ -150,10 +152,11 @@ def neighbourhood_crop(structure: Structure, seed: int, size: int, max_tokens: i
 
 def _windows(structure: Structure, size: int) -> tuple[np.ndarray, np.ndarray]:
     """(L,) first token and (L,) end of the stretch that each token brings along."""
-    asym_id, place = structure.asym_id.astype(np.int64), structure.res_index.astype(np.int64)
+    asym_id, res_index = structure.asym_id.astype(np.int64), structure.res_index.astype(np.int64)
     # Chain and residue as one ascending number, with room between chains for the widest stretch.
-    room = int(place.max()) + 2 * size + 2
-    residue = asym_id * room + place
+    room = int(res_index.max()) + 2 * size + 2
+    residue = asym_id * room + res_index
+    # All tokens widen their stretch by one residue on either side, as long as it has fewer than ``size`` tokens.
     distance = np.zeros(len(residue), dtype=np.int64)
     chain_start, chain_stop = np.searchsorted(asym_id, asym_id), np.searchsorted(asym_id, asym_id, side="right")
     whole = chain_stop - chain_start <= size

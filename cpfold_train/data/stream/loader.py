@@ -6,7 +6,7 @@ the same ones. The number of positions is rounded up to fill a batch on every re
 many batches and no sample is left out.
 
 A sample that cannot be used is replaced by the next attempt at its position. All ranks of a replica read the same bytes
-and judge the whole sample, so they replace alike without asking each other.
+and check the whole sample, so they replace alike without asking each other.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from cpfold_train.data.stream.padding import in_buckets
 from cpfold_train.data.stream.quarantine import note
 from cpfold_train.data.stream.sampling import Source, Stream, open_source
 from cpfold_train.data.stream.shards import read_sample
-from cpfold_train.data.stream.transfer import Layout, pack, unpack
+from cpfold_train.data.stream.transfer import PackedTensors, pack, unpack
 from cpfold_train.errors import ConfigError, DataError
 from cpfold_train.parallel.grid import Grid
 
@@ -41,9 +41,9 @@ NO_AUGMENTATION = Augmentation()
 MOST_ATTEMPTS = 64
 """Samples in a row that may be unusable: a data set of which nothing can be read is told at once."""
 
-PackedBatch = tuple[tuple[Tensor, Layout, dict[str, Any]] | None, list[str]]
-"""A packed batch, and why samples could not be used; None where more were bad than an epoch, or one place in it, may
-have."""
+PackedBatch = tuple[tuple[Tensor, PackedTensors, dict[str, Any]] | None, list[str]]
+"""A packed batch, and why samples could not be used; None where more were bad than an epoch, or one position in it,
+may have."""
 
 
 class BatchSpec(NamedTuple):
@@ -56,7 +56,7 @@ class BatchSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """How samples are made, beside what a batch_spec says; see :class:`TileLoader`."""
+    """How samples are made, beside what a :class:`BatchSpec` says; see :class:`TileLoader`."""
 
     stream: Stream
     grid: Grid
@@ -72,7 +72,7 @@ class TileLoader:
 
     Args:
         sources: data sets.
-        grid: this rank's place.
+        grid: of this rank.
         seed: of order, crops and all other draws.
         crop_size: most tokens of a sample.
         crop_schedule: other sizes of crops, each from an optimizer step on.
@@ -87,7 +87,7 @@ class TileLoader:
         samples_per_epoch: positions of an epoch over all replicas; by default the number of samples.
         side: tokens along each side of a tile are padded to a multiple of this.
         buckets: numbers of tokens and MSA rows that samples are padded to; None pads no more than needed.
-        max_bad_share: share of an epoch's samples that may be unusable before iterating raises DataError.
+        max_bad_share: fraction of an epoch's samples that may be unusable before iterating raises DataError.
         quarantine: file that receives the samples which could not be used.
         pin_memory: put batches in page-locked memory, for faster copies to a GPU.
         prefetch_factor: batches that each worker prepares ahead.
@@ -178,7 +178,7 @@ class TileLoader:
     def load_state_dict(self, state: dict[str, int | bool]) -> None:
         """Let the next iteration continue where :meth:`state_dict` was taken; samples before it are not read.
 
-        Between two optimizer steps of other replicas or batches may be amidst one, which is then made as a whole.
+        With other replicas or batches, a position between two optimizer steps may be inside one, which starts over.
         """
         self.epoch = state["epoch"]
         self.position = min(state["position"] // (self.batch_size * self.grid.dp), self.batches)
@@ -226,7 +226,14 @@ class TileLoader:
         """Start to prepare batches from here on, without an end."""
         start = (self.epoch, self.position, self._steps_before)
         batch_specs = partial(
-            _slots, start, self.batches, self.batch_size, self.accumulate, self.sizes, self.grid.dp, self.grid.dp_index
+            _batch_specs,
+            start,
+            self.batches,
+            self.batch_size,
+            self.accumulate,
+            self.sizes,
+            self.grid.dp,
+            self.grid.dp_index,
         )
         pipeline = wds.DataPipeline(batch_specs, partial(_batches, sample_spec=self._sample_spec))
         return iter(wds.WebLoader(pipeline, batch_size=None, **self._workers))
@@ -257,7 +264,7 @@ def crop_size_at(sizes: Mapping[int, int], step: int) -> int:
     return sizes[max(start for start in sizes if start <= step)]
 
 
-def _slots(
+def _batch_specs(
     start: tuple[int, int, int],
     batches: int,
     batch_size: int,
@@ -276,12 +283,12 @@ def _slots(
     for number in itertools.count(first_batch + first, every):
         later, batch = divmod(number, batches)
         step = steps_before + later * -(-batches // accumulate) + batch // accumulate
-        places = range(batch * batch_size, (batch + 1) * batch_size)
-        yield BatchSpec(first_epoch + later, [place * dp + dp_index for place in places], crop_size_at(sizes, step))
+        own = range(batch * batch_size, (batch + 1) * batch_size)
+        yield BatchSpec(first_epoch + later, [index * dp + dp_index for index in own], crop_size_at(sizes, step))
 
 
 def _batches(batch_specs: Iterable[BatchSpec], sample_spec: SampleSpec) -> Iterator[PackedBatch]:
-    """Second stage. A batch_spec's arrays are let go before the next one is made: they would be in memory twice."""
+    """Second stage. A batch's arrays are let go before the next one is made: they would be in memory twice."""
     for batch_spec in batch_specs:
         yield make_batch(sample_spec, batch_spec)
 
@@ -313,14 +320,14 @@ def make_sample(sample_spec: SampleSpec, batch_spec: BatchSpec, position: int) -
     # Without shuffling, every epoch is the first.
     epoch = batch_spec.epoch if stream.shuffle else 0
     while len(reasons) <= min(sample_spec.max_bad, MOST_ATTEMPTS - 1):
-        place, focus, crop = stream.draw(epoch, position, len(reasons))
+        location, focus, crop = stream.draw(epoch, position, len(reasons))
         try:
-            sample = read_sample(place)
+            sample = read_sample(location)
             draw = (stream.seed, epoch, position)
             settings = sample_spec.settings | {"crop_size": batch_spec.crop_size, "crop": crop, "focus": focus}
             return reasons, make_crop(*sample, draw=draw, **settings)
         except DataError as error:
             reasons.append(str(error))
             if sample_spec.quarantine is not None and grid.cp_index == 0:
-                note(sample_spec.quarantine, place, str(error), batch_spec.epoch, position, grid.rank)
+                note(sample_spec.quarantine, location, str(error), batch_spec.epoch, position, grid.rank)
     return reasons, None

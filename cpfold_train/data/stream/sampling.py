@@ -174,8 +174,8 @@ class Stream:
             return Draw(_sample(pool, pool.targets.sample[target]), focus, pool.source.crop)
         if attempt:
             return Draw(_sample(pool, rng.integers(pool.first[-1])), (), pool.source.crop)
-        lap, place = divmod(int(turns[turn]), int(pool.first[-1]))
-        return Draw(_sample(pool, _order(int(pool.first[-1]), self.seed, number, lap)[place]), (), pool.source.crop)
+        lap, turn = divmod(int(turns[turn]), int(pool.first[-1]))
+        return Draw(_sample(pool, _order(int(pool.first[-1]), self.seed, number, lap)[turn]), (), pool.source.crop)
 
 
 def _sample(pool: Pool, sample: int) -> SampleLocation:
@@ -204,10 +204,11 @@ def _turns(weights: tuple[float, ...], samples: int, seed: int, epoch: int) -> t
 def _drawn_before(weights: tuple[float, ...], samples: int, seed: int, epoch: int) -> np.ndarray:
     """How many draws of each set the epochs before this one had.
 
-    By blocks of epochs, each twice as long as the next, so that a late epoch does not count all earlier ones anew.
+    By blocks of epochs, each twice as long as the next, so that a late epoch does not count all earlier ones again.
     """
     if not epoch:
         return np.zeros(len(weights), dtype=np.int64)
+    # The epoch without its lowest bit: what came before that is known from other epochs.
     start = epoch & (epoch - 1)
     block = (np.bincount(_choices(weights, samples, seed, e), minlength=len(weights)) for e in range(start, epoch))
     return _drawn_before(weights, samples, seed, start) + sum(block)
@@ -217,5 +218,5 @@ def _choices(weights: tuple[float, ...], samples: int, seed: int, epoch: int) ->
     """(samples,) the set that each position of the epoch draws."""
     if len(weights) == 1:
         return np.zeros(samples, dtype=np.int64)
-    share = np.cumsum(weights) / np.cumsum(weights)[-1]
-    return np.searchsorted(share, numpy_generator(seed, "set", epoch).random(samples), side="right")
+    bounds = np.cumsum(weights) / np.cumsum(weights)[-1]
+    return np.searchsorted(bounds, numpy_generator(seed, "set", epoch).random(samples), side="right")

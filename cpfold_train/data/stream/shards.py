@@ -121,40 +121,42 @@ def scan(path: Path) -> dict[str, np.ndarray]:
         DataError: it is not a tar that ``prepare`` wrote.
     """
     metas: dict[str, dict[str, Any]] = {}
-    places: dict[str, dict[str, tuple[int, int]]] = {}
+    locations: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         with tarfile.open(path) as tar:
             for member in tar:
                 key, extension = member.name.split(".", 1)
-                places.setdefault(key, {})[extension] = (member.offset_data, member.size)
+                locations.setdefault(key, {})[extension] = (member.offset_data, member.size)
                 if extension == "json":
                     metas[key] = check_version(json.load(tar.extractfile(member)))
-        if not places:
+        if not locations:
             raise DataError("it holds no sample")
-        return _columns(path.stat().st_size, metas, places)
+        return _columns(path.stat().st_size, metas, locations)
     except DataError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     except (tarfile.TarError, ValueError, KeyError, OSError) as error:
         raise DataError(f"{path} is not a shard that prepare wrote: {in_one_line(error)}") from error
 
 
-def _columns(size: int, metas: dict[str, dict], places: dict[str, dict[str, tuple[int, int]]]) -> dict[str, np.ndarray]:
-    samples = [metas[key] for key in places]
+def _columns(
+    size: int, metas: dict[str, dict], locations: dict[str, dict[str, tuple[int, int]]]
+) -> dict[str, np.ndarray]:
+    samples = [metas[key] for key in locations]
     chains = [chain for meta in samples for chain in meta["chains"]]
     cluster, number = np.unique([chain["cluster"] for chain in chains], return_inverse=True)
-    place = np.array([[members.get(name, (-1, -1)) for name in MEMBERS] for members in places.values()])
+    location = np.array([[members.get(name, (-1, -1)) for name in MEMBERS] for members in locations.values()])
     pairs = [pair for meta in samples for pair in meta["interfaces"]]
     resolutions = [np.nan if meta["resolution"] is None else meta["resolution"] for meta in samples]
     return {
         "format_version": np.int32(FORMAT_VERSION),
         "bytes": np.int64(size),
-        "key": np.array(list(places)),
+        "key": np.array(list(locations)),
         "tokens": np.array([meta["counts"]["tokens"] for meta in samples], dtype=np.int32),
         "release_date": np.array([meta["release_date"] or "" for meta in samples]),
         "resolution": np.array(resolutions, dtype=np.float32),
         "msa_rows": np.array([max(meta["msa_depth"].values(), default=0) for meta in samples], dtype=np.int32),
-        "offset": place[..., 0].astype(np.int64),
-        "size": place[..., 1].astype(np.int64),
+        "offset": location[..., 0].astype(np.int64),
+        "size": location[..., 1].astype(np.int64),
         "chain_start": np.cumsum([0] + [len(meta["chains"]) for meta in samples]).astype(np.int32),
         "chain_type": np.array([MOL_TYPES.index(chain["type"]) for chain in chains], dtype=np.int8),
         **{f"chain_{name}": np.array([chain[name] for chain in chains], dtype=kind) for name, kind in _CHAIN.items()},
@@ -187,15 +189,15 @@ def read_indices(patterns: Sequence[str]) -> list[tuple[str, dict[str, np.ndarra
 
 
 def open_shards(patterns: Sequence[str]) -> list[StoredSample]:
-    """Entries of all samples in the tars that the globs match, in order of tar and place; see :func:`read_indices`."""
+    """All samples in the tars that the globs match, tar by tar; see :func:`read_indices`."""
     return [entry for tar, index in read_indices(patterns) for entry in _entries(tar, index)]
 
 
 def location_of(tar: str, index: dict[str, np.ndarray], row: int) -> SampleLocation:
     """Where the sample in a row of the index lies."""
-    places = zip(MEMBERS, index["offset"][row].tolist(), index["size"][row].tolist())
+    locations = zip(MEMBERS, index["offset"][row].tolist(), index["size"][row].tolist())
     return SampleLocation(
-        tar, str(index["key"][row]), {name: (offset, size) for name, offset, size in places if offset >= 0}
+        tar, str(index["key"][row]), {name: (offset, size) for name, offset, size in locations if offset >= 0}
     )
 
 
@@ -228,7 +230,7 @@ def _entries(tar: str, index: dict[str, np.ndarray]) -> list[StoredSample]:
 
 def _index(tar: Path) -> dict[str, np.ndarray]:
     path = index_path(tar)
-    # It can always be made anew, whatever has become of it.
+    # It can always be made again, whatever has become of it.
     with suppress(Exception):
         index = unpack_arrays(path.read_bytes())
         if index["bytes"] == tar.stat().st_size and index["format_version"] == FORMAT_VERSION:

@@ -13,33 +13,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_ALIGNMENT = 16
+_STEP_BYTES = 16
 
-Layout = dict[str, tuple[int, torch.dtype, Sequence[int], bool]]
+PackedTensors = dict[str, tuple[int, torch.dtype, Sequence[int], bool]]
 """Where each tensor lies: first byte, type, shape, and whether it is an array. DataLoader makes tensors of arrays."""
 
 
-def pack(batch: dict[str, Any]) -> tuple[Tensor, Layout, dict[str, Any]]:
+def pack(batch: dict[str, Any]) -> tuple[Tensor, PackedTensors, dict[str, Any]]:
     """All tensors and arrays one after the other (bytes,), where each is, and everything else of the batch.
 
     They are taken out of ``batch`` one by one, so that they are not in memory twice.
     """
-    layout, size = {}, 0
+    entries, size = {}, 0
     for name, value in batch.items():
         if isinstance(value, (Tensor, np.ndarray)):
-            layout[name] = (size, torch.as_tensor(value).dtype, value.shape, isinstance(value, np.ndarray))
-            size += -(-value.nbytes // _ALIGNMENT) * _ALIGNMENT
+            entries[name] = (size, torch.as_tensor(value).dtype, value.shape, isinstance(value, np.ndarray))
+            size += -(-value.nbytes // _STEP_BYTES) * _STEP_BYTES
     flat = torch.empty(size, dtype=torch.uint8)
-    for name, place in layout.items():
-        _place(flat, *place[:3]).copy_(torch.as_tensor(batch.pop(name)))
-    return flat, layout, batch
+    for name, entry in entries.items():
+        _view(flat, *entry[:3]).copy_(torch.as_tensor(batch.pop(name)))
+    return flat, entries, batch
 
 
-def unpack(flat: Tensor, layout: Layout, rest: dict[str, Any]) -> dict[str, Any]:
+def unpack(flat: Tensor, entries: PackedTensors, rest: dict[str, Any]) -> dict[str, Any]:
     """The batch; its tensors and arrays share the memory of ``flat``."""
-    found = {name: _place(flat, *place[:3]) for name, place in layout.items()}
-    return {name: x.numpy() if layout[name][3] else x for name, x in found.items()} | rest
+    found = {name: _view(flat, *entry[:3]) for name, entry in entries.items()}
+    return {name: x.numpy() if entries[name][3] else x for name, x in found.items()} | rest
 
 
-def _place(flat: Tensor, start: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+def _view(flat: Tensor, start: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
     return flat[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))

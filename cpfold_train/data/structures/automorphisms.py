@@ -1,4 +1,4 @@
-"""Ways to name a molecule's atoms that a structure cannot tell apart: the symmetries of its bond graph.
+"""Orders of a molecule's atoms that a structure cannot tell apart: the symmetries of its bond graph.
 
 Terminal atoms of one element on one atom are alike whatever the order of their bonds, as the oxygens of a carboxylate
 or a phosphate are. A symmetry must not turn a stereocentre inside out: the reference conformer tells.
@@ -33,7 +33,7 @@ def automorphisms(
         pos: (n, 3) float32 reference conformer, as bytes.
 
     Returns:
-        (k, n) int64, k <= ``MOST``; atom i takes the place of atom ``[., i]``. Terminal atoms of one centre are
+        (k, n) int64, k <= ``MOST``; atom i takes the position of atom ``[., i]``. Terminal atoms of one centre are
         permuted by themselves, and the rest with each of these in one order: the products are symmetries as well.
     """
     graph = nx.Graph()

@@ -94,15 +94,15 @@ def _positions(atoms) -> np.ndarray:
 
 
 def _bonds(name: str, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    place = {atom: i for i, atom in enumerate(names)}
+    index = {atom: i for i, atom in enumerate(names)}
     listed = get_from_ccd("chem_comp_bond", name)
     found = []
     if listed is not None:
         columns = ("atom_id_1", "atom_id_2", "value_order", "pdbx_aromatic_flag")
         for first, second, order, aromatic in zip(*(listed[column].as_array(str).tolist() for column in columns)):
-            if first in place and second in place:
+            if first in index and second in index:
                 kind = "aromatic" if aromatic == "Y" else _ORDERS.get(order, "other")
-                found.append((*sorted((place[first], place[second])), BOND_TYPES.index(kind)))
+                found.append((*sorted((index[first], index[second])), BOND_TYPES.index(kind)))
     table = np.array(sorted(found), dtype=np.int32).reshape(-1, 3)
     return table[:, :2], table[:, 2].astype(np.uint8)
 

@@ -12,7 +12,7 @@ from cpfold_train.vocabulary import NONPOLYMER
 
 
 def take_chains(structure: Structure, keep: np.ndarray) -> Structure:
-    """The structure with some of its chains; everything that numbers chains, entities, atoms or components anew.
+    """The structure with some of its chains; chains, entities, atoms and components are renumbered.
 
     Bonds to what is left out go with it. Entities keep their order, and copies (``sym``) are counted from 0 again.
 

@@ -25,7 +25,7 @@ class Chain:
         mol_type: molecule type.
         sequence: names of its residues, unresolved ones included.
         atoms: the resolved heavy atoms.
-        place: (atoms,) index into ``sequence`` of each.
+        position: (atoms,) index into ``sequence`` of each.
     """
 
     name: str
@@ -33,14 +33,14 @@ class Chain:
     mol_type: int
     sequence: list[str]
     atoms: struc.AtomArray
-    place: np.ndarray
+    position: np.ndarray
 
 
 class Site(NamedTuple):
-    """An atom: name of its chain, place of its residue, and its own name."""
+    """An atom: name of its chain, position of its residue, and its own name."""
 
     chain: str
-    place: int
+    position: int
     atom: str
 
 
@@ -77,14 +77,14 @@ def ligand(name: str, auth_name: str, atoms: struc.AtomArray, starts: np.ndarray
         return None
     residue = np.repeat(np.arange(len(starts)), np.diff([*starts, atoms.array_length()]))
     inside = np.isin(residue, kept)
-    place = np.searchsorted(kept, residue[inside])
-    return Chain(name, auth_name, NONPOLYMER, [names[i] for i in kept], atoms[inside], place)
+    position = np.searchsorted(kept, residue[inside])
+    return Chain(name, auth_name, NONPOLYMER, [names[i] for i in kept], atoms[inside], position)
 
 
 def is_backbone(first: Site, second: Site) -> bool:
     """Whether a link is one that the sequence implies: between neighbours, C to N or O3' to P."""
-    ends = {(first.place, first.atom), (second.place, second.atom)}
-    lower = min(first.place, second.place)
+    ends = {(first.position, first.atom), (second.position, second.atom)}
+    lower = min(first.position, second.position)
     implied = ({(lower, "C"), (lower + 1, "N")}, {(lower, "O3'"), (lower + 1, "P")})
     return first.chain == second.chain and ends in implied
 

@@ -44,12 +44,12 @@ def read_mmcif(block: pdbx.CIFBlock, assembly: str | None = None) -> Entry:
         if mol_type is None:
             entry.left_out["other polymer"] += struc.get_residue_count(chain)
             continue
-        place = np.searchsorted(numbers, chain.res_id).clip(max=len(numbers) - 1)
+        position = np.searchsorted(numbers, chain.res_id).clip(max=len(numbers) - 1)
         # At a heterogeneous position the sequence lists the main residue first; atoms of the others are dropped.
-        same = (np.array(sequence)[place] == chain.res_name) & (np.array(numbers)[place] == chain.res_id)
+        same = (np.array(sequence)[position] == chain.res_name) & (np.array(numbers)[position] == chain.res_id)
         if not same.all():
-            entry.left_out["other residue at the position"] += len(np.unique(place[~same]))
-        entry.chains.append(Chain(name, auth_name, mol_type, sequence, chain[same], place[same]))
+            entry.left_out["other residue at the position"] += len(np.unique(position[~same]))
+        entry.chains.append(Chain(name, auth_name, mol_type, sequence, chain[same], position[same]))
     entry.links = _links(block, entry.chains)
     return entry
 
@@ -103,9 +103,9 @@ def _links(block: pdbx.CIFBlock, chains: list[Chain]) -> list[tuple[Site, Site]]
         if label in wanted:
             known = sites.setdefault(copy, {})
             atoms = chain.atoms
-            columns = (atoms.auth_seq_id, atoms.ins_code, atoms.atom_name, chain.place)
-            for number, insertion, atom, place in zip(*(column.tolist() for column in columns)):
-                known[label, str(number), insertion, atom] = Site(chain.name, place, atom)
+            columns = (atoms.auth_seq_id, atoms.ins_code, atoms.atom_name, chain.position)
+            for number, insertion, atom, position in zip(*(column.tolist() for column in columns)):
+                known[label, str(number), insertion, atom] = Site(chain.name, position, atom)
     links = []
     for known in sites.values():
         for pair in listed:
@@ -152,8 +152,8 @@ def _meta(block: pdbx.CIFBlock) -> dict[str, Any]:
             return None
         return next((of(value) for value in values if value not in ("?", ".", "")), None)
 
-    places = (("refine", "ls_d_res_high"), ("em_3d_reconstruction", "resolution"), ("reflns", "d_resolution_high"))
-    resolutions = [first(category, column, float) for category, column in places]
+    sources = (("refine", "ls_d_res_high"), ("em_3d_reconstruction", "resolution"), ("reflns", "d_resolution_high"))
+    resolutions = [first(category, column, float) for category, column in sources]
     return {
         "title": first("struct", "title"),
         "method": first("exptl", "method"),

@@ -22,7 +22,7 @@ from cpfold_train.data.structures.entry import Chain, Entry, Site
 from cpfold_train.data.structures.mmcif import read_mmcif
 from cpfold_train.data.structures.pdb import read_pdb
 from cpfold_train.data.structures.residues import CENTER_ATOM, DISTO_ATOM, letter_of, token_of
-from cpfold_train.data.structures.structure import FORMAT_VERSION, Structure
+from cpfold_train.data.structures.structure import FORMAT_VERSION, MAX_CHAINS, Structure
 from cpfold_train.errors import DataError, in_one_line
 from cpfold_train.vocabulary import BOND_TYPES, MOL_TYPES, NONPOLYMER, TOKENS, UNKNOWN
 
@@ -85,7 +85,16 @@ class _Residue(NamedTuple):
 
 
 def build(entry: Entry) -> Structure:
-    """The arrays of an entry; atoms that their component does not know are counted in ``entry.left_out``."""
+    """The arrays of an entry; atoms that their component does not know are counted in ``entry.left_out``.
+
+    Raises:
+        DataError: it has more chains than a sample can number.
+    """
+    if len(entry.chains) > MAX_CHAINS:
+        raise DataError(
+            f"{entry.meta['source']} has {len(entry.chains):,} chains and ligands, and a sample holds at most "
+            f"{MAX_CHAINS:,}: prepare it without --assembly, or a file with a part of its chains"
+        )
     chains = [(chain, _residues(entry, chain)) for chain in entry.chains]
     used = {residue.name: residue.component for _, residues in chains for residue in residues}
     names = sorted(used)
@@ -97,14 +106,14 @@ def build(entry: Entry) -> Structure:
     linked = {site for link in entry.links for site in link}
     count = 0
     for asym_id, (chain, residues) in enumerate(chains):
-        for place, residue in enumerate(residues):
+        for position, residue in enumerate(residues):
             kind = number[residue.name]
-            tokens.append(_tokens(residue, chain.mol_type, kind, place, asym_id))
+            tokens.append(_tokens(residue, chain.mol_type, kind, position, asym_id))
             atoms.append((comp_start[kind] + residue.kept, residue.resolved, residue.coords, residue.b_factor))
             if chain.mol_type == NONPOLYMER or tokens[-1]["modified"][0]:
                 bonds.append(_bonds(residue, count))
             for i, atom in enumerate(residue.component.names[residue.kept].astype(str).tolist()):
-                site = Site(chain.name, place, atom)
+                site = Site(chain.name, position, atom)
                 if site in linked:
                     site_atom[site] = count + i
             count += len(residue.kept)
@@ -136,21 +145,23 @@ def build(entry: Entry) -> Structure:
 
 def _residues(entry: Entry, chain: Chain) -> list[_Residue]:
     """The residues of a chain, with the atoms that the file has of each."""
-    linked = {site.place for link in entry.links for site in link if site.chain == chain.name}
-    order = np.argsort(chain.place, kind="stable")
-    bounds = np.searchsorted(chain.place[order], np.arange(len(chain.sequence) + 1))
+    linked = {site.position for link in entry.links for site in link if site.chain == chain.name}
+    order = np.argsort(chain.position, kind="stable")
+    bounds = np.searchsorted(chain.position[order], np.arange(len(chain.sequence) + 1))
     names = chain.atoms.atom_name[order].astype("S4")
     # A row of zeros at the end, for the atoms that are not there.
     coords = np.concatenate([chain.atoms.coord[order], np.zeros((1, 3))]).astype(np.float32)
     b_factor = np.append(chain.atoms.b_factor[order], 0).astype(np.float32)
     found = []
-    for place, name in enumerate(chain.sequence):
+    for position, name in enumerate(chain.sequence):
         known = component(name)
         if known is None:
             name = TOKENS[UNKNOWN[chain.mol_type]]
             known = component(name)
-        rows = {atom: i for i, atom in enumerate(names[bounds[place] : bounds[place + 1]].tolist(), bounds[place])}
-        kept = _kept(known, rows, name, chain.mol_type, place in linked)
+        rows = {
+            atom: i for i, atom in enumerate(names[bounds[position] : bounds[position + 1]].tolist(), bounds[position])
+        }
+        kept = _kept(known, rows, name, chain.mol_type, position in linked)
         row = np.array([rows.get(atom, -1) for atom in known.names[kept].tolist()], dtype=np.int64)
         entry.left_out["atoms unknown to the CCD"] += len(set(rows) - set(known.names.tolist()))
         residue = _Residue(
@@ -187,7 +198,7 @@ def _arginine(residue: _Residue) -> _Residue:
     return residue._replace(coords=residue.coords[order], b_factor=residue.b_factor[order])
 
 
-def _tokens(residue: _Residue, mol_type: int, kind: int, place: int, asym_id: int) -> dict[str, np.ndarray]:
+def _tokens(residue: _Residue, mol_type: int, kind: int, position: int, asym_id: int) -> dict[str, np.ndarray]:
     """One token of a polymer's residue, one for each atom of a ligand."""
     if mol_type == NONPOLYMER:
         count, atoms, token, modified, center, disto = len(residue.kept), 1, UNKNOWN[NONPOLYMER], False, 0, 0
@@ -200,7 +211,7 @@ def _tokens(residue: _Residue, mol_type: int, kind: int, place: int, asym_id: in
     values = {
         "res_type": (token, np.int8),
         "component": (kind, np.int16),
-        "res_index": (place, np.int32),
+        "res_index": (position, np.int32),
         "asym_id": (asym_id, np.int16),
         "modified": (modified, bool),
         "center_atom": (center, np.int16),
@@ -212,9 +223,9 @@ def _tokens(residue: _Residue, mol_type: int, kind: int, place: int, asym_id: in
 
 def _bonds(residue: _Residue, first_atom: int) -> np.ndarray:
     """(K, 3) int32: atoms and type of the bonds between the atoms that the residue has."""
-    place = np.full(len(residue.component.names), -1)
-    place[residue.kept] = first_atom + np.arange(len(residue.kept))
-    ends = place[residue.component.bonds]
+    position = np.full(len(residue.component.names), -1)
+    position[residue.kept] = first_atom + np.arange(len(residue.kept))
+    ends = position[residue.component.bonds]
     there = (ends >= 0).all(axis=1)
     return np.column_stack([ends[there], residue.component.bond_types[there]]).astype(np.int32)
 

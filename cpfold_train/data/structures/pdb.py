@@ -60,18 +60,20 @@ def read_pdb(text: str, assembly: str | None = None) -> Entry:
             linked = [i for i, residue in enumerate(names) if polymer_type(residue) is not None]
             linked = linked if len(linked) > 1 else []
             sequence, found = _from_numbers(chain, starts, linked)
-            places = dict(zip(linked, found))
+            positions = dict(zip(linked, found))
         else:
             linked = [i for i, residue in enumerate(names) if residue in sequence]
             matched = _match([names[i] for i in linked], numbers[linked], sequence).tolist()
-            places = {i: place for i, place in zip(linked, matched) if place >= 0 and names[i] == sequence[place]}
+            positions = {
+                i: position for i, position in zip(linked, matched) if position >= 0 and names[i] == sequence[position]
+            }
         mol_type = majority_type(sequence)
         residue = np.repeat(np.arange(len(names)), np.diff(starts))
-        kept = np.isin(residue, list(places))
-        if places and mol_type is not None:
-            place = np.array([places[i] for i in residue[kept].tolist()])
-            entry.chains.append(Chain(name, name, mol_type, sequence, chain[kept], place))
-        for i in (i for i in range(len(names)) if i not in places):
+        kept = np.isin(residue, list(positions))
+        if positions and mol_type is not None:
+            position = np.array([positions[i] for i in residue[kept].tolist()])
+            entry.chains.append(Chain(name, name, mol_type, sequence, chain[kept], position))
+        for i in (i for i in range(len(names)) if i not in positions):
             part = chain[starts[i] : starts[i + 1]]
             own_name = f"{name}:{names[i]}{part.res_id[0]}{part.ins_code[0]}"
             ligands.append(ligand(own_name, name, part, np.array([0]), entry.left_out))
@@ -106,19 +108,19 @@ def _standard_names(atoms: struc.AtomArray) -> struc.AtomArray:
 
 
 def _from_numbers(chain: struc.AtomArray, starts: np.ndarray, linked: list[int]) -> tuple[list[str], list[int]]:
-    """The sequence of residues without SEQRES, and the place of each: numbers that are left out where the chain is
+    """The sequence of residues without SEQRES, and the position of each: numbers that are left out where the chain is
     broken are residues of an unknown kind."""
     names, numbers = (values[starts[linked]].tolist() for values in (chain.res_name, chain.res_id))
     unknown = _UNKNOWN.get(majority_type(names))
     ordered = all(a < b for a, b in pairwise(numbers)) and not any(chain.ins_code[starts[linked]])
-    sequence, places = [], []
+    sequence, positions = [], []
     for number, i in enumerate(linked):
         missing = numbers[number] - numbers[number - 1] - 1 if number and ordered and unknown else 0
         if 0 < missing <= _MOST_MISSING and not _bonded(chain, starts, linked[number - 1], i):
             sequence += [unknown] * missing
-        places.append(len(sequence))
+        positions.append(len(sequence))
         sequence.append(names[number])
-    return sequence, places
+    return sequence, positions
 
 
 def _bonded(chain: struc.AtomArray, starts: np.ndarray, first: int, second: int) -> bool:
@@ -140,7 +142,7 @@ def _links(atoms: struc.AtomArray, chains: list[Chain]) -> list[tuple[Site, Site
     sites = {}
     for chain in chains:
         for i in np.flatnonzero(np.isin(chain.atoms.row, list(wanted))).tolist():
-            sites[int(chain.atoms.row[i])] = Site(chain.name, int(chain.place[i]), str(chain.atoms.atom_name[i]))
+            sites[int(chain.atoms.row[i])] = Site(chain.name, int(chain.position[i]), str(chain.atoms.atom_name[i]))
     pairs = zip(first[listed].tolist(), second[listed].tolist())
     links = [(sites[i], sites[j]) for i, j in pairs if i in sites and j in sites]
     return [link for link in links if not is_backbone(*link)]
@@ -149,7 +151,7 @@ def _links(atoms: struc.AtomArray, chains: list[Chain]) -> list[tuple[Site, Site
 def _match(names: list[str], numbers: np.ndarray, sequence: list[str]) -> np.ndarray:
     """Place of each observed residue in the sequence, -1 where it has none.
 
-    Residue numbers that follow the sequence settle the ends of a gap, which an alignment can place in several ways.
+    Residue numbers that follow the sequence settle the ends of a gap, which an alignment can put in several ways.
     """
     if len(np.unique(numbers)) == len(numbers) and len(numbers):
         observed, full = np.array(names), np.array(sequence)

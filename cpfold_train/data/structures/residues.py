@@ -10,7 +10,7 @@ _OF_PROTEIN = frozenset(AMINO_ACIDS)
 _OF_NUCLEIC = frozenset(NUCLEOTIDES)
 
 CENTER_ATOM = np.array(["", ""] + ["CA"] * len(AMINO_ACIDS) + ["C1'"] * len(NUCLEOTIDES), dtype="S4")
-"""Atom that stands for a token's place, by token."""
+"""Atom that stands for a token's position, by token."""
 
 DISTO_ATOM = np.array(
     ["", ""]

@@ -15,6 +15,8 @@ from cpfold_train.errors import DataError
 from cpfold_train.vocabulary import MOL_TYPES, NONPOLYMER
 
 FORMAT_VERSION = 2
+MAX_CHAINS = 2**15 - 1
+"""Of a sample: ``asym_id`` and the index's columns are int16, and the number after the last chain must be one too."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,12 @@ class Structure:
         res_type: (L,) int8 token; a modified residue has the unknown one of its kind of polymer, as have ligand atoms
             that of proteins.
         component: (L,) int16 kind of residue.
-        res_index: (L,) int32 place of the residue in its chain's full sequence, from 0.
+        res_index: (L,) int32 position of the residue in its chain's full sequence, from 0.
         asym_id: (L,) int16 index into ``meta["chains"]``.
         modified: (L,) bool, a residue of a polymer that is not a standard one.
         atom_start: (L + 1,) int32; token i owns atoms ``atom_start[i]:atom_start[i + 1]``.
-        center_atom: (L,) int16 atom that stands for the token's place (C-alpha, C1', a ligand's atom itself), counted
-            from ``atom_start``; -1 if the residue has no such atom.
+        center_atom: (L,) int16 atom that stands for the token's position (C-alpha, C1', a ligand's atom itself),
+            counted from ``atom_start``; -1 if the residue has no such atom.
         disto_atom: (L,) int16 the same for the distogram's representative atom.
         ref_atom: (M,) int32 which atom of the components it is.
         resolved: (M,) bool.
@@ -99,14 +101,14 @@ class Structure:
     @cached_property
     def center(self) -> tuple[np.ndarray, np.ndarray]:
         """(L, 3) float32 coordinates of the center atoms, zero where unresolved, and (L,) bool which are resolved."""
-        return self.place(self.center_atom)
+        return self._coords_of(self.center_atom)
 
     @cached_property
     def disto_center(self) -> tuple[np.ndarray, np.ndarray]:
         """The same for the distogram's atoms."""
-        return self.place(self.disto_atom)
+        return self._coords_of(self.disto_atom)
 
-    def place(self, atom: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _coords_of(self, atom: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Coordinates (L, 3) of one atom of each token, counted from ``atom_start``, and whether it is resolved."""
         # The last token may have no atom, and then its start is past the end.
         index = (self.atom_start[:-1] + np.maximum(atom, 0)).clip(max=max(0, len(self.resolved) - 1))
