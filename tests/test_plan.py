@@ -358,7 +358,7 @@ def test_settings_are_those_of_a_run():
     "settings, sentence",
     [
         (["device=h900", "cp.grid=1x1"], "device=h100-80gb"),
-        (["crop=96"], "crop_size"),
+        (["crop=96"], "crop"),
         (["gpus=none"], "gpus=8"),
         (["device"], "device="),
         (["kernels=cuequivariance"], "trainer.precision=32-true"),
