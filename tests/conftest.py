@@ -10,6 +10,7 @@ import pytest
 
 LONG = ("training_runs", "plan", "faults", "parity", "fsdp", "bench", "predict_command", "kernels_local", "fake_cuda")
 LONG += ("kernels_attention", "finetune_runs", "gpu_check", "kernels_msa", "config", "tf32", "diffusion_parity")
+LONG += ("golden",)
 FIRST = [f"test_{name}.py" for name in LONG]
 """Files that take longest, the longest first."""
 

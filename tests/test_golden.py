@@ -1,6 +1,6 @@
 """A training step against golden values of the stock ``boltz`` package: losses, each gradient, and sampled structures.
 
-The values are made once by ``tests/golden/make.py`` and need no package; ``tests/test_boltz_whole.py`` compares every
+The values were made by ``tests/golden/make.py`` and need no package; ``tests/test_boltz_whole.py`` compares every
 entry of the gradients where there is one.
 """
 
@@ -15,8 +15,8 @@ from cpfold_train.parallel.grid import Grid
 from tests.golden.case import STEPS, STRUCTURES, VANISHING, crops, features, our_step, weights
 from tests.golden.make import GOLDEN, summary
 
-CLOSE = 1e-8
-"""Largest relative deviation; the two agree to 1e-12 but for the smallest gradients."""
+CLOSE = 1e-10
+"""Largest relative deviation. Where the values were made it is 4e-14; other machines add up in another order."""
 
 
 @pytest.fixture(scope="module")

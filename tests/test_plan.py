@@ -358,7 +358,7 @@ def test_settings_are_those_of_a_run():
     "settings, sentence",
     [
         (["device=h900", "cp.grid=1x1"], "device=h100-80gb"),
-        (["crop=96"], "crop_size"),
+        (["crop=96"], "crop"),
         (["gpus=none"], "gpus=8"),
         (["cp.grid=2x2", "dp=3", "gpus=8"], "12"),
         (["recipe=finetune_boltz2_large_crop", "gpus=8"], "cp.grid=auto"),

@@ -317,7 +317,7 @@ def test_evaluate(on_1x1, tmp_path, capsys):
 
 def test_evaluate_refuses_what_has_no_truth(folder, tmp_path, capsys):
     assert main(["evaluate", str(folder), SHARD]) == 2
-    assert "job" in capsys.readouterr().err
+    assert SHARD in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path), SHARD]) == 2
     assert str(tmp_path) in capsys.readouterr().err
 
