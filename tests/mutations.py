@@ -200,7 +200,7 @@ TABLE = [
         "losses/symmetry.py",
         "ROUNDS = 3",
         "ROUNDS = 1",
-        "tests/test_symmetry.py::test_namings_of_a_residue_are_combined",
+        "tests/test_symmetry.py::test_symmetries_of_a_residue_are_combined",
     ),
     # Shipped values.
     Mutation(
