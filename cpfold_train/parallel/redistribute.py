@@ -151,7 +151,7 @@ class ExchangePlan:
         """Post the messages of ``x``, which covers ``source``.
 
         Args:
-            x: may change and be freed once this has returned.
+            x: must not change before the result is there: what is contiguous in it is sent from where it is.
             out: of the shape of ``target``, becomes the result; None makes it.
         """
         out = x.new_empty(self.shape(x, self.target)) if out is None else out
