@@ -14,7 +14,7 @@ from cpfold_train.kernels.attention import biased_attention, in_cuequivariance
 from cpfold_train.kernels.partial_attention import merge
 from cpfold_train.model.pair_stack import TriangleAttentionStartingNode
 from cpfold_train.ops.ring_attention import ring_attention
-from cpfold_train.parallel.redistribute import ExchangePlan
+from cpfold_train.parallel.exchange_plan import ExchangePlan
 
 B, ROWS, HEADS, N, WIDTH = 2, 5, 3, 40, 4
 

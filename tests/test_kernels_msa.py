@@ -194,12 +194,12 @@ def on_a_grid(cp, op: str, kernels: str, fetched_bytes: int, mixed: bool) -> dic
         assert found.dtype == torch.bfloat16 or not mixed
         return found.float()
 
-    cp.kernels, before, opm_op.FETCHED_BYTES = kernels, opm_op.FETCHED_BYTES, fetched_bytes
+    cp.kernels, before, opm_op.GATHERED_BYTES = kernels, opm_op.GATHERED_BYTES, fetched_bytes
     try:
         inputs = {name: INPUTS[name].float() for name in placements}
         return run(cp, Case(partial(cls, C_M, C_Z), called, inputs, placements, out))
     finally:
-        cp.kernels, opm_op.FETCHED_BYTES = "torch", before
+        cp.kernels, opm_op.GATHERED_BYTES = "torch", before
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -37,11 +37,11 @@ def averaging(module, x, cp):
 
 def outer_product(module, x, cp):
     # Of seven sequences two or three travel at a time.
-    original, opm.FETCHED_BYTES = opm.FETCHED_BYTES, 1 << 15
+    original, opm.GATHERED_BYTES = opm.GATHERED_BYTES, 1 << 15
     try:
         return trunk_cases.outer_product(module, x, cp)
     finally:
-        opm.FETCHED_BYTES = original
+        opm.GATHERED_BYTES = original
 
 
 IN_PARTS = {"pair weighted averaging": averaging, "outer product mean": outer_product}

@@ -149,11 +149,11 @@ def test_gradient_of_a_shared_bf16_tensor_is_summed_in_fp32():
 def pieces(cp):
     """The outer product mean of 768 sequences that come one by one."""
     m, count = torch.ones(1, 768, 1, 1, dtype=BF16), torch.ones(1, 1, 1)
-    before, opm.FETCHED_BYTES = opm.FETCHED_BYTES, 1
+    before, opm.GATHERED_BYTES = opm.GATHERED_BYTES, 1
     try:
         return opm.outer_product_mean(m, m, count, torch.ones(1, 1, dtype=BF16), torch.zeros(1, dtype=BF16), cp)
     finally:
-        opm.FETCHED_BYTES = before
+        opm.GATHERED_BYTES = before
 
 
 def test_pieces_that_come_in_turn_are_summed_in_fp32(ranks):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cpfold_train.parallel import redistribute
+from cpfold_train.parallel import exchange_plan
 from cpfold_train.parallel.context import fake_world
 from cpfold_train.parallel.exchange import Exchange
+from cpfold_train.parallel.exchange_plan import ExchangePlan
 from cpfold_train.parallel.grid import Grid, split
 from cpfold_train.parallel.random import RandomStreams
-from cpfold_train.parallel.redistribute import ExchangePlan, finish, finish_added, start, sum_to_owners
+from cpfold_train.parallel.redistribute import finish, finish_added, start, sum_to_owners
 
 N = 20
 
@@ -91,7 +92,7 @@ def test_what_is_contiguous_there_is_received_where_it_belongs(monkeypatch, batc
             received.append(list(receives.values()))
             super().__init__(axis, op, ledger, sends, receives)
 
-    monkeypatch.setattr(redistribute, "Exchange", Watched)
+    monkeypatch.setattr(exchange_plan, "Exchange", Watched)
     rows = (((0, 4),), ((4, 8),))
     with fake_world(Grid(2, 1)) as cp:
         plan = ExchangePlan(cp, cp.all, (1,), rows, (((0, 8),), ((8, 8),)), "rows")

@@ -14,9 +14,10 @@ from cpfold_train.kernels import outer_product_mean as kernel
 from cpfold_train.kernels.fused import product_dtype
 from cpfold_train.ops.stream import stream
 from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.parallel.exchange_plan import ExchangePlan
 from cpfold_train.parallel.grid import split
 from cpfold_train.parallel.layouts import all_rows_of_tile_cols, all_rows_of_tile_rows, col_parts, row_parts, tiles
-from cpfold_train.parallel.redistribute import ExchangePlan, Pending, finish, start
+from cpfold_train.parallel.redistribute import Pending, finish, start
 
 OP = "outer_product_mean"
 GATHERED_BYTES = 1 << 31

@@ -20,9 +20,9 @@ from cpfold_train.kernels.pair_weighted_averaging import (
 )
 from cpfold_train.ops.stream import stream
 from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.parallel.exchange_plan import ExchangePlan
 from cpfold_train.parallel.grid import split
 from cpfold_train.parallel.layouts import bands_of_tile_cols, row_bands, tiles
-from cpfold_train.parallel.redistribute import ExchangePlan
 
 
 def pair_weighted_averaging(v: Tensor, logits: Tensor, key_mask: Tensor, cp: ContextParallel) -> Tensor:

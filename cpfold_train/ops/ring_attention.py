@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cpfold_train.kernels.partial_attention import merge, partial_attention, partial_gradients
 from cpfold_train.ops.stream import Returning, pieces_in_turn, wait_grads
-from cpfold_train.parallel.redistribute import ExchangePlan
+from cpfold_train.parallel.exchange_plan import ExchangePlan
 
 RingStep = tuple[ExchangePlan, ExchangePlan]
 """How the block of keys and values, and the bias of this rank's queries to it, come to this rank."""

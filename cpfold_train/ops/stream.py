@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cpfold_train.kernels.by_rows import autocast_state, block_gradients, in_blocks
-from cpfold_train.parallel.redistribute import ExchangePlan, GradInFlight, InFlight
+from cpfold_train.parallel.exchange_plan import ExchangePlan, GradInFlight, InFlight
 
 Step = Callable[..., Tensor]
 Gradients = Callable[..., Sequence[Tensor | None]]

@@ -24,9 +24,9 @@ from cpfold_train.kernels.partial_attention import partial_attention, partial_gr
 from cpfold_train.kernels.regions import region
 from cpfold_train.ops.stream import in_turn
 from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.parallel.exchange_plan import ExchangePlan, GradInFlight, InFlight
 from cpfold_train.parallel.grid import split
 from cpfold_train.parallel.layouts import col_parts, in_one_dim
-from cpfold_train.parallel.redistribute import ExchangePlan, GradInFlight, InFlight
 
 OP = "token_attention"
 TOKENS = 4

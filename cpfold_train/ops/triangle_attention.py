@@ -39,9 +39,10 @@ from cpfold_train.ops.ring_attention import ring_attention
 from cpfold_train.ops.stream import stream
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.cost import choose, head_chunks, row_groups, row_replicas, triangle_attention_cost
+from cpfold_train.parallel.exchange_plan import ExchangePlan
 from cpfold_train.parallel.grid import Grid, Interval, split
 from cpfold_train.parallel.layouts import col_parts, query_parts, row_parts, tiles, whole_rows, with_dim
-from cpfold_train.parallel.redistribute import ExchangePlan, Pending, finish, finish_added, start
+from cpfold_train.parallel.redistribute import Pending, finish, finish_added, start
 
 Norm = tuple[Tensor, ...]
 """Weight and bias (c,) of a norm, or nothing where it is done."""

@@ -25,9 +25,9 @@ from cpfold_train.kernels.gated_projection import gated_projection_beside
 from cpfold_train.ops.stream import stream
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.cost import channel_groups, choose, triangle_multiplication_cost
+from cpfold_train.parallel.exchange_plan import ExchangePlan, Layout
 from cpfold_train.parallel.grid import split
 from cpfold_train.parallel.layouts import col_parts, everything, row_parts, tiles, with_dim
-from cpfold_train.parallel.redistribute import ExchangePlan, Layout
 
 OP = "triangle_multiplication"
 Product = Callable[[Tensor, Tensor], Tensor]

@@ -20,7 +20,7 @@ class Exchange:
     - all ranks of a replica post the same exchanges, of all axes, in the same order: forward it is that of the program,
       and backward that of the graph, which the same program has made on each of them;
     - an exchange has at most one message from p to q, which is in it on both ends or on neither: both have found it
-      from the same two layouts (:mod:`cpfold_train.parallel.redistribute`), in which an empty box makes no message.
+      from the same two layouts (:mod:`cpfold_train.parallel.exchange_plan`), in which an empty box makes no message.
 
     So the messages from p to q are, on both ends, those of the same exchanges in the same order. Ranks that have
     nothing to send or receive in an exchange post nothing, and nobody waits for them. What DDP or FSDP do in the same

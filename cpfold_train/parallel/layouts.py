@@ -7,8 +7,8 @@ are those of :meth:`~cpfold_train.parallel.grid.Grid.transposed`.
 
 from __future__ import annotations
 
+from cpfold_train.parallel.exchange_plan import Layout
 from cpfold_train.parallel.grid import Grid, Interval, split
-from cpfold_train.parallel.redistribute import Layout
 
 
 def tiles(grid: Grid, rows: int, cols: int) -> Layout:
