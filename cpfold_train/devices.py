@@ -154,7 +154,7 @@ UNKNOWN = "h100-80gb"
 
 
 def find_device(name: str, local_ranks: int) -> Device:
-    """A device by name; ``cpu`` is a rank's share of this machine, ``gpu`` its first GPU, and a name that ends with
+    """A device by name; ``cpu`` is a rank's part of this machine, ``gpu`` its first GPU, and a name that ends with
     ``.json`` a file of what was measured on one.
 
     Raises:

@@ -86,5 +86,5 @@ def test_memory_falls_with_the_number_of_ranks():
     assert few > 80e6 and many < few / 4 + 20e6
     # Keys and values of 48 atoms on either side: forward, again in recomputation, and their gradients.
     halo = SAMPLES * 2 * 48 * 2 * CONFIG.atom_s * 4
-    # Besides, the tokens and the mask at the ends of the share.
+    # Besides, the tokens and the mask at the ends of the shard.
     assert 6 * halo <= sent < 6.3 * halo and 6 * halo <= sent_of_many < 6.3 * halo

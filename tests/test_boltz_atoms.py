@@ -24,7 +24,7 @@ from tests.parity import cut, join, randomise
 ORACLE = Path(__file__).parent / "oracle" / "boltz_atoms.py"
 TOKEN_S, TOKEN_Z, DEPTH, HEADS, M = 6, 5, 2, 2, 3
 CONFIG = AtomConfig(8, 4, DEPTH, HEADS, DEPTH, HEADS)
-PLACEMENTS = {"s_trunk": "token", "z": "pair", "r": "atom", "a": "share", "r_update": "atom"}
+PLACEMENTS = {"s_trunk": "token", "z": "pair", "r": "atom", "a": "shard", "r_update": "atom"}
 
 
 class Atoms(nn.Module):

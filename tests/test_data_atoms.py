@@ -146,7 +146,7 @@ def test_atoms_in_line_span_no_frame(samples):
 def shares_joined(cp, count):
     """What a DTensor of this rank's part takes the whole to be."""
     share = torch.arange(*cp.grid.atoms(count))[None]
-    assert cp.shared_out(share).shape == (1, count)
+    assert cp.sharded(share).shape == (1, count)
     # The mesh has no process groups with which torch could join them.
     return gather_tensor(share[0], cp.all).flatten()[None]
 

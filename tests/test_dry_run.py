@@ -34,7 +34,7 @@ def doubled(short: bool) -> tuple[list[int], float]:
         x = torch.empty(1, 10, 3)
         with dry_run.dry(Shortened(counting, on_host=False)) if short else nullcontext():
             in_blocks(double, 4, (x,), ())
-        return turns, counting.tally.moved_bytes
+        return turns, counting.counter.moved_bytes
 
 
 def test_two_blocks_count_for_all():
@@ -50,8 +50,8 @@ def test_one_message_counts_for_all_of_its_shape():
         for size in dry_run.each_message([4, 4, 8, 4], int):
             counting.send("there", size, 1)
             torch.empty(size).zero_()
-    assert (counting.tally.sent_bytes["there"], counting.tally.messages["there"]) == (20, 4)
-    assert (counting.tally.kernels, counting.tally.moved_bytes) == (4, 4 * 20)
+    assert (counting.counter.sent_bytes["there"], counting.counter.messages["there"]) == (20, 4)
+    assert (counting.counter.kernels, counting.counter.moved_bytes) == (4, 4 * 20)
 
 
 def test_what_goes_to_the_host_is_not_held_on_the_device():
@@ -65,4 +65,4 @@ def test_what_goes_to_the_host_is_not_held_on_the_device():
             with dry_run.from_host():
                 x.copy_(kept)
             assert counting.now - before == (kept.nbytes if on_host else 0)
-            assert counting.tally.host_bytes == (0 if on_host else 2 * x.nbytes)
+            assert counting.counter.host_bytes == (0 if on_host else 2 * x.nbytes)

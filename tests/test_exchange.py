@@ -125,25 +125,25 @@ def test_the_device_waits_and_the_host_runs_on(works, monkeypatch):
         with ledger.waiting(op, torch.device("cuda")):
             pass
     ledger.poll()
-    assert ledger.place[:2] == ("the start", False) and (ledger.posted, ledger.completed) == (2, 0)
+    assert ledger.position[:2] == ("the start", False) and (ledger.posted, ledger.completed) == (2, 0)
     stream.run_to(1)
     ledger.poll()
-    stands = ledger.place
+    stands = ledger.position
     assert stands[:2] == ("first", True)
     ledger.poll()
-    assert ledger.place == stands, "since the same moment"
+    assert ledger.position == stands, "since the same moment"
     stream.run_to(2)
     ledger.poll()
-    assert ledger.place[:2] == ("first", False) and ledger.completed == 1
+    assert ledger.position[:2] == ("first", False) and ledger.completed == 1
     stream.run_to(3)
     ledger.poll()
-    assert ledger.place[:2] == ("second", True)
+    assert ledger.position[:2] == ("second", True)
     with ledger.standing("agreement"):
-        assert ledger.place[:2] == ("second", True), "the host is ahead"
+        assert ledger.position[:2] == ("second", True), "the host is ahead"
         stream.run_to(4)
         ledger.poll()
-        assert ledger.place[:2] == ("agreement", True) and ledger.completed == 2
-    assert ledger.place[:2] == ("agreement", False)
+        assert ledger.position[:2] == ("agreement", True) and ledger.completed == 2
+    assert ledger.position[:2] == ("agreement", False)
     assert stream.synchronized == 0
     assert {op: entry.waited_s for op, entry in ledger.by_op().items()} == {"first": 0.001, "second": 0.001}
 

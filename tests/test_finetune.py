@@ -123,7 +123,7 @@ def test_mixed_precision_merges_as_the_export_does():
 
 
 def lora_step(cp, folder: Path, given: str, lora: LoRAConfig | None) -> dict:
-    """This rank's shares of the losses of a training step; the shares of the gradients go to a file."""
+    """This rank's parts of the losses of a training step; the parts of the gradients go to a file."""
     module = CoFoldingModule(CONFIG, MemoryConfig(), OPTIM, WEIGHTS, DRAWN, SEED).double()
     if lora:
         choose_trained(module.model, FinetuneConfig(lora=lora), True)

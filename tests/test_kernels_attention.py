@@ -263,14 +263,14 @@ def triangle(cp, node: str, algorithm: str, kernels: str, dtype: torch.dtype) ->
 
 
 def tokens(cp, kernels: str, dtype: torch.dtype) -> list[Tensor]:
-    """What a rank's share of the tokens gets, and gradients of queries, keys, values and the tile of the bias."""
+    """What a shard of the tokens gets, and gradients of queries, keys, values and the tile of the bias."""
     before, cp.kernels = cp.kernels, kernels
     try:
         generator = torch.Generator().manual_seed(0)
         *qkv, weight = torch.randn(4, 3, N, 1, 48, generator=generator, dtype=torch.float64)
         bias = torch.randn(1, N, N, 1, generator=generator, dtype=torch.float64)
         bias[:, :, 5:] = -1e6
-        *qkv, weight = (cut(x / 2, "share", cp.grid).to(dtype).requires_grad_() for x in (*qkv, weight))
+        *qkv, weight = (cut(x / 2, "shard", cp.grid).to(dtype).requires_grad_() for x in (*qkv, weight))
         bias = cut(bias, "pair", cp.grid).to(dtype).requires_grad_()
         with small_tiles():
             out = token_attention(*qkv, bias.permute(0, 3, 1, 2), cp)
@@ -328,7 +328,7 @@ def test_triangle_attention(ranks, node, grid, algorithm):
 
 @pytest.mark.parametrize("grid", [(1, 1), (2, 3)])
 def test_token_attention(ranks, grid):
-    compare(ranks, grid, tokens, (), ["share", "share", "share", "share", "pair"])
+    compare(ranks, grid, tokens, (), ["shard", "shard", "shard", "shard", "pair"])
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (2, 3), pytest.param((3, 3), marks=pytest.mark.slow)])

@@ -55,7 +55,7 @@ def check_fit(found: list[dict], arch: str) -> None:
     for kernel in found:
         name = kernel["kernel"]
         assert kernel["stores_spilled"] == kernel["loads_spilled"] == 0, name
-        assert kernel["shared_bytes"] <= ARCHITECTURES[arch].shared_block, name
+        assert kernel["fsdp_bytes"] <= ARCHITECTURES[arch].shared_block, name
         assert kernel["blocks"] >= 1, name
         assert kernel["atomics"] == 0, name
 
@@ -65,7 +65,7 @@ def test_what_is_known_of_small_kernels(arch):
     product, summed, wide = compile_elsewhere("tests.small_kernels", arch)
     assert product["matrix"].keys() == {ARCHS[arch]} and product["exponentials"] >= 32
     assert 0 < product["loop"] < 300 and product["stores_spilled"] == product["atomics"] == 0
-    assert product["shared_bytes"] >= 2 * 64 * 64 * 2 and product["blocks"] >= 2
+    assert product["fsdp_bytes"] >= 2 * 64 * 64 * 2 and product["blocks"] >= 2
     assert summed["atomics"] == 1 and summed["loop"] == 0 and not summed["matrix"]
     assert wide["stores_spilled"] > 100 and wide["loads_spilled"] > 100
 

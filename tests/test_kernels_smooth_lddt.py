@@ -45,7 +45,7 @@ def test_equals_the_torch_form(first, step):
 
 
 def loss(cp, kernels: str) -> list[torch.Tensor]:
-    """This rank's share of the loss, with an unresolved atom, and of its gradient."""
+    """This rank's part of the loss, with an unresolved atom, and of its gradient."""
     pred, truth = structures()
     own = slice(*cp.grid.atoms(ATOMS))
     feats = {

@@ -27,7 +27,7 @@ USES = {"diffusion": "pred_coords", "smooth_lddt": "pred_coords"}
 
 
 def one_loss(name, feats, given, cp):
-    """This rank's share, (B*M,) or (B,)."""
+    """This rank's part, (B*M,) or (B,)."""
     if name == "diffusion":
         return diffusion_loss(given["pred_coords"], given["turned_coords"], given["sigmas"], feats, cp, SIGMA_DATA)
     if name == "smooth_lddt":

@@ -52,7 +52,7 @@ def test_there_are_as_many_sizes_as_buckets():
 
 
 def step(cp, padding: Padding) -> tuple[dict[str, Tensor], Tensor, tuple[int, ...]]:
-    """This rank's shares of the losses and of the gradients of a step, and the padded sizes."""
+    """This rank's parts of the losses and of the gradients of a step, and the padded sizes."""
     config = compose(SETTINGS)
     source = Source(["tests/data/*.tar"])
     batches = TileLoader([source], cp.grid, crop_size=22, max_msa_rows=5, batch_size=2, shuffle=False)

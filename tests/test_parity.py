@@ -79,7 +79,7 @@ def test_attention_in_groups_of_rows(ranks, cls, heads):
 
 
 def train_step(cp: ContextParallel, memory: MemoryConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict]:
-    """Loss shares, gradients and placements of a small trunk: dropout on, one recycling, blocks recomputed."""
+    """Partial losses, gradients and placements of a small trunk: dropout on, one recycling, blocks recomputed."""
     trunk = small_trunk(memory)
     randomise(trunk)
     feats = features(cp.grid)

@@ -87,10 +87,10 @@ class Collectives(TorchDispatchMode):
 def test_a_planned_step_sends_what_a_real_one_does(ranks, fsdp):
     settings = (f"parallel.fsdp={fsdp}",)
     real = ranks.run(real_step, 2, 2, compose([*TINY, *settings]))
-    planned = totals(traced(Grid(2, 2), settings).tallies)
+    planned = totals(traced(Grid(2, 2), settings).counters)
     sent = {op: size for op, size in planned.sent_bytes.items() if size}
-    assert sent | {"shared": planned.shared_bytes} == real[0]
-    assert bool(planned.shared_bytes) == (fsdp == "true")
+    assert sent | {"shared": planned.fsdp_bytes} == real[0]
+    assert bool(planned.fsdp_bytes) == (fsdp == "true")
 
 
 def real_forward(cp, config: TrainConfig, kind: str) -> dict[str, int]:
@@ -121,7 +121,7 @@ def test_what_runs_without_gradients_sends_what_is_planned(ranks, kind, trace):
     real = ranks.run(real_forward, 1, 2, config, kind)
     (batch,) = batches_of_data(config, Grid(1, 2), 1)
     found = trace(config, Grid(1, 2), batch, A_MICROSECOND, on_host=False)
-    assert sent_as_planned(totals(found.tallies).sent_bytes.items()) == real[0]
+    assert sent_as_planned(totals(found.counters).sent_bytes.items()) == real[0]
     held = by_category(peak_moment(found)[1])
     # A prediction has weights alone; validation is between two steps, and has all that these keep.
     assert bool(held["gradients"] and held["optimizer"]) == (kind == "validation")
@@ -133,7 +133,7 @@ def test_one_message_stands_for_all_of_its_shape(monkeypatch, algorithm):
     short = traced(Grid(3, 3), settings)
     monkeypatch.setattr(Shortened, "each_message", lambda _, messages, shape: iter(messages))
     full = traced.__wrapped__(Grid(3, 3), settings)
-    one, other = totals(short.tallies), totals(full.tallies)
+    one, other = totals(short.counters), totals(full.counters)
     assert (one.sent_bytes, one.messages, one.moved_bytes) == (other.sent_bytes, other.messages, other.moved_bytes)
     assert (one.kernels, one.seconds[MEMORY]) == pytest.approx((other.kernels, other.seconds[MEMORY]))
     assert short.moments == full.moments
@@ -198,11 +198,11 @@ def deep_and_extrapolated(*settings: str) -> tuple[Trace, Trace]:
 def test_a_deep_model_from_two_shallow_ones(setting):
     full, found = deep_and_extrapolated(setting)
     assert peak_moment(found) == peak_moment(full)
-    one, other = totals(found.tallies), totals(full.tallies)
+    one, other = totals(found.counters), totals(full.counters)
     assert (one.kernels, one.moved_bytes) == pytest.approx((other.kernels, other.moved_bytes))
     assert (one.flops, one.sent_bytes) == (other.flops, other.sent_bytes)
     # Rows are rounded up to the number of ranks.
-    assert one.shared_bytes == pytest.approx(other.shared_bytes, rel=1e-3)
+    assert one.fsdp_bytes == pytest.approx(other.fsdp_bytes, rel=1e-3)
     held, expected = ({phase: sum(moment.values()) for phase, moment in x.moments.items()} for x in (found, full))
     # With few blocks, or two templates, some phases do not yet have their peak where the deep model has it.
     assert held == pytest.approx(expected, rel=0.04)
@@ -218,7 +218,7 @@ def test_the_host_keeps_what_goes_there(monkeypatch):
 
     monkeypatch.setattr(offload._Kept, "__init__", counted)
     config = compose([*TINY, "memory.offload=true", "trainer.accumulate_grad_batches=3"])
-    work = totals(traced(Grid(1, 2), ("memory.offload=true",)).tallies)
+    work = totals(traced(Grid(1, 2), ("memory.offload=true",)).counters)
     costs = SimpleNamespace(work=WorkCounter().plus(work, 3))
     assert kept and Plan(config, Grid(), "x", 1, {}, "trunk", costs, 1, CHOSEN).host_memory == sum(kept)
 
@@ -376,7 +376,7 @@ def test_what_cannot_be_planned_is_told(settings, sentence, capsys):
 def test_a_kernel_without_scores_moves_less():
     settings = ("cp.algorithm=alltoall", "trainer.precision=bf16-mixed", "model.recycling_steps=0")
     traces = (traced(Grid(2, 2), (*settings, f"kernels={kernels}")) for kernels in ("torch", "cuequivariance"))
-    plain, fused = (totals(trace.tallies) for trace in traces)
+    plain, fused = (totals(trace.counters) for trace in traces)
     # Triton's kernels, which go with it, make other products again.
     assert sum(fused.flops.values()) == pytest.approx(sum(plain.flops.values()), rel=0.1)
     assert fused.exps > 0

@@ -88,7 +88,7 @@ def test_kernels_of_a_region_are_those_of_inductor(name):
         assert 0 <= theirs - ours <= 2
 
 
-def layer_tally(compiled: bool) -> tuple[WorkCounter, list[torch.Size], int]:
+def layer_counter(compiled: bool) -> tuple[WorkCounter, list[torch.Size], int]:
     """Of a layer of the diffusion transformer under recomputation, forward and backward; gradients; what is left."""
     tracer = Tracer(Speed(lambda kernel: (MEMORY, 1.0), lambda *_: 0.0), 0)
     with FakeTensorMode(), tracer:
@@ -105,11 +105,11 @@ def layer_tally(compiled: bool) -> tuple[WorkCounter, list[torch.Size], int]:
         else:
             step()
         gradients = [x.grad.shape for x in (a, *module.parameters())]
-        return totals(tracer.tallies), gradients, tracer.now
+        return totals(tracer.counters), gradients, tracer.now
 
 
 def test_a_compiled_layer_makes_the_same_products_in_fewer_launches():
-    (plain, shapes, held), (compiled, compiled_shapes, compiled_held) = layer_tally(False), layer_tally(True)
+    (plain, shapes, held), (compiled, compiled_shapes, compiled_held) = layer_counter(False), layer_counter(True)
     assert compiled.flops == plain.flops
     assert compiled.kernels < 0.85 * plain.kernels
     assert compiled.moved_bytes < plain.moved_bytes

@@ -76,12 +76,12 @@ def test_an_operator_of_ours_counts_as_it_says_and_what_is_inside_does_not(formu
         with tracer.times(4):
             product(x, weight)
         (x + 1).sigmoid()
-    tally = totals(tracer.tallies)
-    assert tally.kernels == 4 * 3 + 2
+    counter = totals(tracer.counters)
+    assert counter.kernels == 4 * 3 + 2
     # In mixed precision products are made in the narrowest dtype that a kernel gets.
-    assert tally.flops == {torch.bfloat16: 4 * 2 * 5 * 7 * 3}
-    assert tally.exps == 4 * 5 * 3 + 5 * 7
-    assert tally.moved_bytes == 4 * (4 * 5 * 7 + 2 * 7 * 3 + 4 * 5 * 3) + 4 * 5 * 7 * 4
+    assert counter.flops == {torch.bfloat16: 4 * 2 * 5 * 7 * 3}
+    assert counter.exps == 4 * 5 * 3 + 5 * 7
+    assert counter.moved_bytes == 4 * (4 * 5 * 7 + 2 * 7 * 3 + 4 * 5 * 3) + 4 * 5 * 7 * 4
 
 
 def test_kernels_of_one_operator_are_planned_one_by_one(formula):
@@ -89,9 +89,9 @@ def test_kernels_of_one_operator_are_planned_one_by_one(formula):
     tracer = Tracer(Speed(kernel_seconds(H100), free), 0)
     with FakeTensorMode(), tracer:
         product(torch.empty(5, 7), torch.empty(7, 3, dtype=torch.bfloat16))
-    tally = totals(tracer.tallies)
-    assert set(tally.seconds) == {MATRIX, L2} and tally.seconds[MATRIX] == pytest.approx(8e14 / (0.5 * 989e12))
-    assert (tally.kernels, tally.exps, tally.moved_bytes) == (3, 2e9, 2e9)
+    counter = totals(tracer.counters)
+    assert set(counter.seconds) == {MATRIX, L2} and counter.seconds[MATRIX] == pytest.approx(8e14 / (0.5 * 989e12))
+    assert (counter.kernels, counter.exps, counter.moved_bytes) == (3, 2e9, 2e9)
 
 
 class Wide(nn.Module):
@@ -125,14 +125,14 @@ def test_work_is_counted_by_operation_forward_and_backward():
         for block in model.stack.layers:
             x = block(x)
         x.sum().backward()
-    narrow, wide = (tracer.tallies[Part("stack.layers", name)] for name in ("narrow", "wide"))
+    narrow, wide = (tracer.counters[Part("stack.layers", name)] for name in ("narrow", "wide"))
     # Autograd is where no gradient of the input is needed.
     assert sum(narrow.flops.values()) == 2 * 10 * 4 * 4 * (2 + 3)
     assert sum(wide.flops.values()) == 2 * 10 * 2 * 4 * 8 * (2 + 4)
     sides, weights = 10 * 4 * 4, 4 * (4 * 4 + 4)
     assert narrow.least_bytes == 2 * (2 * sides + weights) + 2 * (2 * (sides + weights) + sides)
-    assert {part.module for part in tracer.tallies} == {"stack.layers", STEP}
-    assert Part("stack.layers", "") in tracer.tallies
+    assert {part.module for part in tracer.counters} == {"stack.layers", STEP}
+    assert Part("stack.layers", "") in tracer.counters
 
 
 @pytest.mark.parametrize(
@@ -160,14 +160,14 @@ def test_what_takes_longest_bounds_a_kernel(kernel, bound, seconds):
 
 
 def test_an_operation_takes_as_long_as_its_kernels_or_their_launches():
-    tally = WorkCounter(kernels=1000, seconds=Counter({MATRIX: 0.02, MEMORY: 0.01}))
-    assert part_costs(tally, H100).compute_s == pytest.approx(0.03)
-    assert part_costs(tally, H100).bound == MATRIX
-    small = replace(tally, kernels=10_000)
+    counter = WorkCounter(kernels=1000, seconds=Counter({MATRIX: 0.02, MEMORY: 0.01}))
+    assert part_costs(counter, H100).compute_s == pytest.approx(0.03)
+    assert part_costs(counter, H100).bound == MATRIX
+    small = replace(counter, kernels=10_000)
     assert part_costs(small, H100).compute_s == pytest.approx(10_000 * LAUNCH_S)
     assert part_costs(small, H100).bound == LAUNCHES
     assert part_costs(small, replace(H100, measured=Rates(launch_s=1e-6))).bound == MATRIX
-    costs = part_costs(replace(tally, waited_s=0.5, sent_bytes=Counter({"there": 450e9})), H100)
+    costs = part_costs(replace(counter, waited_s=0.5, sent_bytes=Counter({"there": 450e9})), H100)
     assert costs.bound == LINK and costs.seconds - costs.compute_s == 0.5
     assert costs.floor_s == pytest.approx(450 / 400)
 
@@ -249,10 +249,10 @@ def test_messages_travel_one_after_the_other_beside_the_computation():
         for _ in range(2):
             x.exp()
         finish(first)
-        tally = tracer.tally
-        assert (tally.kernels, tally.waited_s) == (5, 10 - 4)
+        counter = tracer.counter
+        assert (counter.kernels, counter.waited_s) == (5, 10 - 4)
         finish(second)
-        assert (tally.kernels, tally.waited_s) == (6, 20 - 5)
+        assert (counter.kernels, counter.waited_s) == (6, 20 - 5)
         all_reduce(x, cp, cp.all, "sum")
         # A ring of two sends twice.
-        assert tally.waited_s == 20 - 5 + 20
+        assert counter.waited_s == 20 - 5 + 20

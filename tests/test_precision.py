@@ -20,7 +20,7 @@ from cpfold_train.model.config import (
     TemplateConfig,
 )
 from cpfold_train.ops import outer_product_mean as opm
-from cpfold_train.ops.shares import gather_shares
+from cpfold_train.ops.shards import gather_shards
 from cpfold_train.parallel.context import to_local
 from cpfold_train.testing.trunk_cases import draws, features
 from cpfold_train.training.apply import set_width
@@ -162,9 +162,9 @@ def test_pieces_that_come_in_turn_are_summed_in_fp32(ranks):
 
 
 def gradient_from_all_ranks(cp):
-    """What nine ranks find for the share of the first one: 256 and eight ones. In bf16, 256 + 1 is 256."""
+    """What nine ranks find for the shard of the first one: 256 and eight ones. In bf16, 256 + 1 is 256."""
     x = torch.zeros(1, 1, dtype=BF16, requires_grad=True)
-    everything = gather_shares(x, cp, "test")
+    everything = gather_shards(x, cp, "test")
     (everything[:, 0] * (256 if cp.all.index == 0 else 1)).sum().backward()
     return x.grad
 

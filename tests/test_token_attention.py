@@ -1,4 +1,4 @@
-"""Attention of shares of tokens on grids against the formula on whole tensors: forward, every gradient, bytes sent."""
+"""Attention of sharded tokens on grids against the formula on whole tensors: forward, every gradient, bytes sent."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Checkpoints to which every rank writes its own part, and which any number of ranks can read.
 
-Such a checkpoint is a directory: ``meta.pt`` holds everything but the tensors that are shared out, in whose place there
+Such a checkpoint is a directory: ``meta.pt`` holds everything but the tensors that are sharded, in whose position there
 are empty ones of their shape, and the name of the directory beside it in which those tensors are, in the format of
 ``torch.distributed.checkpoint``. ``meta.pt`` is written last, and replaced in one step: whatever it names is complete.
 """
@@ -68,7 +68,7 @@ def save_sharded(checkpoint: dict[str, Any], path: Path) -> None:
     folder, index["shards"] = Path(agreed[0][0]), agreed[0][1]
     target = folder
     if folder.is_file():
-        # Of a run that did not share its parameters out: a directory cannot replace it in one step.
+        # Of a run without FSDP: a directory cannot replace it in one step.
         target = folder.with_name(f"{folder.name}.new")
     try:
         dcp.save(shards, storage_writer=dcp.FileSystemWriter(target / index["shards"]))
@@ -111,7 +111,7 @@ def load_sharded(path: Path, mesh: DeviceMesh | None) -> dict[str, Any]:
 
     Args:
         path: the directory.
-        mesh: over which its tensors are to be shared out, however many ranks wrote them; all of its ranks read. None
+        mesh: over which its tensors are to be sharded, however many ranks wrote them; all of its ranks read. None
             to read whole tensors in one process.
     """
     import torch.distributed.checkpoint as dcp
@@ -137,7 +137,7 @@ def load_sharded(path: Path, mesh: DeviceMesh | None) -> dict[str, Any]:
 
 
 def _replaced(value: Any, function: Callable[[str, Any], Any], name: str = "") -> Any:
-    """Nested dicts and lists with ``function(name, leaf)`` in the place of each leaf."""
+    """Nested dicts and lists with ``function(name, leaf)`` instead of each leaf."""
     if type(value) in (dict, OrderedDict):
         return {key: _replaced(x, function, f"{name}/{key}") for key, x in value.items()}
     if type(value) is list:

@@ -57,7 +57,7 @@ def _row(one: Compiled) -> list[str]:
         str(one.warps),
         str(one.registers),
         f"{one.stores_spilled}+{one.loads_spilled}",
-        f"{one.shared_bytes / KIB:.0f}",
+        f"{one.fsdp_bytes / KIB:.0f}",
         str(one.blocks),
         ", ".join(f"{count} {name}" for name, count in one.matrix.items()) or "0",
         str(one.exponentials),

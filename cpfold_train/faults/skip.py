@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from cpfold_train.errors import RunError
 from cpfold_train.faults.out_of_memory import is_out_of_memory
 from cpfold_train.faults.restart import OUT_OF_MEMORY_FILE, steps_out_of_memory
-from cpfold_train.parallel.gather import gather_figures
+from cpfold_train.parallel.gather import gather_numbers
 from cpfold_train.parallel.sharding import whole
 
 WINDOW = 100
@@ -82,7 +82,7 @@ class SkipBadSteps(Callback):
         self.skipped += 1
         self._recent = [earlier for earlier in self._recent if earlier > step - WINDOW] + [step]
         bad_losses, self._bad_losses = int(pl_module.bad_losses) - self._bad_losses, int(pl_module.bad_losses)
-        bad = gather_figures(trainer.strategy.cp, [bad_losses])[:, 0].nonzero().flatten().tolist()
+        bad = gather_numbers(trainer.strategy.cp, [bad_losses])[:, 0].nonzero().flatten().tolist()
         if pl_module.too_large:
             why = f"there was no memory for it, says {self._run_dir / OUT_OF_MEMORY_FILE}"
         else:

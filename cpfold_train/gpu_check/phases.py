@@ -1,4 +1,4 @@
-"""The phases in their order: what each does, and its share of the time."""
+"""The phases in their order: what each does, and its fraction of the time."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Compiled:
         warps: of a block.
         registers: of a thread.
         stores_spilled, loads_spilled: instructions that write registers to local memory and read them back.
-        shared_bytes: of a block, that of the launch included.
+        fsdp_bytes: of a block, that of the launch included.
         blocks: that fit a multiprocessor, by registers, shared memory and warps.
         bound: which of them is the limit.
         matrix: instructions of matrix units, by name.
@@ -87,7 +87,7 @@ class Compiled:
     registers: int
     stores_spilled: int
     loads_spilled: int
-    shared_bytes: int
+    fsdp_bytes: int
     blocks: int
     bound: str
     matrix: dict[str, int]
@@ -162,7 +162,7 @@ def compiled(launch: Launch, arch: str) -> Compiled:
         registers=registers,
         stores_spilled=_count(found, re.compile(r"STL\b")),
         loads_spilled=_count(found, re.compile(r"LDL\b")),
-        shared_bytes=shared,
+        fsdp_bytes=shared,
         blocks=blocks,
         bound=bound,
         matrix=dict(Counter(name.split(".")[0] for name in instructions if MATRIX.match(name))),

@@ -21,7 +21,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 Compiler = Callable[[Callable], Callable]
-"""Makes of a region what runs in its place."""
+"""Makes of a region what runs instead of it."""
 
 REGIONS: dict[str, Callable] = {}
 """The functions as they are written, by name."""

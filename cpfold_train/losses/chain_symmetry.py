@@ -26,8 +26,8 @@ def choose_copies(pred_coords: Tensor, feats: dict[str, Tensor], cp: ContextPara
     No two chains get the same copy, and a copy with less than half as many resolved atoms as another is no candidate.
 
     Args:
-        pred_coords: (S, A/P, 3), share of atoms.
-        feats: ``copy_coords`` (B, A/P, K, 3) and ``copy_resolved`` (B, A/P, K), shares of atoms, ``atom_to_token``
+        pred_coords: (S, A/P, 3), shard of atoms.
+        feats: ``copy_coords`` (B, A/P, K, 3) and ``copy_resolved`` (B, A/P, K), shards of atoms, ``atom_to_token``
             (B, A/P); ``chain_copies`` (B, C, K) and ``asym_id`` (B, N), replicated.
         cp: the running grid.
     """

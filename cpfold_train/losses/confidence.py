@@ -1,9 +1,9 @@
 """Losses of the confidence heads (AlphaFold 3, supplement 4.3; ``boltz/model/loss/confidencev2.py``), token by token.
 
-Targets are errors of predicted structures, without gradient: each rank computes those of its share of the tokens or of
+Targets are errors of predicted structures, without gradient: each rank computes those of its shard of the tokens or of
 its tile, a few rows at a time. Coordinates, 3 numbers an atom, are gathered.
 
-Every function returns this rank's share of each sample's loss, (B*M,): the sum over the ranks is the loss. It is
+Every function returns This rank's part of each sample's loss, (B*M,): the sum over the ranks is the loss. It is
 computed in fp32 (or fp64).
 """
 
@@ -20,7 +20,7 @@ from cpfold_train.kernels.by_rows import by_rows, in_blocks, rows_per_block
 from cpfold_train.losses.geometry import frame_axes
 from cpfold_train.model.frames import token_frames
 from cpfold_train.ops.distances import LDDT_THRESHOLDS, distances
-from cpfold_train.ops.shares import gather_shares, own_share
+from cpfold_train.ops.shards import gather_shards, own_shard
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.redistribute import all_reduce
 from cpfold_train.spatial import spanning
@@ -57,14 +57,14 @@ def confidence_targets(
     """Gather what the losses compare.
 
     Args:
-        pred_coords: (B*M, A/P, 3), share of atoms.
+        pred_coords: (B*M, A/P, 3), shard of atoms.
         true_coords: (B*M, A/P, 3); each prediction may have a truth of its own, its symmetric chains permuted.
         true_coords_resolved_mask: (B*M, A/P).
         cp: the running grid.
     """
     dtype = torch.promote_types(pred_coords.dtype, torch.float32)
     parts = pred_coords.detach().to(dtype), true_coords.to(dtype), true_coords_resolved_mask[..., None].to(dtype)
-    pred, truth, resolved = gather_shares(torch.cat(parts, 2), cp, OP).split((3, 3, 1), 2)
+    pred, truth, resolved = gather_shards(torch.cat(parts, 2), cp, OP).split((3, 3, 1), 2)
     return ConfidenceTargets(pred, truth, resolved.squeeze(2) > 0)
 
 
@@ -87,12 +87,12 @@ def plddt_loss(pred_lddt: Tensor, targets: ConfidenceTargets, feats: dict[str, T
     partner = resolved & (centre_known > 0) & (mol_type != NONPOLYMER)
     cutoff = torch.where((mol_type == DNA) | (mol_type == RNA), 30.0, 15.0).to(pred)
     rows = rows_per_block(8 * cutoff.nbytes, pred.device)
-    inputs = [own_share(x, cp) for x in (pred, truth, rep)]
+    inputs = [own_shard(x, cp) for x in (pred, truth, rep)]
     shared = centre_pred, centre_truth, centre, partner, cutoff
     target = in_blocks(partial(_lddt_bins, bins=pred_lddt.shape[2]), rows, inputs, shared)
 
-    mask = own_share(known, cp) * (target >= 0).to(pred)
-    errors = _cross_entropy(own_share(pred_lddt, cp), target.clamp(min=0))
+    mask = own_shard(known, cp) * (target >= 0).to(pred)
+    errors = _cross_entropy(own_shard(pred_lddt, cp), target.clamp(min=0))
     return (errors * mask).sum(1) / (1e-7 + all_reduce(mask.sum(1), cp, cp.all, OP))
 
 
@@ -109,8 +109,8 @@ def resolved_loss(
     """
     rep, real = _repeated(targets, feats, "token_to_rep_atom token_pad_mask")
     target = (~targets.resolved.gather(1, rep)).long()
-    errors = _cross_entropy(own_share(pred_resolved, cp), own_share(target, cp))
-    return (errors * own_share(real, cp)).sum(1) / (1e-7 + real.sum(1))
+    errors = _cross_entropy(own_shard(pred_resolved, cp), own_shard(target, cp))
+    return (errors * own_shard(real, cp)).sum(1) / (1e-7 + real.sum(1))
 
 
 def pde_loss(pred_pde: Tensor, targets: ConfidenceTargets, feats: dict[str, Tensor], cp: ContextParallel) -> Tensor:

@@ -1,4 +1,4 @@
-"""Diffusion loss (AlphaFold 3, equations 3 to 6; the package's ``AtomDiffusion.compute_loss``), by shares of atoms.
+"""Diffusion loss (AlphaFold 3, equations 3 to 6; the package's ``AtomDiffusion.compute_loss``), by shards of atoms.
 
 The smooth lDDT, which the package adds to it, is in :mod:`cpfold_train.losses.smooth_lddt`.
 """
@@ -26,16 +26,16 @@ def diffusion_loss(
     nucleotide_loss_weight: float = 5.0,
     ligand_loss_weight: float = 10.0,
 ) -> Tensor:
-    """This rank's share of each diffusion sample's loss; the sum over the ranks is the loss.
+    """This rank's part of each diffusion sample's loss; the sum over the ranks is the loss.
 
     The squared error to the ground truth, which is first superposed on the prediction, weighted by the kind of molecule
     and by the noise level. Computed in fp32 (or fp64).
 
     Args:
-        denoised_coords: (B*M, A/P, 3) in Angstrom, share of atoms.
+        denoised_coords: (B*M, A/P, 3) in Angstrom, shard of atoms.
         true_coords: (B*M, A/P, 3), as they were before noise was added.
         sigmas: (B*M,) noise levels.
-        feats: ``atom_resolved_mask`` and ``atom_to_token`` (B, A/P), shares of atoms, and ``mol_type`` (B, N),
+        feats: ``atom_resolved_mask`` and ``atom_to_token`` (B, A/P), shards of atoms, and ``mol_type`` (B, N),
             replicated.
         cp: the running grid.
         sigma_data: standard deviation of coordinates in the data, in Angstrom: that of the diffusion process.

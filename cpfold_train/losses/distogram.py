@@ -12,7 +12,7 @@ from cpfold_train.parallel.context import ContextParallel
 
 
 def distogram_loss(pdistogram: DTensor | Tensor, feats: dict[str, Tensor | DTensor], cp: ContextParallel) -> Tensor:
-    """This rank's share of each sample's loss; the sum over the ranks of the replica is the loss.
+    """This rank's part of each sample's loss; the sum over the ranks of the replica is the loss.
 
     Cross-entropy against the mean over K conformers of the one-hot distance, over all ordered pairs of two different
     resolved tokens, computed in fp32 (or fp64).

@@ -18,7 +18,7 @@ from cpfold_train.dry_run import each_block
 from cpfold_train.kernels.by_rows import rows_per_block
 from cpfold_train.kernels.smooth_lddt import smooth_lddt
 from cpfold_train.ops.distances import LDDT_THRESHOLDS, distances
-from cpfold_train.ops.shares import gather_shares
+from cpfold_train.ops.shards import gather_shards
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.redistribute import all_reduce
 from cpfold_train.vocabulary import DNA, RNA
@@ -33,14 +33,14 @@ def smooth_lddt_loss(
     nucleic_acid_cutoff: float = 30.0,
     other_cutoff: float = 15.0,
 ) -> Tensor:
-    """This rank's share of each diffusion sample's loss; the sum over the ranks is the loss.
+    """This rank's part of each diffusion sample's loss; the sum over the ranks is the loss.
 
     Over all ordered pairs of two different resolved atoms whose true distance is below the cutoff of the first; as in
     the package, predicted distances have 1e-6 added to each component. Computed in fp32 (or fp64).
 
     Args:
-        pred_coords: (B*M, A/P, 3) in Angstrom, share of atoms.
-        feats: ``coords`` (B, A/P, 3), ``atom_resolved_mask`` and ``atom_to_token`` (B, A/P), shares of atoms, and
+        pred_coords: (B*M, A/P, 3) in Angstrom, shard of atoms.
+        feats: ``coords`` (B, A/P, 3), ``atom_resolved_mask`` and ``atom_to_token`` (B, A/P), shards of atoms, and
             ``mol_type`` (B, N), replicated.
         cp: the running grid.
         nucleic_acid_cutoff: reach of atoms of DNA and RNA, in Angstrom.
@@ -54,8 +54,8 @@ def smooth_lddt_loss(
     nucleic = (mol_type == DNA) | (mol_type == RNA)
     reach = torch.where(nucleic, nucleic_acid_cutoff, other_cutoff) * feats["atom_resolved_mask"]
     # Each atom's place and reach, which is zero where the atom does not count, in one message.
-    truth = gather_shares(torch.cat([feats["coords"], reach[..., None]], 2).to(dtype), cp, OP)
-    pred = gather_shares(pred_coords.to(dtype), cp, OP)
+    truth = gather_shards(torch.cat([feats["coords"], reach[..., None]], 2).to(dtype), cp, OP)
+    pred = gather_shards(pred_coords.to(dtype), cp, OP)
     if cp.kernels != "torch" and dtype == torch.float32:
         sums, pairs, _ = smooth_lddt(pred, truth, cp.all.index, cp.all.size)
     else:

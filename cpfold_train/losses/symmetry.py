@@ -13,7 +13,7 @@ from torch import Tensor
 from cpfold_train.kernels.by_rows import in_blocks, rows_per_block
 from cpfold_train.losses.chain_symmetry import choose_copies, clearly_less, take_copies
 from cpfold_train.ops.distances import distances
-from cpfold_train.ops.shares import gather_shares, own_share
+from cpfold_train.ops.shards import gather_shards, own_shard
 from cpfold_train.ops.superpose import moments, superposition
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.redistribute import all_reduce
@@ -33,8 +33,8 @@ def matched_truth(pred_coords: Tensor, feats: dict[str, Tensor], cp: ContextPara
     (S, A/P) bool. The names that the data came with win where another choice is no better.
 
     Args:
-        pred_coords: (S, A/P, 3) in Angstrom, share of atoms.
-        feats: as for :func:`choose_copies`; ``atom_swaps`` (B, A/P, W) and ``ref_space_uid`` (B, A/P), shares of
+        pred_coords: (S, A/P, 3) in Angstrom, shard of atoms.
+        feats: as for :func:`choose_copies`; ``atom_swaps`` (B, A/P, W) and ``ref_space_uid`` (B, A/P), shards of
             atoms; ``token_to_center_atom`` and ``token_pad_mask`` (B, N), replicated.
         cp: the running grid.
     """
@@ -55,7 +55,7 @@ def matched_truth(pred_coords: Tensor, feats: dict[str, Tensor], cp: ContextPara
     tokens, first = feats["asym_id"].shape[1], cp.all.index * pred.shape[1]
     atom = torch.arange(first, first + pred.shape[1], device=pred.device)
     for _ in range(ROUNDS):
-        whole = gather_shares(torch.cat([coords, resolved[..., None].to(coords)], 2), cp, OP)
+        whole = gather_shards(torch.cat([coords, resolved[..., None].to(coords)], 2), cp, OP)
         costs = []
         for swap in (torch.zeros_like(swaps[..., 0]), *swaps.unbind(2)):
             truth = whole.gather(1, (atom + swap)[..., None].expand(-1, -1, 4))
@@ -78,14 +78,14 @@ def _motions_of_surroundings(
     samples = len(pred) // len(feats["asym_id"])
     residue = feats["ref_space_uid"].to(pred).repeat_interleave(samples, 0)
     parts = pred, truth, resolved[..., None].to(pred), residue[..., None]
-    whole = gather_shares(torch.cat(parts, 2), cp, OP)
+    whole = gather_shards(torch.cat(parts, 2), cp, OP)
     centre = feats["token_to_center_atom"].long().repeat_interleave(samples, 0)
     p, x, known, residue = whole.gather(1, centre[..., None].expand(-1, -1, 8)).split((3, 3, 1, 1), 2)
     known = known.squeeze(2) * feats["token_pad_mask"].to(pred).repeat_interleave(samples, 0)
     sums = (moments(p, x) * known[..., None, None]).flatten(2)
-    inputs = own_share(x, cp), own_share(residue.squeeze(2), cp)
+    inputs = own_shard(x, cp), own_shard(residue.squeeze(2), cp)
     rows = rows_per_block(6 * known.nbytes, known.device)
-    return gather_shares(in_blocks(_motions, rows, inputs, (x, residue.squeeze(2), known, sums)), cp, OP)
+    return gather_shards(in_blocks(_motions, rows, inputs, (x, residue.squeeze(2), known, sums)), cp, OP)
 
 
 def _motions(place: Tensor, residue: Tensor, places: Tensor, residues: Tensor, known: Tensor, sums: Tensor) -> Tensor:

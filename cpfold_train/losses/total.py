@@ -1,6 +1,6 @@
 """All losses of a training step, each on its own.
 
-AlphaFold 3, supplement 4.4; ``boltz/model/models/boltz2.py`` (training_step). Every function returns this rank's share
+AlphaFold 3, supplement 4.4; ``boltz/model/models/boltz2.py`` (training_step). Every function returns this rank's part
 of each sample's losses, (B,), to be summed over ranks: the mean over the M diffusion samples of each of B complexes.
 
 All losses are computed without mixed precision: these two functions are where the region begins, and those that they

@@ -1,7 +1,7 @@
 """Attention of atoms within windows, and their way to tokens and back.
 
 AlphaFold 3, Algorithms 5 to 7; Boltz-2's names and arithmetic (``boltz/model/modules/encodersv2.py`` and
-``transformersv2.py``). All values are of this rank's share of the atoms or tokens.
+``transformersv2.py``). All values are of this rank's shard of the atoms or tokens.
 """
 
 from __future__ import annotations

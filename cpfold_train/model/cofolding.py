@@ -28,7 +28,7 @@ class CoFolding(nn.Module):
 
     Features are placed as :data:`cpfold_train.data.schema.FEATURES` says, and are DTensors or this rank's plain
     tensors. What :meth:`forward` returns are DTensors, all else this rank's plain tensors: pair tiles
-    (B, N/R, N/C, ...), shares of atoms (B M, A/P, ...) of M diffusion samples of each of the B complexes, and tokens
+    (B, N/R, N/C, ...), atom shards (B M, A/P, ...) of M diffusion samples of each of the B complexes, and tokens
     whole (B, N, ...).
 
     Args:
@@ -60,7 +60,7 @@ class CoFolding(nn.Module):
 
         Returns:
             What :class:`~cpfold_train.model.trunk.Trunk` returns; ``pbfactor`` (B, N, num_bins), replicated;
-            ``denoised_atom_coords`` and ``aligned_true_atom_coords`` (B M, A, 3), shared out, and ``sigmas`` (B M,),
+            ``denoised_atom_coords`` and ``aligned_true_atom_coords`` (B M, A, 3), sharded, and ``sigmas`` (B M,),
             replicated, as :meth:`~cpfold_train.model.edm.AtomDiffusion.forward` describes them.
         """
         feats = to_local(feats)
@@ -73,8 +73,8 @@ class CoFolding(nn.Module):
         return {
             **out,
             "pbfactor": cp.replicated(self.bfactor_module(trunk["s"])),
-            "denoised_atom_coords": cp.shared_out(denoised["denoised_atom_coords"]),
-            "aligned_true_atom_coords": cp.shared_out(denoised["aligned_true_atom_coords"]),
+            "denoised_atom_coords": cp.sharded(denoised["denoised_atom_coords"]),
+            "aligned_true_atom_coords": cp.sharded(denoised["aligned_true_atom_coords"]),
             "sigmas": cp.replicated(denoised["sigmas"]),
         }
 

@@ -112,7 +112,7 @@ class ConfidenceModule(nn.Module):
         Args:
             s_inputs, s: (B, N, token_s), the same on all ranks.
             z: pair tile (B, N/R, N/C, token_z).
-            x_pred: atom share (B M, A/P, 3) in Angstrom.
+            x_pred: atom shard (B M, A/P, 3) in Angstrom.
             feats: ``token_to_rep_atom``, ``asym_id``, ``token_pad_mask`` and what the relative positions read (B, N);
                 the tiles ``token_bonds``, ``type_bonds``, ``contact_conditioning`` and ``contact_threshold``.
             multiplicity: M.

@@ -45,7 +45,7 @@ def confidence_scores(
 
     Args:
         logits: what :class:`~cpfold_train.model.confidence.ConfidenceModule` returns.
-        x_pred: atom share (B M, A/P, 3) in Angstrom.
+        x_pred: atom shard (B M, A/P, 3) in Angstrom.
         pdistogram: tile (B, N/R, N/C, 1, bins) of the trunk's logits.
         feats: ``token_to_rep_atom``, ``frames_idx``, ``asym_id``, ``mol_type`` and ``token_pad_mask`` (B, N, ...), the
             same on all ranks. The tokens of a chain are of one type.

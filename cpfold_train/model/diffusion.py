@@ -1,7 +1,7 @@
 """The diffusion module: from noisy coordinates to an update of them.
 
 AlphaFold 3, Algorithms 20 and 21; Boltz-2's names and arithmetic (``boltz/model/modules/diffusionv2.py`` and
-``encodersv2.py``). Atoms and tokens of the M samples of each complex are shared out over all ranks; only attention and
+``encodersv2.py``). Atoms and tokens of the M samples of each complex are sharded over all ranks; only attention and
 the way between atoms and tokens communicate.
 """
 

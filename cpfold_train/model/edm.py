@@ -3,7 +3,7 @@
 Karras et al., "Elucidating the design space of diffusion-based generative models", NeurIPS 2022; AlphaFold 3,
 Algorithms 18 and 19; Boltz-2's names and arithmetic (AtomDiffusion in ``boltz/model/modules/diffusionv2.py``).
 
-Every rank has its share of the atoms. What is drawn is drawn by the global index of the atom, for each sample from a
+Every rank has its shard of the atoms. What is drawn is drawn by the global index of the atom, for each sample from a
 stream of its own.
 
 The process knows no mixed precision: a product under autocast would round coordinates of 100 Angstrom to half an
@@ -171,7 +171,7 @@ def noise_levels(config: DiffusionConfig, num_sampling_steps: int) -> list[float
 
 
 def noise(coords: Tensor, draws: RandomStreams, cp: ContextParallel) -> Tensor:
-    """Standard normal deviates like the share ``coords`` (B, A/P, 3), one stream of ``draws`` a sample."""
+    """Standard normal deviates like the shard ``coords`` (B, A/P, 3), one stream of ``draws`` a sample."""
     first, stop = split(coords.shape[1] * cp.all.size, cp.all.size)[cp.all.index]
     return draws.normal(3 * first, 3 * stop).unflatten(1, (-1, 3)).to(coords.dtype)
 
@@ -186,7 +186,7 @@ def randomly_placed(coords: Tensor, mask: Tensor, turn: Tensor, shift: Tensor, c
     """Coordinates, their centre moved to the origin, turned and shifted (AlphaFold 3, Algorithm 19).
 
     Args:
-        coords: (B, A/P, 3) this rank's share, in Angstrom.
+        coords: (B, A/P, 3) this rank's shard, in Angstrom.
         mask: (B, A/P), 1 for the atoms of which the centre is taken.
         turn, shift: of :func:`placements`.
         cp: the running grid.

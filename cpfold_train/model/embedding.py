@@ -20,7 +20,7 @@ from cpfold_train.model.atom_encoder import AtomEncoder
 from cpfold_train.model.config import AtomConfig, MemoryConfig
 from cpfold_train.model.layers import linear, normed_linear
 from cpfold_train.ops.points import linear_of_points
-from cpfold_train.ops.shares import gather_shares
+from cpfold_train.ops.shards import gather_shards
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.vocabulary import NUM_METHODS, NUM_MOLECULE_TYPES, NUM_TOKENS
 
@@ -53,7 +53,7 @@ class InputEmbedder(nn.Module):
         q, c, p = self.atom_encoder(feats, cp)
         bias = normed_linear(p, *self.atom_enc_proj_z, cp.kernels)
         s, _, _ = self.atom_attention_encoder(feats, q, c, bias, cp)
-        return gather_shares(s, cp, "atom_tokens") + self._embed_tokens(feats)
+        return gather_shards(s, cp, "atom_tokens") + self._embed_tokens(feats)
 
     def _embed_tokens(self, feats: dict[str, Tensor]) -> Tensor:
         dtype = self.res_type_encoding.weight.dtype

@@ -15,7 +15,7 @@ from torch import Tensor
 from cpfold_train.kernels.by_rows import in_blocks, rows_per_block
 from cpfold_train.ops.atoms_at import atoms_at
 from cpfold_train.ops.distances import distances
-from cpfold_train.ops.shares import gather_shares, own_share
+from cpfold_train.ops.shards import gather_shards, own_shard
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.spatial import neighbours
 from cpfold_train.vocabulary import NONPOLYMER
@@ -51,8 +51,8 @@ def token_frames(coords: Tensor, resolved: Tensor, feats: dict[str, Tensor], cp:
     known = resolved.gather(1, atom) > 0
     token = torch.arange(atom.shape[1], device=atom.device).expand_as(atom)
     rows = rows_per_block(6 * points[..., 0].nbytes, points.device)
-    inputs = [own_share(x, cp) for x in (points, chain, token, fixed)]
-    return gather_shares(in_blocks(_frames_of_rows, rows, inputs, (points, chain, known, atom)), cp, op)
+    inputs = [own_shard(x, cp) for x in (points, chain, token, fixed)]
+    return gather_shards(in_blocks(_frames_of_rows, rows, inputs, (points, chain, known, atom)), cp, op)
 
 
 def _frames_of_rows(

@@ -1,6 +1,6 @@
 """The diffusion transformer, of tokens and of atoms (``boltz/model/modules/transformersv2.py`` and ``attentionv2.py``).
 
-It knows neither the grid nor who attends to whom: queries, keys and values are projected from this rank's share, and
+It knows neither the grid nor who attends to whom: queries, keys and values are projected from this rank's shard, and
 ``attend`` brings together what belongs together (:mod:`cpfold_train.ops.token_attention`,
 :mod:`cpfold_train.ops.window_attention`). Everything else concerns one token or atom of one sample.
 """
@@ -18,7 +18,7 @@ from cpfold_train.model.layers import linear
 from cpfold_train.ops.recompute import recompute
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Queries (scaled), keys and values (B*M, n, h, d) of this rank's share and the bias of a layer to (B*M, n, h, d).
+"""Queries (scaled), keys and values (B*M, n, h, d) of this rank's shard and the bias of a layer to (B*M, n, h, d).
 Masks, windows and the number of samples are the function's own."""
 
 
@@ -54,7 +54,7 @@ class AttentionPairBias(nn.Module):
         self.proj_o = linear(c_s, c_s, "zero")
 
     def forward(self, s: Tensor, bias: Tensor, attend: Attend) -> Tensor:
-        """Update (B*M, n, c_s) of this rank's share ``s``; ``bias`` is what ``attend`` takes."""
+        """Update (B*M, n, c_s) of this rank's shard ``s``; ``bias`` is what ``attend`` takes."""
         weights = self.proj_q.weight, self.proj_q.bias, self.proj_k.weight, self.proj_v.weight, self.proj_g.weight
         q, k, v, gate = _projections(s, self.num_heads, *weights)
         return _gated_projection(attend(q, k, v, bias), gate, self.proj_o.weight)
@@ -116,7 +116,7 @@ class DiffusionTransformer(nn.Module):
         """New ``a``.
 
         Args:
-            a: (B*M, n, dim) this rank's share of the tokens or atoms.
+            a: (B*M, n, dim) this rank's shard of the tokens or atoms.
             s: (B*M, n, dim_single_cond) of the same.
             bias_of: the bias of layer i, as ``attend`` takes it.
             attend: see :data:`Attend`.

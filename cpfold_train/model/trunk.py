@@ -79,7 +79,7 @@ class Trunk(nn.Module):
 
         Args:
             feats: token features (B, N, ...), replicated; pair tiles (B, N/R, N/C, ...), MSA blocks (B, S/R, N/C) and
-                shares of atoms (B, A/P, ...), as DTensors or as this rank's plain tensors.
+                shards of atoms (B, A/P, ...), as DTensors or as this rank's plain tensors.
             cp: the running grid. N is a multiple of R * C, S of R and A of 32 R * C.
             recycling_steps: how often s and z are fed back.
             draws: dropout of this batch; None in evaluation.

@@ -23,7 +23,7 @@ REPLICATED: tuple[Placement, ...] = (Replicate(), Replicate())
 TILED: tuple[Placement, ...] = (Shard(1), Shard(2))
 """Placement of pair and MSA features over (cp_row, cp_col)."""
 
-SHARED_OUT: tuple[Placement, ...] = (Shard(1), Shard(1))
+SHARDED: tuple[Placement, ...] = (Shard(1), Shard(1))
 """Placement of atom features over (cp_row, cp_col): one shard a rank, row of the grid by row of the grid."""
 
 
@@ -152,9 +152,9 @@ class ContextParallel:
         """
         return DTensor.from_local(tile, self.mesh, TILED, run_check=False)
 
-    def shared_out(self, shard: Tensor) -> DTensor:
+    def sharded(self, shard: Tensor) -> DTensor:
         """Wrap this rank's shard (B, A/RC, ...) of the atoms as a DTensor, Shard(1) x Shard(1)."""
-        return DTensor.from_local(shard, self.mesh, SHARED_OUT, run_check=False)
+        return DTensor.from_local(shard, self.mesh, SHARDED, run_check=False)
 
     def replicated(self, value: Tensor) -> DTensor:
         """Wrap a value (B, N, ...) that every rank of the replica holds whole as a DTensor, Replicate x Replicate.

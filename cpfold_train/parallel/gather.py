@@ -46,9 +46,9 @@ def gather_on_hosts(x: Tensor, cp: ContextParallel, what: str) -> Tensor:
     return torch.stack(pieces)
 
 
-def gather_figures(cp: ContextParallel, figures: Sequence[float]) -> Tensor:
-    """A row of figures from every rank of the world: (world_size, len(figures)) float64 on the host."""
-    return gather_on_hosts(torch.tensor(figures, dtype=torch.float64), cp, "gathering of figures")
+def gather_numbers(cp: ContextParallel, numbers: Sequence[float]) -> Tensor:
+    """A row of numbers from every rank of the world: (world_size, len(numbers)) float64 on the host."""
+    return gather_on_hosts(torch.tensor(numbers, dtype=torch.float64), cp, "gathering of numbers")
 
 
 def on_any_rank(cp: ContextParallel, flag: bool) -> bool:

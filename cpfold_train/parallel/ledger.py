@@ -62,7 +62,7 @@ class Ledger:
         self._polling = threading.Lock()
 
     @property
-    def place(self) -> LedgerPosition:
+    def position(self) -> LedgerPosition:
         """Where this rank is now, for whoever wants to know why it does not answer.
 
         While waits are queued on the device it is where the last :meth:`poll` has found the device: the host is ahead
@@ -116,7 +116,7 @@ class Ledger:
 
     @contextmanager
     def standing(self, op: str) -> Iterator[None]:
-        """Say where this rank waits, without booking it. An error leaves :attr:`place` as it is: it happened there."""
+        """Say where this rank waits, without booking it. An error leaves :attr:`position`: it happened there."""
         self._host = LedgerPosition(op, True, time.monotonic())
         yield
         self._host = LedgerPosition(op, False, time.monotonic())

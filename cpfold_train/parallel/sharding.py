@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from cpfold_train.parallel.context import ContextParallel
 
-SharedParameter = FSDPParam
+ShardedParameter = FSDPParam
 """A parameter that is sharded, with what is gathered of it for a while."""
 
 Entrance = tuple[nn.Module, str]

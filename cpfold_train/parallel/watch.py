@@ -112,7 +112,7 @@ class Watch:
         """
         if self._store is None or not _is_of_a_peer(error):
             return None
-        position, found = self._ledger.place, time.monotonic()
+        position, found = self._ledger.position, time.monotonic()
         while time.monotonic() < found + (SILENT if not _is_timeout(error) else 0.5):
             if sentence := self.reported():
                 return sentence
@@ -203,7 +203,7 @@ class Watch:
             with suppress(RuntimeError):
                 # What is wrong with the device, whoever computes on it learns too.
                 self._ledger.poll()
-            position = self._ledger.place
+            position = self._ledger.position
             sign = [position.op, position.waiting, time.monotonic() - position.since]
             try:
                 self._store.set(

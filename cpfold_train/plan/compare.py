@@ -103,7 +103,7 @@ def _planned(config: TrainConfig) -> dict[str, float]:
     (batch,) = batches_of_data(config, grid, 1)
     trace = trace_step(config, grid, batch, speed_of(device, grid), on_host=True, large_bytes=GIVEN_BACK_BYTES)
     recycling = int(np.random.default_rng([config.seed, 0]).integers(0, config.model.recycling_steps + 1))
-    work = totals(trace.tallies).plus(totals(trace.cycle), recycling - trace.recycling)
+    work = totals(trace.counters).plus(totals(trace.cycle), recycling - trace.recycling)
     work = work.plus(totals(trace.sampling_step), config.diffusion.sampling_steps - trace.sampling)
     held = by_category(peak_moment(trace)[1])
     # Weights and their average are there before; the optimizer's moments come after the first backward pass.

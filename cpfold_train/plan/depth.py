@@ -77,7 +77,7 @@ def extrapolated(
         held |= {(name, STEP): size for name, size in known.items() if (name, STEP) in held}
         return {key: size for key, size in held.items() if size}
 
-    def tallies(a: WorkCounters, b: WorkCounters) -> WorkCounters:
+    def counters(a: WorkCounters, b: WorkCounters) -> WorkCounters:
         added = combined(b, a, -1)
         return combined(a, {part: WorkCounter().plus(work, steps(part.module)) for part, work in added.items()}, 1)
 
@@ -89,9 +89,9 @@ def extrapolated(
     return replace(
         shallower,
         moments=moments,
-        tallies=tallies(shallower.tallies, deeper.tallies),
-        cycle=tallies(shallower.cycle, deeper.cycle),
-        sampling_step=tallies(shallower.sampling_step, deeper.sampling_step),
+        counters=counters(shallower.counters, deeper.counters),
+        cycle=counters(shallower.cycle, deeper.cycle),
+        sampling_step=counters(shallower.sampling_step, deeper.sampling_step),
     )
 
 

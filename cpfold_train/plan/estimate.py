@@ -101,7 +101,7 @@ class Costs:
     Attributes:
         work: arithmetic, traffic and messages.
         parts: the same by part of the model, with its time.
-        gradient_bytes: sent to sum gradients over the world, or by FSDP to gather weights and to share out gradients.
+        gradient_bytes: sent to sum gradients over the world, or by FSDP to gather weights and to reduce-scatter gradients.
         compute_s, exchange_s, gradients_s, host_s: seconds of each alone; the last are copies to the host and back.
         step_s: seconds in all.
     """
@@ -162,7 +162,7 @@ def speed_of(device: Device, grid: Grid, tf32: bool = False) -> Speed:
 
 def passes(trace: Trace, recycling: float, sampling: int) -> WorkCounters:
     """The work with so many recycling passes and steps of sampling."""
-    work = combined(trace.tallies, trace.cycle, recycling - trace.recycling)
+    work = combined(trace.counters, trace.cycle, recycling - trace.recycling)
     return combined(work, trace.sampling_step, sampling - trace.sampling)
 
 
@@ -194,25 +194,25 @@ def estimate(trace: Trace, config: TrainConfig, grid: Grid, device: Device, trai
     Args:
         trained_bytes: of all weights that are trained.
     """
-    tallies = passes(trace, config.model.recycling_steps / 2, config.diffusion.sampling_steps)
-    tallies, world = combined({}, tallies, config.trainer.accumulate_grad_batches), grid.world_size
+    counters = passes(trace, config.model.recycling_steps / 2, config.diffusion.sampling_steps)
+    counters, world = combined({}, counters, config.trainer.accumulate_grad_batches), grid.world_size
     if config.parallel.fsdp:
-        gradient_bytes, own_bytes = totals(tallies).shared_bytes, trained_bytes / world
+        gradient_bytes, own_bytes = totals(counters).fsdp_bytes, trained_bytes / world
     else:
         # A ring all-reduce sends every byte twice.
         gradient_bytes, own_bytes = 2 * trained_bytes * (world - 1) / world, trained_bytes
     # AdamW reads weights, gradients and two moments, and writes all but the gradients.
-    return _costs(tallies, grid, device, gradient_bytes, 7 * own_bytes)
+    return _costs(counters, grid, device, gradient_bytes, 7 * own_bytes)
 
 
 def estimate_forward(trace: Trace, config: TrainConfig, grid: Grid, device: Device) -> Costs:
     """What the prediction of one query costs on one rank of ``grid``."""
-    tallies = passes(trace, config.model.recycling_steps, config.diffusion.sampling_steps)
-    return _costs(tallies, grid, device, 0, 0)
+    counters = passes(trace, config.model.recycling_steps, config.diffusion.sampling_steps)
+    return _costs(counters, grid, device, 0, 0)
 
 
-def _costs(tallies: WorkCounters, grid: Grid, device: Device, gradient_bytes: float, optimizer_bytes: float) -> Costs:
-    parts, work = {part: part_costs(counter, device) for part, counter in tallies.items()}, totals(tallies)
+def _costs(counters: WorkCounters, grid: Grid, device: Device, gradient_bytes: float, optimizer_bytes: float) -> Costs:
+    parts, work = {part: part_costs(counter, device) for part, counter in counters.items()}, totals(counters)
     # One link of each machine carries the ring to the next.
     line = device.link if grid.world_size <= device.per_node else device.network * device.per_node
     gradients = gradient_bytes / (LINK_EFFICIENCY * line)

@@ -212,7 +212,7 @@ def weight_bytes(module: nn.Module, config: TrainConfig, grid: Grid) -> dict[str
     ranks = grid.world_size if config.parallel.fsdp else 1
 
     def own(x: Tensor) -> int:
-        """FSDP shares out rows, and rounds them up."""
+        """FSDP shards rows, and rounds them up."""
         return -(-x.shape[0] // ranks) * (x.nbytes // x.shape[0])
 
     weights = list(module.parameters())

@@ -44,13 +44,13 @@ class Trace:
 
     Attributes:
         moments: what it holds at the peak of each phase.
-        tallies: its work, with ``recycling`` recycling passes and ``sampling`` steps of sampling.
+        counters: its work, with ``recycling`` recycling passes and ``sampling`` steps of sampling.
         cycle: work of a recycling pass; empty where there are none.
         sampling_step: work of a step of sampling; empty where there are none.
     """
 
     moments: dict[Phase, Moment]
-    tallies: WorkCounters
+    counters: WorkCounters
     cycle: WorkCounters
     recycling: int
     sampling_step: WorkCounters
@@ -115,7 +115,7 @@ def without_contents(
     tracer = Tracer(speed, large_bytes if on_host else 0)
     with (
         fake_world(grid, config.cp.algorithm, config.kernels, device) as cp,
-        _shared_out(module, cp) if config.parallel.fsdp else nullcontext(),
+        _sharded(module, cp) if config.parallel.fsdp else nullcontext(),
         _blocks_of(block_bytes(config.memory), not on_host),
         FakeTensorMode(allow_non_fake_inputs=True),
         tracer,
@@ -185,12 +185,12 @@ class Passes:
 
     def trace(self, recycling: int, sampling: int) -> Trace:
         """All that was done, with so many recycling passes and steps of sampling."""
-        moments, tallies = self._tracer.moments(), self._tracer.so_far()
+        moments, counters = self._tracer.moments(), self._tracer.so_far()
         # Samples may go through the module in several groups.
         calls = len(self._samplings) // sampling if sampling else 0
         return Trace(
             moments,
-            tallies,
+            counters,
             combined(self._cycles[1], self._cycles[0], -1) if recycling else {},
             recycling,
             combined(self._samplings[2 * calls], self._samplings[calls], -1) if sampling > 2 and calls else {},
@@ -199,7 +199,7 @@ class Passes:
 
 
 @contextmanager
-def _shared_out(module: CoFoldingModule, cp: ContextParallel) -> Iterator[None]:
+def _sharded(module: CoFoldingModule, cp: ContextParallel) -> Iterator[None]:
     shard_model(module.model, cp)
     yield
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from cpfold_train.parallel.sharding import SharedParameter
+from cpfold_train.parallel.sharding import ShardedParameter
 from cpfold_train.simulate.trace import ELSEWHERE, Tracer
 
 T = TypeVar("T")
@@ -74,7 +74,7 @@ def weights_come_and_go(tracer: Tracer) -> Iterator[None]:
     replaced meanwhile.
     """
 
-    resize, make_room = torch.UntypedStorage.resize_, SharedParameter.init_all_gather_outputs
+    resize, make_room = torch.UntypedStorage.resize_, ShardedParameter.init_all_gather_outputs
 
     def resize_and_tell(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
         resize(storage, size)
@@ -85,8 +85,8 @@ def weights_come_and_go(tracer: Tracer) -> Iterator[None]:
         with tracer.category("gathered"):
             make_room(*args)
 
-    torch.UntypedStorage.resize_, SharedParameter.init_all_gather_outputs = resize_and_tell, gathered
+    torch.UntypedStorage.resize_, ShardedParameter.init_all_gather_outputs = resize_and_tell, gathered
     try:
         yield
     finally:
-        torch.UntypedStorage.resize_, SharedParameter.init_all_gather_outputs = resize, make_room
+        torch.UntypedStorage.resize_, ShardedParameter.init_all_gather_outputs = resize, make_room

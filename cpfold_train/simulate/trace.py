@@ -98,13 +98,13 @@ class Tracer(TorchDispatchMode):
 
     Attributes:
         now: live bytes.
-        tallies: work so far, by part of the model.
+        counters: work so far, by part of the model.
     """
 
     def __init__(self, speed: Speed, large: int) -> None:
         super().__init__()
         self.now = 0
-        self.tallies: defaultdict[Part, WorkCounter] = defaultdict(WorkCounter)
+        self.counters: defaultdict[Part, WorkCounter] = defaultdict(WorkCounter)
         self._speed, self._large = speed, large
         self._clock = self._link = 0.0
         self._category, self._modules, self._epoch = "activations", [STEP], 0
@@ -148,7 +148,7 @@ class Tracer(TorchDispatchMode):
 
     def reset(self) -> None:
         """Forget the work done and the peaks so far."""
-        self.tallies.clear()
+        self.counters.clear()
         self._phases.clear()
         self._heap = self._small
         self._enter_phase()
@@ -169,12 +169,12 @@ class Tracer(TorchDispatchMode):
 
     def so_far(self) -> WorkCounters:
         """A copy of the work done."""
-        return copy.deepcopy(dict(self.tallies))
+        return copy.deepcopy(dict(self.counters))
 
     @property
-    def tally(self) -> WorkCounter:
+    def counter(self) -> WorkCounter:
         """Of the part that is at work."""
-        return self.tallies[self._parts[-1]]
+        return self.counters[self._parts[-1]]
 
     def watch(self, model: nn.Module) -> None:
         """Attribute what is done to the modules of ``model``, blocks of stacks and the modules that hold them, and
@@ -224,11 +224,11 @@ class Tracer(TorchDispatchMode):
             return
         weights = sum(x.nbytes for x in module.parameters())
         given, made = (sum(x.nbytes for x in tree_iter(some) if isinstance(x, Tensor)) for some in (args, out))
-        self.tallies[part].least_bytes += times * (given + weights + made)
+        self.counters[part].least_bytes += times * (given + weights + made)
 
         def turn(_: Tensor) -> None:
             self._parts[0] = part
-            self.tallies[part].least_bytes += times * (2 * (given + weights) + made)
+            self.counters[part].least_bytes += times * (2 * (given + weights) + made)
 
         if trained := [x for x in tree_iter(out) if isinstance(x, Tensor) and x.requires_grad]:
             trained[0].register_hook(turn)
@@ -268,7 +268,7 @@ class Tracer(TorchDispatchMode):
         if not tensors or not results:
             return
         if self._to_host:
-            self.tally.host_bytes += self._times * sum(x.nbytes for x in results)
+            self.counter.host_bytes += self._times * sum(x.nbytes for x in results)
             return
         count = flop_registry.get(func._overloadpacket)
         flops = count(*args, **kwargs, out_val=out) if count else 0
@@ -293,14 +293,14 @@ class Tracer(TorchDispatchMode):
     def kernel(self, kernel: Kernel) -> None:
         """Count a kernel."""
         bound, seconds = self._speed.kernel(kernel)
-        self.tally.add(kernel, bound, seconds, self._times)
+        self.counter.add(kernel, bound, seconds, self._times)
         self._clock += self._times * seconds
 
     def send(self, op: str, n_bytes: int, messages: int) -> None:
         """Count messages that are sent from now on."""
         n_bytes, messages = self._copies * n_bytes, self._copies * messages
-        self.tally.sent_bytes[op] += n_bytes
-        self.tally.messages[op] += messages
+        self.counter.sent_bytes[op] += n_bytes
+        self.counter.messages[op] += messages
         self._link = self.arrival() + self._speed.messages(n_bytes, messages)
 
     def arrival(self) -> float:
@@ -309,7 +309,7 @@ class Tracer(TorchDispatchMode):
 
     def wait(self, until: float) -> None:
         """The computation goes on when the clock of the link has come there."""
-        self.tally.waited_s += max(0.0, until - self._clock)
+        self.counter.waited_s += max(0.0, until - self._clock)
         self._clock = max(self._clock, until)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -327,7 +327,7 @@ class Tracer(TorchDispatchMode):
         if name in _COLLECTIVES:
             # Of FSDP: all else is sent as single messages. What others get of each rank is its part of the whole.
             parts = sorted(x.nbytes for x in tensors)
-            self.tally.shared_bytes += self._times * (parts[-1] - parts[0])
+            self.counter.fsdp_bytes += self._times * (parts[-1] - parts[0])
             if name == _SCATTER:
                 self._belongs(tensors[0].untyped_storage(), "gradients")
 

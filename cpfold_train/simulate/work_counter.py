@@ -71,7 +71,7 @@ class WorkCounter:
             backward pass the arguments, the gradient of the result, and the gradients of the arguments.
         seconds: time of the kernels, by what bounds them.
         host_bytes: copied to the host or from there.
-        shared_bytes: sent by FSDP to gather weights and to share out gradients.
+        fsdp_bytes: sent by FSDP to gather weights and to scatter gradients.
         sent_bytes, messages: of context parallelism, by its operation.
         waited_s: seconds that the computation waits for messages.
     """
@@ -83,7 +83,7 @@ class WorkCounter:
     least_bytes: float = 0
     seconds: Counter[str] = field(default_factory=Counter)
     host_bytes: float = 0
-    shared_bytes: float = 0
+    fsdp_bytes: float = 0
     sent_bytes: Counter[str] = field(default_factory=Counter)
     messages: Counter[str] = field(default_factory=Counter)
     waited_s: float = 0
@@ -113,15 +113,15 @@ WorkCounters = dict[Part, WorkCounter]
 """Work by part."""
 
 
-def combined(tallies: WorkCounters, more: WorkCounters, times: float) -> WorkCounters:
+def combined(counters: WorkCounters, more: WorkCounters, times: float) -> WorkCounters:
     """Part by part the one and so many times the other."""
     nothing = WorkCounter()
-    return {part: tallies.get(part, nothing).plus(more.get(part, nothing), times) for part in tallies | more}
+    return {part: counters.get(part, nothing).plus(more.get(part, nothing), times) for part in counters | more}
 
 
-def totals(tallies: WorkCounters) -> WorkCounter:
+def totals(counters: WorkCounters) -> WorkCounter:
     """All parts together."""
     total = WorkCounter()
-    for tally in tallies.values():
-        total = total.plus(tally)
+    for counter in counters.values():
+        total = total.plus(counter)
     return total

@@ -28,7 +28,7 @@ INPUTS = {
     "c": (random(B, A, 8, seed=5), "atom"),
     "bias": (random(B, A // 32 + 1, 32, 128, 4, seed=6), "window"),
     "r": (random(B * M, A, 3, seed=7), "atom"),
-    "a": (random(B * M, N, 2 * TOKEN_S, seed=8), "share"),
+    "a": (random(B * M, N, 2 * TOKEN_S, seed=8), "shard"),
     "q_of_all": (random(B * M, A, 8, seed=9), "atom"),
     "c_of_all": (random(B * M, A, 8, seed=10), "atom"),
 }
@@ -68,7 +68,7 @@ ATOM = {
         partial(double, AtomEncoder, CONFIG, TOKEN_S, TOKEN_Z, True), encoded, ("ref_pos", "s_trunk", "z"), "atom"),
     "atoms to tokens": _case(
         partial(double, AtomAttentionEncoder, CONFIG, TOKEN_S, True, RECOMPUTED), partial(attended, which=0),
-        ("q", "c", "bias", "r"), "share"),
+        ("q", "c", "bias", "r"), "shard"),
     "atoms to atoms": _case(
         partial(double, AtomAttentionEncoder, CONFIG, TOKEN_S, False, KEPT), partial(attended, which=1),
         ("q", "c", "bias"), "atom"),

@@ -27,14 +27,14 @@ PLACED = {
     "pair": lambda grid: (grid.pad_tokens(max(LENGTHS)),) * 2,
     "msa": lambda grid: (grid.pad_rows(max(DEPTHS)), grid.pad_tokens(max(LENGTHS))),
     "token": lambda grid: (grid.pad_tokens(max(LENGTHS)),),
-    "share": lambda grid: (grid.pad_tokens(max(LENGTHS)),),
+    "shard": lambda grid: (grid.pad_tokens(max(LENGTHS)),),
     "atom": lambda grid: (grid.pad_atoms(max(TOTALS)),),
     "window": lambda grid: (grid.pad_atoms(max(TOTALS)) // ATOM_WINDOW,),
     "whole": lambda grid: (),
 }
 """Padded sizes from dim 1 on: of pairs, MSAs, tokens on all ranks, tokens shared out, atoms and windows shared out."""
-SHARED = ("share", "atom", "window")
-PARTED = ("pair", "msa", *SHARED)
+SHARDED = ("shard", "atom", "window")
+PARTED = ("pair", "msa", *SHARDED)
 """What no two ranks hold the same of."""
 
 _KIND_OF_DIMS = {"token token": "pair", "sequence token": "msa", "atom": "atom", "token": "token"}
@@ -98,7 +98,7 @@ def cut(x: Tensor, placement: str, grid: Grid) -> Tensor:
         return x[:, slice(*grid.row_tokens(x.shape[1])), slice(*grid.col_tokens(x.shape[2]))]
     if placement == "msa":
         return x[:, slice(*grid.msa_rows(x.shape[1])), slice(*grid.col_tokens(x.shape[2]))]
-    if placement in SHARED:
+    if placement in SHARDED:
         return x[:, slice(*split(x.shape[1], grid.cp_size)[grid.cp_index])]
     return x
 
@@ -107,7 +107,7 @@ def join(parts: list[Tensor], placement: str, grid: Grid, partial: bool) -> Tens
     """The global tensor of all ranks' parts; replicated values are summed where they are partial, else compared."""
     if placement in ("pair", "msa"):
         return join_tiles(parts, grid, torch.cat, 1)
-    if placement in SHARED:
+    if placement in SHARDED:
         return torch.cat(parts, 1)
     if partial:
         return torch.stack(parts).sum(0)
@@ -196,7 +196,7 @@ def _zero_padding(x: Tensor, placement: str) -> Tensor:
             x_i[:, n:], x_i[:, :, n:] = 0, 0
         elif placement == "msa":
             x_i[:, s:], x_i[:, :, n:] = 0, 0
-        elif placement in ("token", "share"):
+        elif placement in ("token", "shard"):
             x_i[:, n:] = 0
         elif placement == "atom":
             x_i[:, a:] = 0

@@ -82,6 +82,6 @@ class TileData(LightningDataModule):
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Say what each rank holds: features become DTensors by their placements, without communication."""
         cp = self.trainer.strategy.cp
-        wrap = {TILE: cp.tiled, REPLICATED: cp.replicated, ATOMS: cp.shared_out}
+        wrap = {TILE: cp.tiled, REPLICATED: cp.replicated, ATOMS: cp.sharded}
         wraps = {name: wrap[feature.placement] for name, feature in FEATURES.items() if feature.placement in wrap}
         return {name: wraps[name](value) if name in wraps else value for name, value in batch.items()}

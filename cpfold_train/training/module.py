@@ -17,7 +17,7 @@ from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.config import MemoryConfig, ModelConfig
 from cpfold_train.model.flops import Passes, SampleSizes, step_flops
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.parallel.gather import gather_figures
+from cpfold_train.parallel.gather import gather_numbers
 from cpfold_train.parallel.random import RandomStreams
 from cpfold_train.parallel.redistribute import all_reduce
 from cpfold_train.reports.metrics import VALIDATION, measured
@@ -160,7 +160,7 @@ class CoFoldingModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         # All ranks of a replica hold the same sums: one of them speaks for it.
-        sums = gather_figures(self.cp, self._sums.tolist())[:: self.cp.grid.cp_size].sum(0)
+        sums = gather_numbers(self.cp, self._sums.tolist())[:: self.cp.grid.cp_size].sum(0)
         means = (sums[:-1] / sums[-1].clamp(min=1)).tolist()
         has = measured(bool(self._diffusion.validation_steps), self.trains_confidence)
         # What is there and not a number is told, so that whoever watches it knows.

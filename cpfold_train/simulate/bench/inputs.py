@@ -43,10 +43,13 @@ def make_inputs(
         "pde_logits": (samples, *tile, bins.num_pde_bins),
         "pae_logits": (samples, *tile, bins.num_pae_bins),
     }
-    wide = torch.promote_types(dtype, torch.float32)
+    at_least_fp32 = torch.promote_types(dtype, torch.float32)
     return {
         name: torch.randn(
-            shapes[name], dtype=dtype if name in ("z", "rel_pos", "m") else wide, device=device, requires_grad=True
+            shapes[name],
+            dtype=dtype if name in ("z", "rel_pos", "m") else at_least_fp32,
+            device=device,
+            requires_grad=True,
         )
         for name in names
         if name in shapes

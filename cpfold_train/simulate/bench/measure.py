@@ -19,7 +19,7 @@ from cpfold_train.memory import now_mib, peak_mib, reset_peak
 
 
 @dataclass
-class Figures:
+class Measurement:
     """Medians over the repeats, and the peak above the baseline before the first step.
 
     Attributes:
@@ -33,8 +33,8 @@ class Figures:
     peak_mib: float
 
 
-def measure(step: Callable[[], None], repeats: int, device: torch.device, barrier: Callable[[], None]) -> Figures:
-    """Run ``step`` once to warm up and ``repeats`` times for the figures.
+def measure(step: Callable[[], None], repeats: int, device: torch.device, barrier: Callable[[], None]) -> Measurement:
+    """Run ``step`` once to warm up and ``repeats`` times to measure.
 
     On CPU the peak is the kernel's high-water mark of resident memory, on CUDA the allocator's.
     """
@@ -55,7 +55,7 @@ def measure(step: Callable[[], None], repeats: int, device: torch.device, barrie
         barrier()
         walls.append(time.perf_counter() - wall)
         cpus.append(_cpu_seconds() - cpu)
-    return Figures(statistics.median(walls), statistics.median(cpus), peak_mib(device) - before)
+    return Measurement(statistics.median(walls), statistics.median(cpus), peak_mib(device) - before)
 
 
 def _wait(device: torch.device) -> None:
@@ -65,7 +65,7 @@ def _wait(device: torch.device) -> None:
 
 
 def machine() -> dict[str, str | int]:
-    """What the figures were measured on."""
+    """What was measured on."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -3,7 +3,7 @@
     python -m cpfold_train.simulate.bench.stock IN.pt OUT.pt
 
 IN.pt holds ``op``, ``state``, ``n``, ``depth``, ``widths``, ``repeats``, ``threads``, ``dtype`` and ``device``; OUT.pt
-gets the figures.
+gets the numbers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ops of the benchmark that read structures, make them or judge them: templates, diffusion, confidence."""
+"""Ops of the benchmark that read structures, make them or rate them: templates, diffusion, confidence."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _transform(module: nn.Module, x: Inputs, cp: ContextParallel) -> tuple[Tenso
     return (module(x["a"], x["s_of_tokens"], lambda i: x["token_bias"], attend, True),)
 
 
-def _judge(module: nn.Module, x: Inputs, cp: ContextParallel) -> tuple[Tensor, ...]:
+def _predict_confidence(module: nn.Module, x: Inputs, cp: ContextParallel) -> tuple[Tensor, ...]:
     """As in training, with no gradient to the trunk."""
     samples = len(x["noisy_coords"])
     logits = module(x["s_inputs"].detach(), x["s"].detach(), x["z"].detach(), x["noisy_coords"], x, samples, cp, None)
@@ -75,6 +75,6 @@ STRUCTURE = {
     "token_transformer": Case(_token_transformer, ("a", "s_of_tokens", "token_bias"), _transform),
     "diffusion_module": Case(_Denoiser, ("s_inputs", "s", "z", "rel_pos"), lambda f, x, cp: f(x, cp)),
     "confidence_module": Case(
-        lambda c: ConfidenceModule(c, MemoryConfig()), ("s_inputs", "s", "z", "pair_features"), _judge
+        lambda c: ConfidenceModule(c, MemoryConfig()), ("s_inputs", "s", "z", "pair_features"), _predict_confidence
     ),
 }

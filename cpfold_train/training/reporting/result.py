@@ -15,7 +15,7 @@ from rich.table import Table
 from cpfold_train.errors import DiskFullError
 from cpfold_train.faults.skip import SkipBadSteps
 from cpfold_train.memory import now_mib, peak_mib, reset_peak
-from cpfold_train.parallel.gather import gather_figures
+from cpfold_train.parallel.gather import gather_numbers
 from cpfold_train.reports.metrics import METRICS, PER_RANK, VALIDATION
 from cpfold_train.reports.metrics_csv import read_metrics
 from cpfold_train.reports.result_file import write_result
@@ -65,7 +65,7 @@ class Result(Callback):
             "data_wait_share": waited / max(waited + self._worked, 1e-9),
         }
         numbers = [*(of_this_rank[name] for name in PER_RANK), trainer.datamodule.quarantined]
-        *columns, quarantined = gather_figures(cp, numbers).T.tolist()
+        *columns, quarantined = gather_numbers(cp, numbers).T.tolist()
         self._per_rank = dict(zip(PER_RANK, columns))
         # All ranks of a replica count the same samples: one of them speaks for it.
         self._quarantined = round(sum(quarantined[:: cp.grid.cp_size]))

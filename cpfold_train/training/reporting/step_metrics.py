@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from cpfold_train.faults.skip import SkipBadSteps
 from cpfold_train.memory import peak_mib
-from cpfold_train.parallel.gather import gather_figures
+from cpfold_train.parallel.gather import gather_numbers
 from cpfold_train.reports.metrics import COMMUNICATION, progress_bar
 from cpfold_train.training.optim import base_rate
 from cpfold_train.training.reporting.stopwatch import Stopwatch
@@ -92,7 +92,7 @@ class StepMetrics(Callback):
         cp = trainer.strategy.cp
         partial, tokens, flops = zip(*self._batches)
         losses = {f"train/{name}": torch.stack([loss[name] for loss in partial]).double() for name in partial[0]}
-        numbers = gather_figures(
+        numbers = gather_numbers(
             cp,
             [
                 torch.stack(tokens).sum().item() / cp.grid.cp_size,
