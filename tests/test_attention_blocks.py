@@ -11,7 +11,7 @@ import torch
 
 from cpfold_train.kernels import blockwise_attention as blocks
 from cpfold_train.kernels.attention import biased_attention, in_cuequivariance
-from cpfold_train.kernels.partial_attention import merge
+from cpfold_train.kernels.partial_attention import add_part
 from cpfold_train.model.pair_stack import TriangleAttentionStartingNode
 from cpfold_train.ops.ring_attention import ring_attention
 from cpfold_train.parallel.exchange_plan import ExchangePlan
@@ -59,7 +59,7 @@ def test_log_sum_exp_and_results_over_some_keys_merge(small_blocks):
         blocks.blockwise_attention(q, k[..., keys, :], v[..., keys, :], bias[..., keys], with_lse=True)
         for keys in (slice(0, 7), slice(7, None))
     )
-    merged = merge(*first, *last)
+    merged = add_part(*first, *last)
     torch.testing.assert_close((first[0], merged), (out, lse), rtol=1e-12, atol=1e-12)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cpfold_train.ops.quaternions import rotation_of_most_overlap
-from cpfold_train.ops.superpose import best_rotation, least_squares, moments, squared_distances, superposition
+from cpfold_train.ops.superpose import best_rotation, least_squares, moments, rigid_motion, squared_distances
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -15,7 +15,7 @@ def test_motion_is_the_best_and_never_a_mirror(mirrored):
     turn = turn * torch.linalg.det(turn) * (-1 if mirrored else 1)
     p = x @ turn.mT - 4 + 0.1 * torch.randn(x.shape, generator=generator, dtype=torch.float64)
     sums = moments(p, x).sum(0)
-    rotation, shift = superposition(sums)
+    rotation, shift = rigid_motion(sums)
     assert torch.linalg.det(rotation).item() == pytest.approx(1)
     least = (x @ rotation.mT + shift - p).square().sum()
     assert (least < 3) != mirrored

@@ -1,7 +1,7 @@
 """Attention to some of the keys: what several ranks, or several steps of a ring, find can be merged afterwards.
 
 Over the keys that are at hand, the softmax is complete; with it goes the log-sum-exp of its scores (lse). Two such
-results merge by their lse (:func:`merge`), and given the merged lse the gradients of a part need no other part. As in
+results merge by their lse (:func:`add_part`), and given the merged one, gradients of a part need no other part. As in
 :mod:`cpfold_train.kernels.attention`, which is for all keys at once, the scores are never kept.
 """
 
@@ -63,7 +63,7 @@ def partial_gradients(
     return blockwise_gradients(q, k, v, bias, grad, dq, dbias, lse, delta)
 
 
-def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> Tensor:
+def add_part(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> Tensor:
     """Add the result over some more keys to one over others, in place.
 
     Args:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpfold_train.ops.superpose import least_squares, moments, squared_distances, superposition
+from cpfold_train.ops.superpose import least_squares, moments, rigid_motion, squared_distances
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.redistribute import all_reduce
 
@@ -39,7 +39,7 @@ def choose_copies(pred_coords: Tensor, feats: dict[str, Tensor], cp: ContextPara
     allowed[..., 0] = copies[..., 0] > 0
 
     anchors = count.amax(2).topk(min(ANCHORS, copies.shape[1]), 1).indices[..., None, None, None]
-    rotation, shift = superposition(sums.gather(1, anchors.expand(-1, -1, *sums.shape[2:])).flatten(1, 2))
+    rotation, shift = rigid_motion(sums.gather(1, anchors.expand(-1, -1, *sums.shape[2:])).flatten(1, 2))
     cost = squared_distances(sums[:, None], rotation[:, :, None, None], shift[:, :, None, None])
     choice, complete = _assign(cost / count.clamp(min=1)[:, None], allowed, copies)
 

@@ -14,7 +14,7 @@ from cpfold_train.kernels.by_rows import in_blocks, rows_per_block
 from cpfold_train.losses.chain_symmetry import choose_copies, clearly_less, take_copies
 from cpfold_train.ops.distances import distances
 from cpfold_train.ops.shards import gather_shards, own_shard
-from cpfold_train.ops.superpose import moments, superposition
+from cpfold_train.ops.superpose import moments, rigid_motion
 from cpfold_train.parallel.context import ContextParallel
 from cpfold_train.parallel.redistribute import all_reduce
 
@@ -93,5 +93,5 @@ def _motions(place: Tensor, residue: Tensor, places: Tensor, residues: Tensor, k
     other = (residue[..., None] != residues[:, None]) & (known > 0)[:, None]
     near = other & (distances(place, places) < SURROUNDINGS)
     counted = torch.where(near.sum(2, keepdim=True) < _FEWEST, other, near)
-    rotation, shift = superposition((counted.to(sums) @ sums).unflatten(2, (5, 5)))
+    rotation, shift = rigid_motion((counted.to(sums) @ sums).unflatten(2, (5, 5)))
     return torch.cat([rotation.flatten(2), shift], 2)

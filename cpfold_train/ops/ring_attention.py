@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cpfold_train.kernels.partial_attention import merge, partial_attention, partial_gradients
+from cpfold_train.kernels.partial_attention import add_part, partial_attention, partial_gradients
 from cpfold_train.ops.stream import Returning, pieces_in_turn, wait_grads
 from cpfold_train.parallel.exchange_plan import ExchangePlan
 
@@ -45,7 +45,7 @@ class _RingAttention(torch.autograd.Function):
             if out is None:
                 out, lse = part.to(part_lse.dtype), part_lse
             else:
-                lse = merge(out, lse, part, part_lse)
+                lse = add_part(out, lse, part, part_lse)
         out = out.to(q.dtype)
         ctx.steps, ctx.kernels = steps, kernels
         ctx.save_for_backward(q, kv, bias, out, lse)

@@ -16,7 +16,7 @@ def moments(first: Tensor, second: Tensor) -> Tensor:
     return p[..., :, None] * x[..., None, :]
 
 
-def superposition(sums: Tensor) -> tuple[Tensor, Tensor]:
+def rigid_motion(sums: Tensor) -> tuple[Tensor, Tensor]:
     """Rotation (..., 3, 3) and shift (..., 3) that lay the second points on the first; the identity for no points."""
     _, p, x, rotation, _ = _kabsch(sums)
     return rotation, p - (rotation @ x[..., None]).squeeze(-1)
