@@ -1,6 +1,6 @@
 """Checkpoints to which every rank writes its own part, and which any number of ranks can read.
 
-Such a checkpoint is a directory: ``meta.pt`` holds everything but the tensors that are sharded, in whose position there
+Such a checkpoint is a directory: ``meta.pt`` holds everything but the tensors that are sharded, instead of which there
 are empty ones of their shape, and the name of the directory beside it in which those tensors are, in the format of
 ``torch.distributed.checkpoint``. ``meta.pt`` is written last, and replaced in one step: whatever it names is complete.
 """

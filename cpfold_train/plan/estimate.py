@@ -101,7 +101,7 @@ class Costs:
     Attributes:
         work: arithmetic, traffic and messages.
         parts: the same by part of the model, with its time.
-        gradient_bytes: sent to sum gradients over the world, or by FSDP to gather weights and to reduce-scatter gradients.
+        gradient_bytes: sent to sum gradients over the world, or by FSDP to gather weights and reduce gradients.
         compute_s, exchange_s, gradients_s, host_s: seconds of each alone; the last are copies to the host and back.
         step_s: seconds in all.
     """
