@@ -9,9 +9,10 @@ DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
 
 from cpfold_train.config import reference  # noqa: E402
+from cpfold_train.data.inspect.features_page import features_page  # noqa: E402
 from cpfold_train.reports import metrics  # noqa: E402
 
-PAGES = {"metrics.md": metrics.page, "configuration.md": reference.page}
+PAGES = {"metrics.md": metrics.page, "configuration.md": reference.page, "features.md": features_page}
 """What makes the text of each page."""
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import torch
 
 from cpfold_train.config.compose import compose
 from cpfold_train.data.features.make_template import make_template
-from cpfold_train.data.inspect.features_page import PAGE, features_page
 from cpfold_train.data.schema import ATOMS, FEATURES, HOST, ON_HOST, PLAIN, REPLICATED, TILE
 from cpfold_train.data.stream.batch import Augmentation, collate, make_crop
 from cpfold_train.data.stream.padding import Padding
@@ -93,7 +92,3 @@ def test_makers_exist():
     for name, feature in FEATURES.items():
         module, function = feature.maker.rsplit(".", 1)
         assert callable(getattr(importlib.import_module(f"cpfold_train.data.{module}"), function)), name
-
-
-def test_the_page_is_current():
-    assert PAGE.read_text() == features_page(), "type: python -m cpfold_train.data.inspect.features_page"

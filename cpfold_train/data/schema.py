@@ -1,7 +1,7 @@
 """The features of a batch: name, dtype, dims, who makes them and what they mean. The one list of them.
 
 The loader pads by it, the data module wraps what the ranks hold by it, the planner and the benchmark make up batches
-of its shapes, and ``docs/features.md`` is generated from it (``python -m cpfold_train.data.inspect.features_page``).
+of its shapes, and ``docs/features.md`` is generated from it (``python docs/write_pages.py``).
 """
 
 from __future__ import annotations
