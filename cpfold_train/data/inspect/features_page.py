@@ -7,10 +7,10 @@ from cpfold_train.data.schema import FEATURES
 _HEAD = """\
 # Features of a batch
 
-Made from `cpfold_train/data/schema.py`, where a feature is added, by `python docs/write_pages.py`. Each has the batch dim
-first, which is not shown. Sizes are padded so that the grid divides them; `token+1` is one more than the number of
-tokens, `sequence` is a row of the MSA, `copy` a copy of a chain, `order` an order of a residue's equivalent atoms. Makers
-are functions of `cpfold_train/data/`. Padding is zero unless the page says otherwise.
+Made from `cpfold_train/data/schema.py`, where a feature is added, by `python docs/write_pages.py`. Each has the batch
+dim first, which is not shown. Sizes are padded so that the grid divides them; `token+1` is one more than the number of
+tokens, `sequence` is a row of the MSA, `copy` a copy of a chain, `order` an order of a residue's equivalent atoms.
+Makers are functions of `cpfold_train/data/`. Padding is zero unless the page says otherwise.
 
 | placement | what a rank of an R x C grid holds |
 | --- | --- |
