@@ -169,7 +169,7 @@ def _cores(entries: Found) -> list[str]:
 
 def _step(entries: Found) -> list[str]:
     title = f"A training step of Boltz-2 with `crop_size={entries.get('planned', {}).get('crop_size', '?')}`:"
-    return [title, "", *_steps("figures", entries)]
+    return [title, "", *_steps("measurements", entries)]
 
 
 def _largest(entries: Found) -> list[str]:

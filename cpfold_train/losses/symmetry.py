@@ -1,8 +1,8 @@
-"""The ground truth named as a prediction has it: symmetric chains, ligands and residues permuted for the best match.
+"""The ground truth in the order of a prediction: symmetric chains, ligands and residues permuted for the best match.
 
-After the chains (:mod:`cpfold_train.losses.chain_symmetry`), the atoms that only convention tells apart within a
-residue or ligand. Each of its namings is judged where its surroundings, the tokens within 15 Angstrom, are superposed,
-so that a ligand is compared to the pocket it is in even if the domains of the prediction lie otherwise to each other.
+After the chains (:mod:`cpfold_train.losses.chain_symmetry`), the equivalent atoms of a residue or ligand, which only
+convention tells apart. Each of their orders is compared after superposition of the surroundings, the tokens within 15
+Angstrom, so that a ligand is compared to its pocket even if the domains of the prediction lie otherwise to each other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cpfold_train.parallel.redistribute import all_reduce
 
 OP = "symmetry"
 ROUNDS = 3
-"""How often each residue may change its naming: what is found is combined with what was found before."""
+"""How often each residue may change its order: what is found is combined with what was found before."""
 SURROUNDINGS = 15.0
 """Angstrom."""
 _FEWEST = 4
@@ -49,7 +49,7 @@ def matched_truth(pred_coords: Tensor, feats: dict[str, Tensor], cp: ContextPara
         return coords.to(pred_coords), resolved
     motion = _motions_of_surroundings(pred, coords, resolved, feats, cp)
     motion = motion.gather(1, token[..., None].expand(-1, -1, 12)).unflatten(2, (4, 3))
-    # There and back, so that only the truth is fetched again and not the motion of where it comes from.
+    # There and back, so that only the truth is gathered again and not the motion of where it comes from.
     local = ((pred - motion[..., 3, :])[..., None, :] @ motion[..., :3, :]).squeeze(-2)
 
     tokens, first = feats["asym_id"].shape[1], cp.all.index * pred.shape[1]

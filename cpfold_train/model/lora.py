@@ -2,7 +2,7 @@
 
 The product is a parametrization of the weight and not a layer of its own: many weights here are handed to an op as
 tensors, past the forward function of their layer, and a layer around them would do nothing. Whoever reads
-``layer.weight`` gets the sum, made anew at each reading, so that recomputed blocks need nothing special.
+``layer.weight`` gets the sum, made again at each reading, so that recomputed blocks need nothing special.
 """
 
 from __future__ import annotations

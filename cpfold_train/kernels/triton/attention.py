@@ -83,7 +83,7 @@ def bias_tile(bias_rows, n, AGAIN: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q, k, v, bias, n, k_token, v_token, N, highest, total, acc,
+    q, k, v, bias, n, k_token, v_token, N, row_max, denom, acc,
     LAST: tl.constexpr, AGAIN: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -95,28 +95,28 @@ def _attend(
     k_n = tile(k, n_in, k_token, WIDTH, PADDED).to(DOT)
     v_n = tile(v, n_in, v_token, WIDTH, PADDED).to(DOT)
     scores = tl.dot(q, tl.trans(k_n), acc=start, input_precision=PRECISION)
-    now = tl.maximum(highest, tl.max(scores, 1))
+    now = tl.maximum(row_max, tl.max(scores, 1))
     weights = tl.exp2(scores * LOG2E - (now * LOG2E)[:, None])
-    rescale = tl.exp2((highest - now) * LOG2E)
-    total = total * rescale + tl.sum(weights, 1)
+    rescale = tl.exp2((row_max - now) * LOG2E)
+    denom = denom * rescale + tl.sum(weights, 1)
     acc = tl.dot(weights.to(DOT), v_n, acc=acc * rescale[:, None], input_precision=PRECISION)
-    return now, total, acc
+    return now, denom, acc
 
 
 @triton.jit
 def _finish(
-    out, gate, lse, highest, total, acc, m, M, stop, out_token, gate_token,
+    out, gate, lse, row_max, denom, acc, m, M, stop, out_token, gate_token,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, PADDED)
-    total = tl.where(total > 0, total, 1.0)
-    acc = acc / total[:, None]
+    denom = tl.where(denom > 0, denom, 1.0)
+    acc = acc / denom[:, None]
     if GATED:
         acc *= tl.sigmoid(tile(gate, tl.minimum(m, M - 1), gate_token, WIDTH, PADDED).to(tl.float32))
     inside = m < stop
     acc = acc.to(out.dtype.element_ty)
     tl.store(out + m[:, None] * out_token + d[None, :], acc, mask=inside[:, None] & (d < WIDTH)[None, :])
-    tl.store(lse + m, highest + tl.log2(total) * LN2, mask=inside)
+    tl.store(lse + m, row_max + tl.log2(denom) * LN2, mask=inside)
 
 
 @triton.jit
@@ -252,5 +252,5 @@ def typical(name: str, kernel: Any, which: str, own: dict[str, object]) -> list[
 
 
 TYPES = dict.fromkeys(("q", "k", "v", "bias", "gate", "out", "grad", "dq", "dk", "dv", "dgate", "before"), "*bf16")
-TYPES |= {"highest": "*bf16"} | dict.fromkeys(("lse", "delta", "dbias", "sums"), "*fp32")
+TYPES |= {"bias_max": "*bf16"} | dict.fromkeys(("lse", "delta", "dbias", "sums"), "*fp32")
 LAUNCHES = typical("attention", forward, "forward", {"GATED": True})

@@ -242,7 +242,7 @@ def queries(
 
 @triton.jit
 def of_bias(
-    q, k, v, bias, highest, grad, lse, delta, dbias, rows, heads, M, N, rows_each,
+    q, k, v, bias, bias_max, grad, lse, delta, dbias, rows, heads, M, N, rows_each,
     q_batch, q_row, q_head, q_token, k_batch, k_row, k_head, k_token, v_batch, v_row, v_head, v_token,
     grad_batch, grad_row, grad_head, grad_token, bias_batch, bias_head, bias_query, part_size,
     GROUP: tl.constexpr, ADD: tl.constexpr,
@@ -263,7 +263,7 @@ def of_bias(
     k += b * k_batch + h * k_head
     v += b * v_batch + h * v_head
     grad += b * grad_batch + h * grad_head
-    highest_m = tl.load(highest + (b * heads + h) * M + m_in).to(tl.float32) * LOG2E
+    bias_max_m = tl.load(bias_max + (b * heads + h) * M + m_in).to(tl.float32) * LOG2E
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for row in tl.range(first, tl.minimum(first + rows_each, rows), num_stages=STAGES):
         r = tl.cast(row, tl.int64)
@@ -272,13 +272,13 @@ def of_bias(
         k_n = tile(k + r * k_row, n_in, k_token, WIDTH, PADDED).to(DOT)
         v_n = tile(v + r * v_row, n_in, v_token, WIDTH, PADDED).to(DOT)
         at = ((b * rows + r) * heads + h) * M
-        lse_m, delta_m = tl.load(lse + at + m_in) - highest_m, tl.load(delta + at + m_in)
+        lse_m, delta_m = tl.load(lse + at + m_in) - bias_max_m, tl.load(delta + at + m_in)
         total += _dscores(q_m, k_n, v_n, grad_m, None, lse_m, delta_m, DOT, PRECISION)
     inside = (m < M)[:, None] & (n < N)[None, :]
     bias_mn = tl.load(
         bias + b * bias_batch + h * bias_head + (m * bias_query)[:, None] + n[None, :], mask=inside, other=0.0
     ).to(tl.float32)
-    factor = tl.exp2(bias_mn * LOG2E - highest_m[:, None])
+    factor = tl.exp2(bias_mn * LOG2E - bias_max_m[:, None])
     total = tl.where(factor > NEGLIGIBLE, total * factor, 0.0)
     to = dbias + part.to(tl.int64) * part_size + (b * heads + h) * M * N + m.to(tl.int64)[:, None] * N + n[None, :]
     if ADD:
@@ -378,9 +378,9 @@ def launch(
     parts = triton.cdiv(rows, rows_each)
     direct = parts == 1 and dbias.is_contiguous()
     into = dbias if direct else dbias.new_empty(parts, *dbias.shape)
-    highest = bias.amax(3)
+    bias_max = bias.amax(3)
     of_bias[tiles, parts](
-        q, k, v, bias, highest, grad, lse, delta, into, rows, heads, at_m, at_n, rows_each,
+        q, k, v, bias, bias_max, grad, lse, delta, into, rows, heads, at_m, at_n, rows_each,
         *given, *bias.stride()[:3], dbias.numel(),
         GROUP=BIAS_TILES, ADD=direct, STAGES=blocks.stages, **common(q, blocks),
     )  # fmt: skip

@@ -38,15 +38,15 @@ def forward(logits_ptr, mask_ptr, out_ptr, rows_of_sample, N, MASKED: tl.constex
     mask_ptr += row // rows_of_sample * N
     columns = tl.arange(0, BLOCK)
     # Each lane has a maximum and a sum of its own, which are merged at the end.
-    highest = tl.full([BLOCK], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
+    row_max = tl.full([BLOCK], LOWEST, tl.float32)
+    denom = tl.zeros([BLOCK], tl.float32)
     for start in range(0, N, BLOCK):
         x = _scores(logits_ptr, mask_ptr, start, columns, N, MASKED)
-        before = highest
-        highest = tl.maximum(highest, x)
-        total = total * tl.exp2(before - highest) + tl.exp2(x - highest)
-    peak = tl.max(highest, 0)
-    scale = 1 / tl.sum(total * tl.exp2(highest - peak), 0)
+        before = row_max
+        row_max = tl.maximum(row_max, x)
+        denom = denom * tl.exp2(before - row_max) + tl.exp2(x - row_max)
+    peak = tl.max(row_max, 0)
+    scale = 1 / tl.sum(denom * tl.exp2(row_max - peak), 0)
     for start in range(0, N, BLOCK):
         weights = tl.exp2(_scores(logits_ptr, mask_ptr, start, columns, N, MASKED) - peak) * scale
         here = start + columns < N
@@ -58,12 +58,12 @@ def backward(weights_ptr, grad_ptr, out_ptr, N, BLOCK: tl.constexpr):
     """Gradient of the logits of one row (N,) a program, in two passes over it."""
     row = tl.program_id(0).to(tl.int64) * N
     columns = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
+    denom = tl.zeros([BLOCK], tl.float32)
     for start in range(0, N, BLOCK):
         at, here = row + start + columns, start + columns < N
         weights = tl.load(weights_ptr + at, mask=here, other=0.0).to(tl.float32)
-        total += weights * tl.load(grad_ptr + at, mask=here, other=0.0).to(tl.float32)
-    shift = tl.sum(total, 0)
+        denom += weights * tl.load(grad_ptr + at, mask=here, other=0.0).to(tl.float32)
+    shift = tl.sum(denom, 0)
     for start in range(0, N, BLOCK):
         at, here = row + start + columns, start + columns < N
         weights = tl.load(weights_ptr + at, mask=here, other=0.0).to(tl.float32)

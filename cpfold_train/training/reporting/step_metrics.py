@@ -105,7 +105,7 @@ class StepMetrics(Callback):
                 *(loss.mean().item() for loss in losses.values()),
             ],
         )
-        total, mean, highest = numbers.sum(0).tolist(), numbers.mean(0).tolist(), numbers.amax(0).tolist()
+        total, mean, largest = numbers.sum(0).tolist(), numbers.mean(0).tolist(), numbers.amax(0).tolist()
         row = {
             **{name: value / cp.grid.dp for name, value in zip(losses, total[8:])},
             "lr": self._lr,
@@ -113,10 +113,10 @@ class StepMetrics(Callback):
             "tokens": round(total[0]),
             "crop_size": crop_size,
             "step_s": mean[1],
-            "data_wait_s": highest[2],
+            "data_wait_s": largest[2],
             "quarantined": round(total[3]),
             "skipped": self._skip.skipped,
-            "peak_memory_mib": highest[4],
+            "peak_memory_mib": largest[4],
             "sent_mib": mean[5],
             "exposed_comm_s": mean[6],
             "tokens_per_s": total[0] / cp.grid.world_size / mean[1],
