@@ -38,9 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run a subcommand and return the exit code: 2 where the person at the keyboard has to change something."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == [TRAIN]:
-        command = [*train_command(), *argv[1:]]
-        # In place of this process, so that signals and the exit code are the run's.
-        os.execv(command[0], command)
+        training = [*train_command(), *argv[1:]]
+        # It replaces this process, so that signals and the exit code are the run's.
+        os.execv(training[0], training)
     if not argv or argv[0] not in SUBCOMMANDS:
         parser = argparse.ArgumentParser(prog=PROGRAM)
         commands = parser.add_subparsers(metavar="SUBCOMMAND", required=True)

@@ -231,10 +231,8 @@ def _measured(file: Path) -> Device:
     how = "type a file that python -m cpfold_train gpu-check has written, or the name of a GPU as device=h100-80gb"
     try:
         found = json.loads(file.read_text())
-        gpu, rates = (
-            kind(**{field.name: found[key].get(field.name) for field in fields(kind)})
-            for key, kind in (("device", Measured), ("rates", Rates))
-        )
+        gpu = Measured(**{field.name: found["device"].get(field.name) for field in fields(Measured)})
+        rates = Rates(**{field.name: found["rates"].get(field.name) for field in fields(Rates)})
     except OSError as error:
         raise ConfigError(f"device={file} cannot be read ({error.strerror}): {how}") from None
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +19,7 @@ def make_console() -> Console:
     return console
 
 
-def make_table(columns: str, text: str = "", **settings: str) -> Table:
+def make_table(columns: str, text: str = "", **settings: Any) -> Table:
     """An empty table.
 
     Args:

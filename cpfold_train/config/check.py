@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from importlib.util import find_spec
+from typing import Any
 
 from cpfold_train.config.check_bounds import check_bounds
 from cpfold_train.config.check_checkpoint import check_checkpoints
@@ -85,7 +86,7 @@ def _crop_schedule(schedule: object) -> None:
             )
 
 
-def _profiled_steps(steps: object) -> None:
+def _profiled_steps(steps: Any) -> None:
     """Raise ConfigError unless it is None or a first and a last step."""
     if steps is None:
         return

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from cpfold_train.config.schema import TrainConfig
 from cpfold_train.errors import ConfigError
 from cpfold_train.reports.metrics import METRICS, VALIDATION
@@ -14,11 +17,11 @@ def check_finetune(config: TrainConfig) -> None:
     _early_stop(config)
 
 
-def _groups(groups: object) -> None:
+def _groups(groups: Any) -> None:
     """The schema cannot: Hydra sets no new key in one."""
     if groups is None:
         return
-    factors = groups.items() if isinstance(groups, dict) else [(groups, None)]
+    factors: Iterable[tuple[Any, Any]] = groups.items() if isinstance(groups, dict) else [(groups, None)]
     if not all(isinstance(name, str) and type(f) in (int, float) and f > 0 for name, f in factors):
         raise ConfigError(
             f"finetune.lr_groups={groups} does not map patterns to factors above 0: type for example "
@@ -28,7 +31,7 @@ def _groups(groups: object) -> None:
 
 def _start_step(config: TrainConfig) -> None:
     start = config.optim.start_step
-    if start is None or (type(start) is int and start >= 0):
+    if start is None or (isinstance(start, int) and not isinstance(start, bool) and start >= 0):
         return
     if start != "checkpoint":
         raise ConfigError(f"optim.start_step={start} is no step: type a whole number from 0 on, checkpoint, or null")

@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from typing import cast
 
 import psutil
 from hydra.core.config_store import ConfigStore
@@ -31,7 +32,7 @@ def typed_config(config: DictConfig) -> TrainConfig:
     """
     if added := next(_added(config, OmegaConf.structured(TrainConfig)), None):
         raise ConfigError(f"there is no key {added}: conf/train.yaml lists them all")
-    return OmegaConf.to_object(config)
+    return cast(TrainConfig, OmegaConf.to_object(config))
 
 
 def run_stamp() -> str:
@@ -65,7 +66,7 @@ def explain(error: Exception) -> str:
 
 def _added(node: DictConfig, schema: DictConfig, prefix: str = "") -> Iterator[str]:
     """Keys of ``node`` that the schema does not have; what lies in one of any type, such as ``data.crop``, is free."""
-    for key in node:
+    for key in map(str, node):
         if key not in list(schema):
             yield f"{prefix}{key}"
         elif not OmegaConf.is_missing(schema, key) and OmegaConf.is_dict(schema[key]):
@@ -73,7 +74,7 @@ def _added(node: DictConfig, schema: DictConfig, prefix: str = "") -> Iterator[s
 
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key in node:
+    for key in map(str, node):
         yield prefix + key
         if OmegaConf.is_dict(node) and not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
             yield from _keys(node[key], f"{prefix}{key}.")

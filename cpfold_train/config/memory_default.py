@@ -4,7 +4,7 @@ and where."""
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cpfold_train.config.schema import TrainConfig
 from cpfold_train.devices import find_device, kernels_on
@@ -92,7 +92,7 @@ def between_blocks_bytes(config: TrainConfig, grid: Grid) -> float:
 def attention_bytes(config: TrainConfig, grid: Grid) -> float:
     """Bytes of the results of triangle attention that a rank keeps with ``memory.keep_attention``."""
     model, width = config.model, {"64-true": 8, "32-true": 4}.get(str(config.trainer.precision), 2)
-    stacks = [
+    stacks: list[tuple[Any, int]] = [
         (model.template, model.template.template_blocks * config.data.max_templates),
         (model.msa, model.msa.msa_blocks),
         *((stack, stack.num_blocks) for stack in (model.pairformer, _confidence(config))),

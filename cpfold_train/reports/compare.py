@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         difference = {step: abs(curve[step] / curves[0][step] - 1) for step in common}
         # A loss that is not a number agrees with nothing.
         difference = {step: d if d == d else float("inf") for step, d in difference.items()}
-        step = max(common, key=difference.get)
+        step = max(common, key=lambda at: difference[at])
         cut_short |= curve.keys() != curves[0].keys()
         worst = max(worst, difference[step])
         result = read_result(folder)
