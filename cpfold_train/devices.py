@@ -245,7 +245,7 @@ def _measured(file: Path) -> Device:
         like,
         memory=gpu.memory_bytes,
         # A CPU has none: zeros in the file.
-        capability=tuple(gpu.capability) if any(gpu.capability) else None,
+        capability=(gpu.capability[0], gpu.capability[1]) if any(gpu.capability) else None,
         source=f"measured on {gpu.name}; what was not, and links to the host and other machines: {like.source}",
         measured=rates,
     )
