@@ -23,7 +23,7 @@ from cpfold_train.gpu_check.roofline import H100, floors, least_seconds
 from cpfold_train.gpu_check.scope import ON_CPU
 from cpfold_train.gpu_check.step import largest_crop, next_crop
 from cpfold_train.model.config import ModelConfig
-from cpfold_train.parallel import redistribute
+from cpfold_train.parallel import exchange_plan
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.testing.cases import CASES
 from cpfold_train.testing.parity import run
@@ -126,11 +126,11 @@ def test_ranks_that_do_not_work_are_told(tmp_path, monkeypatch):
 
 
 def through_host(cp) -> dict:
-    original, redistribute.Exchange = redistribute.Exchange, ThroughHost
+    original, exchange_plan.Exchange = exchange_plan.Exchange, ThroughHost
     try:
         return run(cp, CASES["TriangleAttentionEndingNode, ring"])
     finally:
-        redistribute.Exchange = original
+        exchange_plan.Exchange = original
 
 
 def test_messages_through_the_host_change_nothing(ranks):

@@ -24,7 +24,7 @@ from torch import Tensor
 from cpfold_train.gpu_check.exactness import tell
 from cpfold_train.gpu_check.record import Record
 from cpfold_train.gpu_check.scope import Scope
-from cpfold_train.parallel import redistribute
+from cpfold_train.parallel import exchange_plan
 from cpfold_train.parallel.context import Axis, ContextParallel
 from cpfold_train.parallel.exchange import Exchange
 from cpfold_train.parallel.grid import Grid, squarest
@@ -133,7 +133,7 @@ def _rank(way: Way, rank: int, names: tuple[str, ...], folder: Path, limit_s: fl
         if way.device == "cuda":
             torch.cuda.set_device(device)
         if way.device != way.backend_of:
-            redistribute.Exchange = ThroughHost
+            exchange_plan.Exchange = ThroughHost
         join_rendezvous(folder, rank, way.grid.world_size, device if way.backend_of == "cuda" else torch.device("cpu"))
         grid = Grid(way.grid.rows, way.grid.cols, 1, rank)
         cp = ContextParallel(grid, way.device, timedelta(seconds=max(1.0, limit_s)))
