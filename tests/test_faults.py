@@ -181,10 +181,10 @@ def test_out_of_memory_starts_again_by_itself(run, tmp_path):
     _, told = process.communicate(timeout=200)
     assert process.returncode == 0, told
     last = parts / "checkpoints" / "last.ckpt"
-    assert told.count(f"for step 3: the run starts again from {last} and skips it on all ranks\n") == 1, told
+    assert len(re.findall(f"step 3: .*{re.escape(str(last))}", told)) == 1, told
     first, second = re.findall("starts with .*", told)
     assert first == second and "starts with 0 children" in first and first.endswith("variables []")
-    assert "step 3 was skipped: there was no memory for it" in told
+    assert re.search("step 3 .*memory", told)
     assert "rror" not in told
     result = result_of(parts)
     assert (result["status"], result["steps"], result["skipped"]) == ("completed", 4, 1)
@@ -200,8 +200,8 @@ def test_out_of_memory_does_not_start_again_in_vain(tmp_path):
     process = own_ranks("out_of_memory_always", tmp_path, "data.val=[]")
     _, told = process.communicate(timeout=200)
     assert process.returncode == 1, told
-    assert told.count("for step 1: the run starts again from where it began and skips it on all ranks\n") == 1, told
-    assert told.count("error: rank 1 failed: out of memory: ") == 1
+    assert told.count("for step 1: ") == 1, told
+    assert len(re.findall("error: rank 1 .*out of memory", told)) == 1
     assert result_of(tmp_path)["status"] == "failed"
     assert_no_process_is_left(tmp_path)
 
@@ -212,8 +212,8 @@ def test_out_of_memory_while_rank_0_does_not_answer(tmp_path):
     process = own_ranks("out_of_memory_unnoticed", tmp_path, "data.val=[]", "data.num_workers=1")
     _, told = process.communicate(timeout=200)
     assert process.returncode == 0, told
-    assert "rank 0 was ended because rank 1 failed: out of memory" in told
-    assert told.count("the run starts again") == 1
+    assert re.search("rank 0 .*rank 1 .*out of memory", told)
+    assert len(re.findall(r"for step \d+: ", told)) == 1
     first, second = re.findall("starts with .*", told)
     assert first == second
     assert (result_of(tmp_path)["steps"], result_of(tmp_path)["skipped"]) == (4, 1)
@@ -264,7 +264,7 @@ def test_interrupted_at_the_keyboard(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert f"error: interrupted: ckpt_path=last with hydra.run.dir={tmp_path} goes on" in told
+    assert re.search(f"error: .*ckpt_path=last .*hydra.run.dir={re.escape(str(tmp_path))}", told)
     assert "Traceback" not in told
     assert result_of(tmp_path)["status"] == "interrupted"
 
@@ -274,8 +274,8 @@ def test_out_of_memory_counts_against_the_limit(tmp_path):
     process = own_ranks("out_of_memory", tmp_path, "data.val=[]", "faults.max_skipped=0")
     _, told = process.communicate(timeout=200)
     assert process.returncode == 1, told
-    assert told.count("the run starts again") == 1
-    assert "error: 1 of the last 100 steps were skipped, the last one step 3, because there was no memory" in told
+    assert len(re.findall(r"for step \d+: ", told)) == 1
+    assert re.search("error: 1 of the last 100 .*step 3.*memory", told)
 
 
 def test_the_port_of_the_ranks_is_held_before_they_are_started(monkeypatch):
