@@ -378,7 +378,7 @@ def test_a_recomputed_block_attends_twice(node):
     n, c, heads, width = 64, 32, 2, 16
     sizes = [(c,), (c,), (heads, c), *[(heads * width, c)] * 4, (c, heads * width)]
     with fake_world(Grid(2, 2), "alltoall", "triton") as cp, FakeTensorMode(), Launched() as launched:
-        w = triangle_attention.Weights(*(torch.empty(size, requires_grad=True) for size in sizes))
+        w = triangle_attention.AttentionWeights(*(torch.empty(size, requires_grad=True) for size in sizes))
         z = torch.empty(1, n // 2, n // 2, c, requires_grad=True)
         attend = getattr(triangle_attention, f"triangle_attention_{node}")
         recompute(attend, z, torch.ones(1, n), w, cp).sum().backward()

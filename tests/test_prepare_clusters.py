@@ -9,7 +9,7 @@ import pytest
 
 from cpfold_train.data.prepare import clusters as module
 from cpfold_train.data.prepare.clusters import entity_clusters, greedy_clusters
-from cpfold_train.data.prepare.convert import Result
+from cpfold_train.data.prepare.convert import Conversion
 from cpfold_train.data.prepare.splits import shared_clusters, split
 from cpfold_train.errors import ConfigError, DataError
 
@@ -34,7 +34,7 @@ def entry(key, *entities, date=None):
     described = [
         {"type": kind, "sequence": text, "chains": [chr(ord("A") + i)]} for i, (kind, text) in enumerate(entities)
     ]
-    return Result(key, f"{key}.cif", release_date=date, entities=described)
+    return Conversion(key, f"{key}.cif", release_date=date, entities=described)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cpfold_train.__main__ import main
 from cpfold_train.data.prepare import work
-from cpfold_train.data.prepare.convert import Result
+from cpfold_train.data.prepare.convert import Conversion
 from cpfold_train.data.prepare.report import write_report
 from cpfold_train.data.stream.shards import index_path, open_shards, read_sample
 from cpfold_train.data.structures.parse import read_structure
@@ -72,9 +72,11 @@ def test_report(folder, tmp_path, capsys):
 
 def test_report_of_many(tmp_path, capsys):
     """Thousands of entries are counted by reason, with the first of each; numbers do not tell reasons apart."""
-    results = [Result(f"e{i}", f"e{i}.cif", dropped=f"{i} residues are fewer than --min-residues 16") for i in range(9)]
-    results += [Result(f"{i}f", f"{i}f.cif", dropped=f"{i}f.cif holds no chain") for i in range(200)]
-    results += [Result("g", "g.cif", counts={"tokens": 5}, removed={"crystallisation aid": 3})]
+    results = [
+        Conversion(f"e{i}", f"e{i}.cif", dropped=f"{i} residues are fewer than --min-residues 16") for i in range(9)
+    ]
+    results += [Conversion(f"{i}f", f"{i}f.cif", dropped=f"{i}f.cif holds no chain") for i in range(200)]
+    results += [Conversion("g", "g.cif", counts={"tokens": 5}, removed={"crystallisation aid": 3})]
     write_report(tmp_path, results, {"g": "train"}, 1, [], [], ["train-000000.tar"])
     shown = " ".join(capsys.readouterr().out.split())
     assert (

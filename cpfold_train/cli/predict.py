@@ -89,7 +89,7 @@ def _predict(args: argparse.Namespace, world: World, queries: list[Any]) -> None
     from cpfold_train.model.config import MemoryConfig
     from cpfold_train.predict.predictor import Predictor, Queries, Settings
     from cpfold_train.predict.progress import QueryBar
-    from cpfold_train.predict.results import Results
+    from cpfold_train.predict.results import PredictionFolder
     from cpfold_train.training.apply import set_up_process
     from cpfold_train.training.gpus import set_up_gpus
     from cpfold_train.training.strategy import GridStrategy
@@ -106,7 +106,7 @@ def _predict(args: argparse.Namespace, world: World, queries: list[Any]) -> None
         seed=args.seed,
     )
     model = checkpoint.load_model(args.checkpoint)
-    results = Results(args.out, settings)
+    results = PredictionFolder(args.out, settings)
     grid = world.grid
     trainer = pl.Trainer(
         accelerator=args.accelerator,

@@ -24,7 +24,7 @@ PRESETS = {
 _OF_HYDRA = "defaults", "hydra"
 
 
-class Entry(NamedTuple):
+class DocumentedKey(NamedTuple):
     """A key as a file of ``conf`` has it.
 
     Attributes:
@@ -61,12 +61,12 @@ def page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def entries(path: Path) -> list[Entry]:
+def entries(path: Path) -> list[DocumentedKey]:
     """Every key of a file of ``conf``, in its order."""
     return list(_entries(path.read_text().splitlines(), yaml.safe_load(path.read_text())))
 
 
-def _entries(lines: list[str], values: dict[str, Any]) -> Iterator[Entry]:
+def _entries(lines: list[str], values: dict[str, Any]) -> Iterator[DocumentedKey]:
     parents: list[str] = []
     comment: list[str] = []
     for line in lines:
@@ -79,7 +79,7 @@ def _entries(lines: list[str], values: dict[str, Any]) -> Iterator[Entry]:
             value = values
             for name in parents:
                 value = value[name]
-            yield Entry(tuple(parents), value, " ".join(comment) or None)
+            yield DocumentedKey(tuple(parents), value, " ".join(comment) or None)
             comment = []
         else:
             # What stands above an empty line is of the file.
@@ -93,7 +93,7 @@ def _header(path: Path) -> str:
     return " ".join(line.removeprefix("#").strip() for line in comment)
 
 
-def _table(found: list[Entry], files: dict[str, Path], prefix: tuple[str, ...]) -> str:
+def _table(found: list[DocumentedKey], files: dict[str, Path], prefix: tuple[str, ...]) -> str:
     bounds = {key: bounds for key, _, bounds in keys_of(TrainConfig())}
     presets = [{entry.path: entry.value for entry in entries(path)} for path in files.values()]
     rows = [("key", *files, "bounds", "meaning"), ("---",) * (len(files) + 3)]

@@ -16,7 +16,7 @@ from torch import nn
 from cpfold_train.gpu_check.blocks import BLOCKS, autocast, block, forward, inputs, trained
 from cpfold_train.gpu_check.profiled import by_kernel
 from cpfold_train.gpu_check.record import Record
-from cpfold_train.gpu_check.roofline import H100, Passes, Rates, floors, least_seconds
+from cpfold_train.gpu_check.roofline import H100, ForwardBackward, Roofline, floors, least_seconds
 from cpfold_train.gpu_check.scope import Scope
 from cpfold_train.gpu_check.timing import seconds_of
 from cpfold_train.kernels.attention import biased_attention
@@ -68,10 +68,10 @@ def measure_blocks(record: Record, scope: Scope, measured: dict[str, float]) -> 
             record.attempt(f"{op} on one rank", _beside_stock, record, scope, cp, op)
 
 
-def reached(measured: dict[str, float]) -> Rates:
-    """Rates to make floors of: what this card has reached, and where that is not known an H100."""
+def reached(measured: dict[str, float]) -> Roofline:
+    """What floors are made with: what this card has reached, and where that is not known an H100."""
     names = {"bf16": "bf16_flops", "fp32": "fp32_flops", "memory": "memory_bytes_s", "exps": "exp_s"}
-    return Rates(**{own: measured.get(name) or getattr(H100, own) for own, name in names.items()})
+    return Roofline(**{own: measured.get(name) or getattr(H100, own) for own, name in names.items()})
 
 
 def _measure(
@@ -79,8 +79,8 @@ def _measure(
     scope: Scope,
     cp: ContextParallel,
     which: tuple[str, str, str, str],
-    of: dict[str, Passes],
-    rates: Rates,
+    of: dict[str, ForwardBackward],
+    rates: Roofline,
 ) -> None:
     op, cp.kernels, precision, name = which
     module, x = block(op, scope), inputs(op, scope, scope.block_tokens, cp, precision)

@@ -31,7 +31,7 @@ class _Here:
         return self._x
 
 
-class Results:
+class KeptResults:
     """Of the kernels of one recomputed part, in the order of their calls.
 
     Args:
@@ -90,15 +90,15 @@ class _Active(local):
     """The parts at work, the innermost last. The backward pass has threads of its own."""
 
     def __init__(self) -> None:
-        self.making: list[Results] = []
-        self.using: list[Results] = []
+        self.making: list[KeptResults] = []
+        self.using: list[KeptResults] = []
 
 
 _active = _Active()
 
 
 @contextmanager
-def _within(active: list[Results], results: Results) -> Iterator[None]:
+def _within(active: list[KeptResults], results: KeptResults) -> Iterator[None]:
     active.append(results)
     try:
         yield

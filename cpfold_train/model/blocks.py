@@ -8,17 +8,17 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from cpfold_train.kernels.kept import Results
+from cpfold_train.kernels.kept import KeptResults
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.ops.offload import Boundary, kept_on_host
 from cpfold_train.ops.recompute import call, recompute
 
 
-def kept_results(memory: MemoryConfig, boundary: Boundary | None) -> Results | None:
+def kept_results(memory: MemoryConfig, boundary: Boundary | None) -> KeptResults | None:
     """What keeps attention's results of a part that is recomputed: here, or of a boundary on the host."""
     if not memory.keep_attention:
         return None
-    return Results() if boundary is None else Results(boundary.hold)
+    return KeptResults() if boundary is None else KeptResults(boundary.hold)
 
 
 def run_blocks(

@@ -62,7 +62,7 @@ class TriangleMultiplication(nn.Module):
     ) -> Tensor:
         """Update for a tile (B, N/R, N/C, c), times ``row_factors`` (B, N/R) and added to it if ``residual``;
         ``pair_mask`` is a tile (B, N/R, N/C)."""
-        weights = multiplication.Weights(
+        weights = multiplication.MultiplicationWeights(
             self.norm_in.weight,
             self.norm_in.bias,
             self.p_in.weight,
@@ -120,7 +120,7 @@ class TriangleAttention(nn.Module):
     ) -> Tensor:
         """Update for a tile (B, N/R, N/C, c), times ``factors`` of its rows (B, N/R), or around the ending node of its
         columns (B, N/C), and added to it if ``residual``; ``token_mask`` (B, N)."""
-        weights = attention.Weights(
+        weights = attention.AttentionWeights(
             self.layer_norm.weight,
             self.layer_norm.bias,
             self.linear.weight,

@@ -8,12 +8,12 @@ from typing import TypeVar
 import torch
 from torch.utils.checkpoint import checkpoint, noop_context_fn, set_checkpoint_early_stop
 
-from cpfold_train.kernels.kept import Results, are_kept
+from cpfold_train.kernels.kept import KeptResults, are_kept
 
 T = TypeVar("T")
 
 
-def recompute(function: Callable[..., T], *args, results: Results | None = None) -> T:
+def recompute(function: Callable[..., T], *args, results: KeptResults | None = None) -> T:
     """``function(*args)``, keeping only the arguments for the backward pass, and ``results`` of its kernels if given.
 
     Random draws are pure functions of their keys (:mod:`cpfold_train.parallel.random`), so no generator state is saved.
@@ -23,7 +23,7 @@ def recompute(function: Callable[..., T], *args, results: Results | None = None)
         return function(*args)
     with set_checkpoint_early_stop(False):
         if results is None and are_kept():
-            results = Results()
+            results = KeptResults()
         contexts = noop_context_fn if results is None else lambda: (results.made(), results.used())
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 

@@ -53,7 +53,7 @@ and adds up its gradient once more, and rows that are not all in one block are a
 All that a rank has at a time are within it up to 4,096 tokens on 2x2, in bf16."""
 
 
-class Weights(NamedTuple):
+class AttentionWeights(NamedTuple):
     """Parameters: (c,) of the norm, (h, c) of ``bias``, (h d, c) of ``q``, ``k``, ``v``, ``g``, (c, h d) of ``o``."""
 
     norm_weight: Tensor
@@ -99,7 +99,7 @@ class _Tile(NamedTuple):
 def triangle_attention_starting(
     z: Tensor,
     token_mask: Tensor,
-    w: Weights,
+    w: AttentionWeights,
     cp: ContextParallel,
     residual: bool = False,
     factors: Tensor | None = None,
@@ -125,7 +125,7 @@ def triangle_attention_starting(
 def triangle_attention_ending(
     z: Tensor,
     token_mask: Tensor,
-    w: Weights,
+    w: AttentionWeights,
     cp: ContextParallel,
     residual: bool = False,
     factors: Tensor | None = None,
@@ -138,7 +138,7 @@ def triangle_attention_ending(
 
 
 def _tile(
-    z: Tensor, key_mask: Tensor, w: Weights, cp: ContextParallel, residual: bool, factors: Tensor | None
+    z: Tensor, key_mask: Tensor, w: AttentionWeights, cp: ContextParallel, residual: bool, factors: Tensor | None
 ) -> _Tile:
     """Of z as it lies, with its residual; ``key_mask`` (B, 1 or N/R, N/C or 1) says which keys are real tokens."""
     factors = None if factors is None else factors[:, :, None, None]
@@ -151,7 +151,7 @@ def _tile(
     return _Tile(x, norm, bias.contiguous(), _Residual(z, factors) if residual else None, cp.grid)
 
 
-def _triangle_attention(tile: _Tile, w: Weights, cp: ContextParallel, op: str) -> Tensor:
+def _triangle_attention(tile: _Tile, w: AttentionWeights, cp: ContextParallel, op: str) -> Tensor:
     """Gated attention within rows by the cheaper of the two ways: (B, r, q, c), the update of a tile or the new one."""
     x, grid = tile.x, tile.grid
     sizes = x.shape[1] * grid.rows, x.shape[3], w.bias.shape[0], w.q.shape[0]
@@ -167,7 +167,7 @@ def _added(update: Tensor, residual: _Residual | None) -> Tensor:
     return residual.z + (update if residual.factors is None else update * residual.factors.to(update.dtype))
 
 
-def _in_whole_rows(tile: _Tile, w: Weights, cp: ContextParallel, op: str) -> Tensor:
+def _in_whole_rows(tile: _Tile, w: AttentionWeights, cp: ContextParallel, op: str) -> Tensor:
     """All-to-all. Rows go in groups: one travels while another attends, there, back and in the backward pass."""
     grid, heads, c = tile.grid, w.bias.shape[0], tile.x.shape[3]
     n = tile.x.shape[1] * grid.rows
@@ -214,7 +214,7 @@ def _in_whole_rows(tile: _Tile, w: Weights, cp: ContextParallel, op: str) -> Ten
     return _added(update, tile.residual)
 
 
-def _around_the_grid(tile: _Tile, w: Weights, cp: ContextParallel, op: str) -> Tensor:
+def _around_the_grid(tile: _Tile, w: AttentionWeights, cp: ContextParallel, op: str) -> Tensor:
     """Ring: in each step come the keys and values of one more tile of the row, and the bias to them."""
     grid, heads = tile.grid, w.bias.shape[0]
     n = tile.x.shape[1] * grid.rows
@@ -235,7 +235,7 @@ def _around_the_grid(tile: _Tile, w: Weights, cp: ContextParallel, op: str) -> T
     return _added(linear(attended.transpose(2, 3).flatten(3), o), tile.residual)
 
 
-def _shared_weights(w: Weights, heads: int) -> tuple[Tensor, ...]:
+def _shared_weights(w: AttentionWeights, heads: int) -> tuple[Tensor, ...]:
     """Projections that concern queries (scaled) and keys, and output."""
     scale = (w.q.shape[0] // heads) ** -0.5
     return torch.cat([w.q * scale, w.g]), torch.cat([w.k, w.v]), w.o

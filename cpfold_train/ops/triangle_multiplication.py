@@ -33,7 +33,7 @@ OP = "triangle_multiplication"
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
-class Weights(NamedTuple):
+class MultiplicationWeights(NamedTuple):
     """Parameters: (c,) of the norms, (2c, c) of ``p_in`` and ``g_in``, (c, c) of ``p_out`` and ``g_out``."""
 
     norm_in_weight: Tensor
@@ -49,7 +49,7 @@ class Weights(NamedTuple):
 def triangle_multiplication_outgoing(
     z: Tensor,
     pair_mask: Tensor,
-    w: Weights,
+    w: MultiplicationWeights,
     cp: ContextParallel,
     residual: bool = False,
     row_factors: Tensor | None = None,
@@ -78,7 +78,7 @@ def triangle_multiplication_outgoing(
 def triangle_multiplication_incoming(
     z: Tensor,
     pair_mask: Tensor,
-    w: Weights,
+    w: MultiplicationWeights,
     cp: ContextParallel,
     residual: bool = False,
     row_factors: Tensor | None = None,
@@ -95,7 +95,7 @@ def triangle_multiplication_incoming(
 def _product(
     z: Tensor,
     pair_mask: Tensor,
-    w: Weights,
+    w: MultiplicationWeights,
     product: Product,
     pieces: list[tuple[Layout, Layout]],
     incoming: bool,
@@ -115,7 +115,7 @@ def _product(
 
 
 def _output(
-    x: Tensor, z: Tensor, w: Weights, cp: ContextParallel, residual: bool, row_factors: Tensor | None
+    x: Tensor, z: Tensor, w: MultiplicationWeights, cp: ContextParallel, residual: bool, row_factors: Tensor | None
 ) -> Tensor:
     norms = w.norm_in_weight, w.norm_in_bias, w.norm_out_weight, w.norm_out_bias
     return gated_output(x, z, *norms, w.p_out, w.g_out, cp.kernels, residual, row_factors)

@@ -12,7 +12,7 @@ from cpfold_train.config.schema import TrainConfig
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.plan.step import (
     SAMPLING_STEPS,
-    Passes,
+    PassTracer,
     Trace,
     autocast,
     build,
@@ -46,7 +46,7 @@ def trace_validation(
         module.eval()
         # They are no buffer, so they are on the meta device with what was built there.
         module._sums = torch.zeros_like(module._sums, device="cpu")
-        passes = Passes(tracer, module.model)
+        passes = PassTracer(tracer, module.model)
         fed = features(batch, tracer, device) | {"filler": torch.zeros(config.batch_size, dtype=torch.bool)}
         with autocast(config, device), torch.no_grad(), Contents(config.crop_size, CHAINS):
             module.validation_step(fed, 0)
@@ -70,7 +70,7 @@ def trace_prediction(
     with without_contents(module, config, grid, speed, on_host, device=device) as (cp, tracer):
         predictor = Predictor(module.model, settings, writer=None)
         predictor.eval()
-        passes = Passes(tracer, module.model)
+        passes = PassTracer(tracer, module.model)
         fed = features(batch, tracer, device)
         with autocast(config, device), torch.no_grad(), Contents(config.crop_size, CHAINS):
             predictor.sampled(fed, cp)

@@ -83,7 +83,7 @@ def trace_step(
     with without_contents(module, config, grid, speed, on_host, large_bytes, device) as (cp, tracer):
         optimizer = keep_between_steps(module, config, tracer)
         module.trainer = SimpleNamespace(strategy=SimpleNamespace(cp=cp), global_step=0)
-        passes = Passes(tracer, module.model)
+        passes = PassTracer(tracer, module.model)
         fed = features(batch, tracer, device)
         with autocast(config, device):
             loss = module.micro_batch(fed, recycling)["loss"]
@@ -164,7 +164,7 @@ def autocast(config: TrainConfig, device: str) -> AbstractContextManager:
     return torch.autocast(device, torch.bfloat16) if config.trainer.precision in IN_BF16 else nullcontext()
 
 
-class Passes:
+class PassTracer:
     """Tells passes through the trunk and steps of sampling apart.
 
     Args:

@@ -32,7 +32,7 @@ def is_done(out: Path, name: str) -> bool:
         return False
 
 
-class Results:
+class PredictionFolder:
     """Writes what the first rank receives.
 
     Args:

@@ -19,7 +19,7 @@ import numpy as np
 from biotite.sequence import ProteinSequence
 from biotite.sequence.align import KmerTable, SubstitutionMatrix, align_optimal
 
-from cpfold_train.data.prepare.convert import Result
+from cpfold_train.data.prepare.convert import Conversion
 from cpfold_train.errors import ConfigError, DataError
 
 IDENTITY = 0.4
@@ -34,7 +34,7 @@ _CANDIDATES = 20
 _MATRIX = SubstitutionMatrix.std_protein_matrix()
 
 
-def entity_clusters(results: list[Result], table: Path | None) -> dict[tuple[str, int], str]:
+def entity_clusters(results: list[Conversion], table: Path | None) -> dict[tuple[str, int], str]:
     """Cluster of each entity, by sample and number of the entity.
 
     A cluster is named after what it holds: the first chain with the representative sequence, or the ligand.

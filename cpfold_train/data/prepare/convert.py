@@ -43,7 +43,7 @@ class Job:
 
 
 @dataclass
-class Result:
+class Conversion:
     """What became of one entry: a sample, or the reason why not.
 
     Attributes:
@@ -66,13 +66,13 @@ class Result:
     problems: list[str] = field(default_factory=list)
 
 
-def convert(job: Job, options: Options) -> tuple[Result, dict[str, bytes]]:
+def convert(job: Job, options: Options) -> tuple[Conversion, dict[str, bytes]]:
     """Read, filter and pack one entry; a bad one is dropped with the reason, whatever is wrong with it.
 
     Returns:
         What became of it, and the sample's members by extension, none if it was dropped.
     """
-    result = Result(key=job.source.key, source=job.source.path.name)
+    result = Conversion(key=job.source.key, source=job.source.path.name)
     try:
         members = _members(job, options, result)
         if any(len(f"{job.source.key}.{extension}".encode()) > MAX_NAME for extension in members):
@@ -85,7 +85,7 @@ def convert(job: Job, options: Options) -> tuple[Result, dict[str, bytes]]:
     return result, {}
 
 
-def _members(job: Job, options: Options, result: Result) -> dict[str, bytes]:
+def _members(job: Job, options: Options, result: Conversion) -> dict[str, bytes]:
     path = job.source.path
     align: Callable[[Structure], dict[int, Alignment]]
     if path.suffix == ".npz":

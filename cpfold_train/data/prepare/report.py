@@ -12,7 +12,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from cpfold_train.data.prepare.convert import Result
+from cpfold_train.data.prepare.convert import Conversion
 from cpfold_train.tables import make_console, make_table
 from cpfold_train.whole_file import whole_file
 
@@ -24,7 +24,7 @@ _SHOWN = 10
 
 def write_report(
     out: Path,
-    results: list[Result],
+    results: list[Conversion],
     chosen: dict[str, str],
     clusters: int,
     shared: list[str],
@@ -70,7 +70,7 @@ def write_report(
     console.print(f"{len(tars)} shards, report.json and report.png in {out}")
 
 
-def _described(result: Result, chosen: dict[str, str]) -> dict:
+def _described(result: Conversion, chosen: dict[str, str]) -> dict:
     values = {name: value for name, value in asdict(result).items() if value and name != "entities"}
     return values | ({"split": chosen[result.key]} if result.key in chosen else {})
 
@@ -95,7 +95,7 @@ def _headline(report: dict) -> str:
     )
 
 
-def _table(results: list[Result], chosen: dict[str, str]) -> Table:
+def _table(results: list[Conversion], chosen: dict[str, str]) -> Table:
     table = make_table("entry, tokens, residues, chains, ligands, MSA, notes", text="entry, notes")
     for result in results:
         counts = [result.counts.get(name) for name in ("tokens", "residues", "chains", "ligands")]
@@ -107,7 +107,7 @@ def _table(results: list[Result], chosen: dict[str, str]) -> Table:
     return table
 
 
-def _summary(results: list[Result]) -> Table:
+def _summary(results: list[Conversion]) -> Table:
     """Counts by reason, each with the first entry that it is about; numbers in a reason do not tell reasons apart."""
     table = make_table("what, count, first", text="what, first")
     firsts: dict[str, str] = {}
@@ -130,7 +130,7 @@ def _summary(results: list[Result]) -> Table:
     return table
 
 
-def draw(path: Path, kept: list[Result]) -> None:
+def draw(path: Path, kept: list[Conversion]) -> None:
     """Histograms of sizes, resolutions, release years and MSA depths."""
     from matplotlib.figure import Figure
 

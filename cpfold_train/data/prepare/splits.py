@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from cpfold_train.data.prepare.convert import Result
+from cpfold_train.data.prepare.convert import Conversion
 from cpfold_train.parallel.random import key_of
 
 Clusters = dict[tuple[str, int], str]
 
 
 def split(
-    results: list[Result], clusters: Clusters, val: set[str], after: str | None, fraction: float | None
+    results: list[Conversion], clusters: Clusters, val: set[str], after: str | None, fraction: float | None
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Which entries go to ``train`` and which to ``val``. Ligands do not count as similar: too many share ATP.
 
@@ -45,14 +45,14 @@ def split(
     return {key: side for key, side in chosen.items() if key not in excluded}, excluded
 
 
-def shared_clusters(results: list[Result], clusters: Clusters, chosen: dict[str, str]) -> list[str]:
+def shared_clusters(results: list[Conversion], clusters: Clusters, chosen: dict[str, str]) -> list[str]:
     """Validation entries with a polymer that resembles one of the training set."""
     of_entry = {result.key: _polymer_clusters(result, clusters) for result in results if result.key in chosen}
     trained = set().union(*(found for key, found in of_entry.items() if chosen[key] == "train"))
     return [key for key, found in of_entry.items() if chosen[key] == "val" and found & trained]
 
 
-def _polymer_clusters(result: Result, clusters: Clusters) -> set[str]:
+def _polymer_clusters(result: Conversion, clusters: Clusters) -> set[str]:
     kinds = enumerate(result.entities)
     return {clusters[result.key, number] for number, entity in kinds if entity["type"] != "nonpolymer"}
 

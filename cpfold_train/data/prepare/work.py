@@ -22,7 +22,7 @@ from multiprocessing import parent_process
 from multiprocessing.connection import wait as wait_for_connection
 from pathlib import Path
 
-from cpfold_train.data.prepare.convert import Job, Options, Result, convert
+from cpfold_train.data.prepare.convert import Conversion, Job, Options, convert
 from cpfold_train.data.stream.shards import MEMBERS
 from cpfold_train.data.structures.structure import FORMAT_VERSION
 from cpfold_train.errors import DataError
@@ -32,7 +32,7 @@ _AHEAD = 4
 """Jobs that wait in the pool, by worker."""
 
 
-def convert_all(jobs: list[Job], options: Options, folder: Path, workers: int) -> Iterator[Result]:
+def convert_all(jobs: list[Job], options: Options, folder: Path, workers: int) -> Iterator[Conversion]:
     """Convert the entries that are not finished yet, and yield all results in the order in which they come.
 
     Raises:
@@ -97,7 +97,7 @@ def _members(folder: Path, key: str) -> dict[str, Path]:
     return {name: folder / f"{key}.member.{name}" for name in MEMBERS}
 
 
-def _convert_one(job: Job, options: Options, folder: Path) -> Result:
+def _convert_one(job: Job, options: Options, folder: Path) -> Conversion:
     started = folder / f"{job.source.key}.started"
     started.touch()
     result, members = convert(job, options)
@@ -112,12 +112,12 @@ def _convert_one(job: Job, options: Options, folder: Path) -> Result:
     return result
 
 
-def _finished(job: Job, options: Options, folder: Path) -> Result | None:
+def _finished(job: Job, options: Options, folder: Path) -> Conversion | None:
     path = folder / f"{job.source.key}.json"
     if not path.exists():
         return None
     stored = json.loads(path.read_text())
-    return Result(**stored["result"]) if stored["fingerprint"] == _fingerprint(job, options) else None
+    return Conversion(**stored["result"]) if stored["fingerprint"] == _fingerprint(job, options) else None
 
 
 def _fingerprint(job: Job, options: Options) -> str:

@@ -16,7 +16,7 @@ ATOMS_PER_TOKEN = 8.2
 
 
 @dataclass(frozen=True)
-class Case:
+class BenchCase:
     """One op: how to build it, which inputs with gradients it takes and how it is called."""
 
     build: Callable[[ModelConfig], nn.Module]

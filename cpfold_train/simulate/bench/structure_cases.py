@@ -13,7 +13,7 @@ from cpfold_train.model.templates import TemplateV2Module
 from cpfold_train.model.transformer import DiffusionTransformer
 from cpfold_train.ops.token_attention import token_attention
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.simulate.bench.case import Case, Inputs
+from cpfold_train.simulate.bench.case import BenchCase, Inputs
 
 
 class _Denoiser(nn.Module):
@@ -61,20 +61,20 @@ def _predict_confidence(module: nn.Module, x: Inputs, cp: ContextParallel) -> tu
 
 
 STRUCTURE = {
-    "template_module": Case(
+    "template_module": BenchCase(
         lambda c: TemplateV2Module(c.token_z, c.template, MemoryConfig()),
         ("z",),
         lambda f, x, cp: (f(x["z"], x, cp, None),),
     ),
-    "atom_encoder": Case(
+    "atom_encoder": BenchCase(
         lambda c: AtomEncoder(c.atoms, c.token_s, c.token_z, structure_prediction=True),
         ("s", "z"),
         lambda f, x, cp: f(x, cp, x["s"], x["z"]),
     ),
-    "diffusion_conditioning": Case(_conditioning, ("s", "z", "rel_pos"), _condition),
-    "token_transformer": Case(_token_transformer, ("a", "s_of_tokens", "token_bias"), _transform),
-    "diffusion_module": Case(_Denoiser, ("s_inputs", "s", "z", "rel_pos"), lambda f, x, cp: f(x, cp)),
-    "confidence_module": Case(
+    "diffusion_conditioning": BenchCase(_conditioning, ("s", "z", "rel_pos"), _condition),
+    "token_transformer": BenchCase(_token_transformer, ("a", "s_of_tokens", "token_bias"), _transform),
+    "diffusion_module": BenchCase(_Denoiser, ("s_inputs", "s", "z", "rel_pos"), lambda f, x, cp: f(x, cp)),
+    "confidence_module": BenchCase(
         lambda c: ConfidenceModule(c, MemoryConfig()), ("s_inputs", "s", "z", "pair_features"), _predict_confidence
     ),
 }

@@ -16,7 +16,7 @@ from cpfold_train.ops.attention_pair_bias import all_tokens
 from cpfold_train.ops.outer_product_mean import pair_counts
 from cpfold_train.ops.pair_mask import pair_mask
 from cpfold_train.parallel.context import ContextParallel
-from cpfold_train.simulate.bench.case import Case, Inputs
+from cpfold_train.simulate.bench.case import BenchCase, Inputs
 
 
 def _msa_block(module: nn.Module, x: Inputs, cp: ContextParallel) -> tuple[Tensor, ...]:
@@ -24,45 +24,45 @@ def _msa_block(module: nn.Module, x: Inputs, cp: ContextParallel) -> tuple[Tenso
 
 
 TRUNK = {
-    "triangle_multiplication": Case(
+    "triangle_multiplication": BenchCase(
         lambda c: TriangleMultiplicationOutgoing(c.token_z),
         ("z",),
         lambda f, x, cp: (f(x["z"], pair_mask(x["token_pad_mask"], cp.grid), cp),),
     ),
-    "triangle_attention_start": Case(
+    "triangle_attention_start": BenchCase(
         lambda c: TriangleAttentionStartingNode(
             c.token_z, c.pairformer.pairwise_head_width, c.pairformer.pairwise_num_heads
         ),
         ("z",),
         lambda f, x, cp: (f(x["z"], x["token_pad_mask"], cp),),
     ),
-    "triangle_attention_end": Case(
+    "triangle_attention_end": BenchCase(
         lambda c: TriangleAttentionEndingNode(
             c.token_z, c.pairformer.pairwise_head_width, c.pairformer.pairwise_num_heads
         ),
         ("z",),
         lambda f, x, cp: (f(x["z"], x["token_pad_mask"], cp),),
     ),
-    "outer_product_mean": Case(
+    "outer_product_mean": BenchCase(
         lambda c: OuterProductMean(c.msa.msa_s, c.token_z),
         ("m",),
         lambda f, x, cp: (f(x["m"], x["msa_mask"], pair_counts(x["msa_mask"], cp), cp),),
     ),
-    "pair_weighted_averaging": Case(
+    "pair_weighted_averaging": BenchCase(
         lambda c: PairWeightedAveraging(c.msa.msa_s, c.token_z),
         ("m", "z"),
         lambda f, x, cp: (f(x["m"], x["z"], x["token_pad_mask"], cp),),
     ),
-    "attention_pair_bias": Case(
+    "attention_pair_bias": BenchCase(
         lambda c: AttentionPairBias(c.token_s, c.token_z, c.pairformer.num_heads),
         ("s", "z"),
         lambda f, x, cp: (all_tokens(f(x["s"], x["z"], x["token_pad_mask"], cp), cp),),
     ),
-    "transition": Case(
+    "transition": BenchCase(
         lambda c: Transition(c.token_z, 4 * c.token_z), ("z",), lambda f, x, cp: (f(x["z"], cp.kernels),)
     ),
-    "msa_block": Case(lambda c: MSALayer(c.msa, c.token_z), ("m", "z"), _msa_block),
-    "pairformer_block": Case(
+    "msa_block": BenchCase(lambda c: MSALayer(c.msa, c.token_z), ("m", "z"), _msa_block),
+    "pairformer_block": BenchCase(
         lambda c: PairformerLayer(
             c.token_s,
             c.token_z,
