@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.progress import track
 
 from cpfold_train.data.prepare.clusters import entity_clusters
-from cpfold_train.data.prepare.convert import Job, Options, Result
+from cpfold_train.data.prepare.convert import Conversion, Job, Options
 from cpfold_train.data.prepare.download import WWPDB
 from cpfold_train.data.prepare.filters import Limits
 from cpfold_train.data.prepare.msas import find_alignments
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
     chosen, excluded = split(kept, clusters, val, args.val_after, args.val_fraction)
     for result in kept:
         result.dropped = excluded.get(result.key)
-    results += [Result(key, f"{key}.cif.gz", dropped=reason) for key, reason in failed.items()]
+    results += [Conversion(key, f"{key}.cif.gz", dropped=reason) for key, reason in failed.items()]
     tars = _write_shards(args.out, work, chosen, clusters, args.shard_size * 1e6)
     left = [*alignments.values(), *templates.values()]
     unused = [] if only else sorted(path.name for files in left for path, _ in files)
