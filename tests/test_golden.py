@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cpfold_train.model.constants import DNA, NONPOLYMER, PROTEIN
 
 from cpfold_train.parallel.grid import Grid
+from cpfold_train.vocabulary import DNA, NONPOLYMER, PROTEIN
 from tests.golden.case import STEPS, STRUCTURES, VANISHING, crops, features, our_step, weights
 from tests.golden.make import GOLDEN, summary
 

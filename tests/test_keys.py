@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from cpfold_train.cli.run import make_callbacks
 from cpfold_train.config.check_bounds import keys_of
@@ -66,6 +67,13 @@ KEYS = [
     for key, *_ in keys_of(getattr(base(), group))
     if f"{group}.{key}" not in NOT_NUMBERS
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_process_group_stays():
+    """A world of this process alone comes with the grid."""
+    yield
+    dist.destroy_process_group()
 
 
 @cache

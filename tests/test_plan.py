@@ -473,7 +473,7 @@ def test_ranks_that_a_run_starts_take_the_memory_options_that_it_has_chosen(monk
     # So that what is set is taken away again.
     monkeypatch.setenv(CHOSEN_MEMORY, "")
     config = compose([*TINY, "memory=auto"])
-    assert [_chosen_memory(config, World(Grid(), 1, 1)) for _ in range(2)] == [MemoryConfig(offload=True)] * 2
+    assert [_chosen_memory(config, World(Grid(), 1, 1), "cpu") for _ in range(2)] == [MemoryConfig(offload=True)] * 2
     assert chosen == [1]
 
 
