@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.flight_recorder.components.loader import read_dir
 
+from cpfold_train import processes
 from cpfold_train.faults import out_of_memory
 from cpfold_train.faults.mixin import FaultMixin
 from cpfold_train.faults.out_of_memory import OUT_OF_MEMORY, MemorySnapshot, is_out_of_memory
@@ -252,6 +253,8 @@ def test_a_rank_that_cannot_give_up_its_exchanges_leaves_them_as_they_are(over_n
     over_nccl(lambda: time.sleep(60))
     monkeypatch.setattr("cpfold_train.faults.mixin.GRACE", 0.1)
     monkeypatch.setattr(os, "_exit", lambda code: log.append(f"exit {code}"))
+    # The folder that would go is that of these tests.
+    monkeypatch.setattr(processes.shutil, "rmtree", lambda *_, **__: None)
     WatchedStrategy(log).on_exception(RuntimeError("a fault"))
     assert log[:3] == ["watch stopped", "ranks ended in 0.0 s", "exit 1"]
     told = capfd.readouterr().err
