@@ -431,7 +431,7 @@ ENDS = {
         "trainer.limit_train_batches=3",
     ),
     "with an epoch that is validated": ("trainer.max_steps=2", VAL, "trainer.val_check_interval=3"),
-    "amidst an epoch": ("trainer.max_steps=3",),
+    "within an epoch": ("trainer.max_steps=3",),
     "after an epoch, without a limit to steps": ("trainer.max_steps=-1", "trainer.max_epochs=1"),
     "amidst an epoch, by an early stop amidst a step": (
         *("trainer.max_steps=-1", "trainer.max_epochs=9", VAL, "trainer.val_check_interval=2"),
@@ -439,7 +439,7 @@ ENDS = {
     ),
 }
 
-BY_DEFAULT = ("with an epoch that is cut short", "with an epoch that is validated", "amidst an epoch")
+BY_DEFAULT = ("with an epoch that is validated", "within an epoch")
 
 
 SHORT_EPOCHS = (
@@ -477,6 +477,7 @@ def test_a_run_that_has_ended_goes_on_where_more_is_asked_for(run, whole_of, tmp
     assert [row["crop_size"] for row in rows_of(tmp_path) if row["train/loss"]] == ["12", "12", "14", "16"]
 
 
+@pytest.mark.slow
 def test_an_epoch_goes_on_with_other_replicas(run, tmp_path):
     """Two replicas make the step that one makes of two micro-batches, three of them an epoch."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -83,7 +83,7 @@ class Collectives(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("fsdp", ["false", "true"])
+@pytest.mark.parametrize("fsdp", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_a_planned_step_sends_what_a_real_one_does(ranks, fsdp):
     settings = (f"parallel.fsdp={fsdp}",)
     real = ranks.run(real_step, 2, 2, compose([*TINY, *settings]))
@@ -127,7 +127,8 @@ def test_what_runs_without_gradients_sends_what_is_planned(ranks, kind, trace):
     assert bool(held["gradients"] and held["optimizer"]) == (kind == "validation")
 
 
-@pytest.mark.parametrize("algorithm", ["alltoall", pytest.param("ring", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["alltoall", "ring"])
 def test_one_message_stands_for_all_of_its_shape(monkeypatch, algorithm):
     settings = (f"cp.algorithm={algorithm}", "crop_size=26", "model.recycling_steps=0")
     short = traced(Grid(3, 3), settings)
@@ -269,15 +270,16 @@ def test_what_would_fit_with_fsdp_is_told(monkeypatch):
         propose.choose_memory(config, Grid(), "h100-80gb")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "memory_option"),
     [
         ("32-true", "memory.recompute=true"),
-        pytest.param("32-true", "memory.recompute_updates=true", marks=pytest.mark.slow),
-        pytest.param("bf16-true", "memory.recompute=true", marks=pytest.mark.slow),
-        pytest.param("32-true", "memory.recompute=false", marks=pytest.mark.slow),
-        pytest.param("bf16-true", "memory.recompute=false", marks=pytest.mark.slow),
-        pytest.param("32-true", "memory.residual=bf16", marks=pytest.mark.slow),
+        ("32-true", "memory.recompute_updates=true"),
+        ("bf16-true", "memory.recompute=true"),
+        ("32-true", "memory.recompute=false"),
+        ("bf16-true", "memory.recompute=false"),
+        ("32-true", "memory.residual=bf16"),
     ],
 )
 def test_what_fits_is_not_ruled_out_before_it_is_planned(monkeypatch, precision, memory_option):
@@ -477,6 +479,7 @@ def test_ranks_that_a_run_starts_take_the_memory_options_that_it_has_chosen(monk
     assert chosen == [1]
 
 
+@pytest.mark.slow
 def test_a_run_takes_the_memory_options_that_the_planner_chooses(forked_runs, tmp_path):
     run = [*TINY, "memory=auto", "cp.grid=1x1", "trainer.max_steps=1", "trainer.enable_progress_bar=false"]
     done = forked_runs.run(1, [*run, f"hydra.run.dir={tmp_path}"])

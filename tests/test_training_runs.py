@@ -187,6 +187,7 @@ def test_torchrun_with_replicas_equals_accumulation(rows_1x2, tmp_path):
     assert (result["dp"], result["world_size"]) == (2, 2)
 
 
+@pytest.mark.slow
 def test_sweep_survives_a_failing_job(tmp_path):
     """The values that set the jobs apart have brackets, which mean colours to tables."""
     given = ("finetune.freeze=[/x],[msa_module]", "cp.grid=1x1", "data.val=[]", "hydra.sweep.subdir=a/${hydra.job.num}")
@@ -288,6 +289,7 @@ def test_crop_schedule_survives_a_resume(forked, tmp_path):
     assert_same_curve(rows, whole, "train/loss", "crop_size", "tokens")
 
 
+@pytest.mark.slow
 def test_sigterm_ends_all_ranks(tmp_path):
     command = [sys.executable, "train.py", *TINY, "cp.grid=1x2", "data.val=[]", f"hydra.run.dir={tmp_path}"]
     process = subprocess.Popen([*command, "trainer.max_steps=-1"], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
