@@ -80,7 +80,7 @@ def test_rotations_are_uniform():
     np.testing.assert_allclose((turns**2).mean(axis=0), 1 / 3, atol=0.01)
 
 
-def test_conformers_move_anew_in_each_epoch(samples):
+def test_conformers_move_again_in_each_epoch(samples):
     sample = read_sample(samples["3l4q"])
     first, again, later = (
         make_crop(*sample, crop_size=99, max_msa_rows=4, draw=(0, epoch, 5)).motions for epoch in (0, 0, 1)

@@ -122,7 +122,7 @@ def test_a_lost_file_is_not_the_samples_fault(shards, tmp_path):
     assert not (tmp_path / "quarantine.jsonl").exists()
 
 
-def test_counts_begin_anew_with_each_epoch(shards):
+def test_counts_start_again_with_each_epoch(shards):
     whole = loader(shards, max_bad_share=0.4)
     assert sum(len(list(whole)) for _ in range(4)) == 36
     assert whole.quarantined > 4

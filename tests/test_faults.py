@@ -322,13 +322,13 @@ def test_what_starts_again(typed_again, tmp_path, monkeypatch):
     noted, last = tmp_path / "out_of_memory.txt", tmp_path / "checkpoints" / "last.ckpt"
     last.parent.mkdir()
     last.touch()
-    anew, options = ["train.py", "crop_size=16", f"hydra.run.dir='{tmp_path}'"], ["--config-name", "train"]
+    fresh, options = ["train.py", "crop_size=16", f"hydra.run.dir='{tmp_path}'"], ["--config-name", "train"]
     assert typed_again(lambda again: None) is None
     command, env = typed_again(lambda again: (noted.write_text("3\n"), monkeypatch.setenv("MASTER_PORT", "1")))
-    assert command == [*anew, *options] and "MASTER_PORT" not in env
+    assert command == [*fresh, *options] and "MASTER_PORT" not in env
     assert typed_again(lambda again: noted.write_text("3\n3\n")) is None, "it was to be skipped"
     command, _ = typed_again(lambda again: (noted.write_text("3\n5\n"), os.utime(last, (1, 1))))
-    assert command == [*anew, f"ckpt_path='{last}'", *options]
+    assert command == [*fresh, f"ckpt_path='{last}'", *options]
     asked = SaveOnSigterm(SaveLast(last, 1), None)
 
     def sigterm(again: AutoRestart) -> None:
@@ -388,7 +388,7 @@ def test_too_many_losses_that_are_not_finite(run, tmp_path):
 
 
 def test_sigterm_saves_and_the_same_command_goes_on_exactly(run, tmp_path):
-    """To rank 0 at the end of an epoch, then to rank 1 amidst an accumulation; nothing of the curve changes."""
+    """To rank 0 at the end of an epoch, then to rank 1 within an accumulation; nothing of the curve changes."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     seldom = ("checkpoint.every_n_steps=100", "ckpt_path=last")
     assert run(1, None, *seldom, run_dir=whole).returncode == 0
@@ -402,7 +402,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_exactly(run, tmp_path):
 
 
 def test_a_checkpoint_is_of_whole_steps_and_their_validation(run, tmp_path):
-    """Steps 2 and 4 are validated, amidst an epoch; the run fails in step 3, begins it again and fails in its second
+    """Steps 2 and 4 are validated, within an epoch; the run fails in step 3, begins it again and fails in its second
     micro-batch, and goes on to the end: nothing is left out, neither of the curve nor of what is best so far."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     rare = ("data.samples_per_epoch=12", "trainer.max_steps=5", "checkpoint.every_n_steps=2", "ckpt_path=last",
@@ -433,7 +433,7 @@ ENDS = {
     "with an epoch that is validated": ("trainer.max_steps=2", VAL, "trainer.val_check_interval=3"),
     "within an epoch": ("trainer.max_steps=3",),
     "after an epoch, without a limit to steps": ("trainer.max_steps=-1", "trainer.max_epochs=1"),
-    "amidst an epoch, by an early stop amidst a step": (
+    "within an epoch, by an early stop within a step": (
         *("trainer.max_steps=-1", "trainer.max_epochs=9", VAL, "trainer.val_check_interval=2"),
         *("early_stop.monitor=val/distogram", "early_stop.patience=1", "early_stop.min_delta=1e9"),
     ),
@@ -552,7 +552,7 @@ def test_killed_while_it_writes(tmp_path):
     began = time.perf_counter()
     io.save_checkpoint({"step": 0, "weights": weights}, path)
     takes = time.perf_counter() - began
-    step, amidst = 0, 0
+    step, during = 0, 0
     for kill in range(40):
         certain = kill % 2 == 0
         process = os.fork()
@@ -566,11 +566,11 @@ def test_killed_while_it_writes(tmp_path):
             time.sleep(takes * kill / 20)
             os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
-        amidst += path.with_name(path.name + PARTIAL).exists()
+        during += path.with_name(path.name + PARTIAL).exists()
         checkpoint = torch.load(path)
         assert checkpoint["step"] >= step
         step = checkpoint["step"]
         assert torch.equal(checkpoint["weights"], weights + step)
         remove_partial_files(tmp_path)
         assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
-    assert amidst >= 20
+    assert during >= 20
