@@ -194,6 +194,15 @@ def deep_and_extrapolated(*settings: str) -> tuple[Trace, Trace]:
     return trace(deep), extrapolated(shallower, deeper, groups, 4, known)
 
 
+def test_shallow_models_have_as_many_blocks_as_they_are_asked_for():
+    deep = compose([*TINY, "model.pairformer.num_blocks=16", "model.confidence.pairformer.num_blocks=3"])
+    found = shallow(deep, FEWEST + 1).model
+    assert (found.pairformer.num_blocks, found.confidence.pairformer.num_blocks) == (FEWEST + 1, 3)
+    assert found.pairformer == replace(deep.model.pairformer, num_blocks=FEWEST + 1)
+    by_two = replace(deep, memory=replace(deep.memory, blocks_at_once=2))
+    assert shallow(by_two, FEWEST).model.pairformer.num_blocks == 2 * FEWEST
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", ["memory.offload=true", "parallel.fsdp=true"])
 def test_a_deep_model_from_two_shallow_ones(setting):

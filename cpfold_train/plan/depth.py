@@ -30,11 +30,9 @@ def shallow(config: TrainConfig, groups: int) -> TrainConfig:
     """The same run with no more than so many groups of blocks in the Pairformers, and layers in the transformer of
     tokens; and with two templates at most, or three in the deeper model."""
     blocks, model = groups * config.memory.blocks_at_once, config.model
-    pairformer = replace(model.pairformer, num_blocks=blocks)
-    pairformer = model.confidence.pairformer
-    confidence = replace(
-        model.confidence, pairformer=replace(pairformer, num_blocks=min(blocks, pairformer.num_blocks))
-    )
+    pairformer, of_confidence = replace(model.pairformer, num_blocks=blocks), model.confidence.pairformer
+    of_confidence = replace(of_confidence, num_blocks=min(blocks, of_confidence.num_blocks))
+    confidence = replace(model.confidence, pairformer=of_confidence)
     depth = min(groups, model.diffusion.token_transformer_depth)
     diffusion = replace(model.diffusion, token_transformer_depth=depth)
     model = replace(model, pairformer=pairformer, confidence=confidence, diffusion=diffusion)
