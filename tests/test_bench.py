@@ -59,25 +59,19 @@ def sent(cp, op, config=CONFIG):
     return cp.ledger.total().sent_bytes
 
 
-def simulated(op, rows, cols, rank, answer):
-    answer.put(simulate(op, CONFIG, SIZES, Grid(rows, cols, 1, rank), torch.float32, "auto"))
-
-
-def simulate_elsewhere(op, rows, cols, rank):
-    """A simulated world wants a process of its own."""
-    context = mp.get_context("fork")
-    answer = context.Queue()
-    process = context.Process(target=simulated, args=(op, rows, cols, rank, answer))
-    process.start()
-    result = answer.get(timeout=120)
-    process.join()
-    return result
+def simulate_elsewhere(*arguments):
+    """A simulated world wants a process of its own, and autograd one that is not forked off where it has run."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with context.Pool(1) as pool:
+        return pool.apply(simulate, arguments)
 
 
 @pytest.mark.parametrize("op", CASES)
 def test_simulated_rank_sends_what_a_real_one_sends(ranks, op):
     real = ranks.run(sent, 2, 3, op)
-    assert simulate_elsewhere(op, 2, 3, rank=3)["sent_bytes"] == real[3]
+    found = simulate_elsewhere(op, CONFIG, SIZES, Grid(2, 3, 1, 3), torch.float32, "auto")
+    assert found["sent_bytes"] == real[3]
     assert (real[3] > 0) == (op != "transition")
 
 
@@ -125,10 +119,7 @@ def test_memory_falls_with_the_number_of_ranks(op):
     config = replace(CONFIG, token_z=64, confidence=ConfidenceConfig(PAIRFORMER))
     sizes, peaks = Sizes(768, msa_depth=4, atoms=1536, samples=1), []
     for side in (2, 4):
-        context = mp.get_context("fork")
-        with context.Pool(1) as pool:
-            result = pool.apply(simulate, (op, config, sizes, Grid(side, side), torch.float32, "auto"))
-        peaks.append(result["peak_bytes"])
+        peaks.append(simulate_elsewhere(op, config, sizes, Grid(side, side), torch.float32, "auto")["peak_bytes"])
     # The blocks of rows are of one size on any grid; what is left falls as 1 / P.
     assert peaks[1] < 0.5 * peaks[0], peaks
 
