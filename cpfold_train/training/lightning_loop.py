@@ -84,6 +84,13 @@ def accumulates(trainer: Trainer) -> bool:
     return trainer.fit_loop.epoch_loop._should_accumulate()
 
 
+def micro_batches(trainer: Trainer) -> int:
+    """Of the step at hand: fewer than ``accumulate_grad_batches`` where the epoch ends before."""
+    done = trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1
+    first = done - done % trainer.accumulate_grad_batches
+    return min(trainer.accumulate_grad_batches, int(trainer.num_training_batches) - first)
+
+
 def ends_within_epoch(trainer: Trainer) -> bool:
     """Whether training is to end here, and the epoch has more batches."""
     loop = trainer.fit_loop.epoch_loop

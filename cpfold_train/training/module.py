@@ -24,6 +24,7 @@ from cpfold_train.reports.metrics import VALIDATION, measured
 from cpfold_train.training.ema import MovingAverage
 from cpfold_train.training.freeze import require_fit, require_same
 from cpfold_train.training.learning_rates import learning_rate_factors
+from cpfold_train.training.lightning_loop import micro_batches
 from cpfold_train.training.optim import adamw_with_schedule, warmup_then_steps
 from cpfold_train.training.validation import score_distances, score_structures
 
@@ -100,6 +101,11 @@ class CoFoldingModule(LightningModule):
         step = [self._seed, self.global_step]
         recycling = int(np.random.default_rng(step).integers(0, self._recycling + 1))
         return self.micro_batch(batch, recycling) | {"flops": self._flops(batch, recycling)}
+
+    def backward(self, loss: Tensor) -> None:
+        """The gradient of a step is the mean over its micro-batches. Lightning has divided the loss by
+        ``accumulate_grad_batches``, of which the last step of an epoch may have fewer."""
+        super().backward(loss * (self.trainer.accumulate_grad_batches / micro_batches(self.trainer)))
 
     def _flops(self, batch: Batch, recycling: int) -> float:
         """Operations of a micro-batch on all ranks of a replica, from the global shapes of its features."""
