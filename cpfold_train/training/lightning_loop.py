@@ -26,6 +26,7 @@ USED: dict[type, tuple[str, ...]] = {
         "reset",
         "done",
         "_should_accumulate",
+        "_should_check_val_fx",
         "_num_ready_batches_reached",
         "_broadcast_sigterm_tensor",
     ),
@@ -66,6 +67,22 @@ def around_end_of_batch(trainer: Trainer, around: Callable[[Callable[[], None]],
     loop = trainer.fit_loop.epoch_loop
     end = loop.on_advance_end
     _replace(loop, "on_advance_end", lambda data_fetcher: around(partial(end, data_fetcher)))
+
+
+def validate_between_steps(trainer: Trainer) -> None:
+    """Have a validation that is due between two micro-batches of a step wait until the step is done."""
+    loop = trainer.fit_loop.epoch_loop
+    is_due, waits = loop._should_check_val_fx, False
+
+    def is_due_now(data_fetcher: object) -> bool:
+        nonlocal waits
+        waits |= is_due(data_fetcher)
+        if loop._should_accumulate():
+            return False
+        due, waits = waits, False
+        return due
+
+    _replace(loop, "_should_check_val_fx", is_due_now)
 
 
 def leave_signals_alone(trainer: Trainer) -> None:
