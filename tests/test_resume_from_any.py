@@ -24,14 +24,15 @@ RUN = [
     "checkpoint.every_n_steps=1",
 ]
 """Five batches an epoch, in steps of two, two and one."""
+BY_EPOCH = "trainer.check_val_every_n_epoch=1"
 VALIDATED = {
-    # After batches 3 and 6, which are amid a step, 9, which is not, and 12.
-    "every 3 batches": ("trainer.check_val_every_n_epoch=null", "trainer.val_check_interval=3"),
-    "amid the second step of an epoch": ("trainer.val_check_interval=3",),
+    # After batches 3 and 6, which are within a step, 9, which is not, and 12.
+    "every 3 batches": ("trainer.val_check_interval=3",),
+    "within the second step of an epoch": (BY_EPOCH, "trainer.val_check_interval=3"),
     "at the end of an epoch": ("trainer.val_check_interval=5",),
-    "after an epoch": ("trainer.val_check_interval=1.0",),
+    "after an epoch": (BY_EPOCH, "trainer.val_check_interval=1.0"),
     "after every second epoch": ("trainer.check_val_every_n_epoch=2", "trainer.val_check_interval=1.0"),
-    "after an epoch that is cut short": ("trainer.limit_train_batches=3", "trainer.val_check_interval=1.0"),
+    "after an epoch that is cut short": (BY_EPOCH, "trainer.val_check_interval=1.0", "trainer.limit_train_batches=3"),
 }
 VALIDATION = ("val/loss", "val/distogram")
 

@@ -29,7 +29,9 @@ class EarlyStop(EarlyStopping):
     ended_before: str | None = None
 
     def __init__(self, monitor: str, patience: int, min_delta: float) -> None:
-        super().__init__(monitor, min_delta, patience, mode=METRICS[monitor].better, check_on_train_epoch_end=False)
+        mode = METRICS[monitor].better
+        # A validation may have no pair for its metric.
+        super().__init__(monitor, min_delta, patience, mode=mode, strict=False, check_on_train_epoch_end=False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The count of a checkpoint, and the patience that is typed now."""
