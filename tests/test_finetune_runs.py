@@ -146,10 +146,7 @@ def export() -> int:
 
 def test_frozen_weights_stay_and_early_stop_ends_the_run(start, base, tmp_path):
     """No loss improves by 10^9: the first validation sets the mark, the second one ends the run, on both ranks."""
-    process = start(
-        2,
-        tmp_path,
-        "cp.grid=1x2",
+    typed = [
         f"model.init_from={base}",
         "finetune.freeze=[input_embedder,msa_module,pairformer_module,'*.norm*']",
         "finetune.lr_groups={structure_module: 0.5}",
@@ -157,7 +154,8 @@ def test_frozen_weights_stay_and_early_stop_ends_the_run(start, base, tmp_path):
         "early_stop.monitor=val/loss",
         "early_stop.patience=1",
         "early_stop.min_delta=1e9",
-    )
+    ]
+    process = start(2, tmp_path, "cp.grid=1x2", *typed)
     rows = rows_of(process, tmp_path)
     assert [row["step"] for row in rows] == ["0", "1", "2"]
     assert re.search("step 2: .*val/loss", process.stdout)
@@ -173,6 +171,12 @@ def test_frozen_weights_stay_and_early_stop_ends_the_run(start, base, tmp_path):
     }
     assert frozen <= still
     assert {name.partition(".")[0] for name in before.keys() - still} > {"structure_module", "s_init"}
+
+    again = start(1, tmp_path, "cp.grid=1x1", *typed, "ckpt_path=last")
+    assert re.search("no step was made: early stop .*val/loss .*early_stop.patience than 1", again.stdout)
+    assert "at a limit" not in again.stdout
+    assert [row["train/loss"] for row in rows_of(again, tmp_path)] == [row["train/loss"] for row in rows]
+    assert read(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 2
 
 
 def test_the_schedule_starts_where_it_is_told(start, base, tmp_path):

@@ -19,7 +19,7 @@ from cpfold_train.training import lightning_loop
 CALLS = {
     _TrainingEpochLoop.run: ("self.advance(data_fetcher)", "self.on_advance_end(data_fetcher)"),
     _TrainingEpochLoop.advance: ("self._broadcast_sigterm_tensor()",),
-    _TrainingEpochLoop.on_advance_end: ("self.val_loop.run()",),
+    _TrainingEpochLoop.on_advance_end: ("self.val_loop.run()", "self._should_check_val_fx(data_fetcher)"),
     Trainer._run: ("self._signal_connector.register_signal_handlers()",),
     _SubprocessScriptLauncher.launch: ("self._call_children_scripts()", "_set_num_threads_if_needed("),
     DDPStrategy._configure_launcher: ("self._launcher =",),

@@ -124,7 +124,7 @@ def test_run_directory(rows_1x2, run_dir_1x2):
     assert max(sent) < 2.5 * min(sent)
     for name in VALIDATION:
         assert [row["step"] for row in rows_1x2 if row[name]] == ["0", "2", "4"], name
-    for path in ("resolved.yaml", "checkpoints/last.ckpt", "checkpoints/best-step=4.ckpt", "pictures/loss.png"):
+    for path in ("resolved.yaml", "checkpoints/last.ckpt", "checkpoints/best-step-4.ckpt", "pictures/loss.png"):
         assert (run_dir_1x2 / path).stat().st_size > 0
     assert (run_dir_1x2 / "pictures" / "distances_step000004.png").stat().st_size > 0
     result = json.loads((run_dir_1x2 / "result.json").read_text())

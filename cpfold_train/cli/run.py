@@ -117,9 +117,9 @@ def make_callbacks(config: TrainConfig, run_dir: Path, again: AutoRestart | None
         last,
     ]
     if config.data.val and config.trainer.limit_val_batches != 0:
-        callbacks.append(
-            ModelCheckpoint(folder, "best-{step}", monitor="val/loss", mode="min", enable_version_counter=False)
-        )
+        # A shell and Hydra take the name as it is.
+        naming = {"filename": "best-step-{step}", "auto_insert_metric_name": False, "enable_version_counter": False}
+        callbacks.append(ModelCheckpoint(folder, monitor="val/loss", mode="min", **naming))
     if config.early_stop.monitor:
         callbacks.append(EarlyStop(**dataclasses.asdict(config.early_stop)))
     if config.profile.steps:

@@ -26,6 +26,7 @@ USED: dict[type, tuple[str, ...]] = {
         "reset",
         "done",
         "_should_accumulate",
+        "_should_check_val_fx",
         "_num_ready_batches_reached",
         "_broadcast_sigterm_tensor",
     ),
@@ -68,6 +69,22 @@ def around_end_of_batch(trainer: Trainer, around: Callable[[Callable[[], None]],
     _replace(loop, "on_advance_end", lambda data_fetcher: around(partial(end, data_fetcher)))
 
 
+def validate_between_steps(trainer: Trainer) -> None:
+    """Have a validation that is due between two micro-batches of a step wait until the step is done."""
+    loop = trainer.fit_loop.epoch_loop
+    is_due, waits = loop._should_check_val_fx, False
+
+    def is_due_now(data_fetcher: object) -> bool:
+        nonlocal waits
+        waits |= is_due(data_fetcher)
+        if loop._should_accumulate():
+            return False
+        due, waits = waits, False
+        return due
+
+    _replace(loop, "_should_check_val_fx", is_due_now)
+
+
 def leave_signals_alone(trainer: Trainer) -> None:
     """Have Lightning do nothing about signals: no handlers, and no broadcast before each batch that asks for one."""
     _replace(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", _nothing)
@@ -82,6 +99,13 @@ def between_steps(trainer: Trainer) -> bool:
 def accumulates(trainer: Trainer) -> bool:
     """Whether the micro-batch at hand is not the last one of its step."""
     return trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def micro_batches(trainer: Trainer) -> int:
+    """Of the step at hand: fewer than ``accumulate_grad_batches`` where the epoch ends before."""
+    done = trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1
+    first = done - done % trainer.accumulate_grad_batches
+    return min(trainer.accumulate_grad_batches, int(trainer.num_training_batches) - first)
 
 
 def ends_within_epoch(trainer: Trainer) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -16,7 +17,7 @@ from cpfold_train.losses.total import confidence_losses, structure_losses
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.config import MemoryConfig, ModelConfig
 from cpfold_train.model.flops import Passes, SampleSizes, step_flops
-from cpfold_train.parallel.context import ContextParallel
+from cpfold_train.parallel.context import ContextParallel, to_local
 from cpfold_train.parallel.gather import gather_numbers
 from cpfold_train.parallel.random import RandomStreams
 from cpfold_train.parallel.redistribute import all_reduce
@@ -24,6 +25,7 @@ from cpfold_train.reports.metrics import VALIDATION, measured
 from cpfold_train.training.ema import MovingAverage
 from cpfold_train.training.freeze import require_fit, require_same
 from cpfold_train.training.learning_rates import learning_rate_factors
+from cpfold_train.training.lightning_loop import micro_batches
 from cpfold_train.training.optim import adamw_with_schedule, warmup_then_steps
 from cpfold_train.training.validation import score_distances, score_structures
 
@@ -47,7 +49,8 @@ class CoFoldingModule(LightningModule):
             measured on those of validation.
         bad_losses: micro-batches whose part of the loss was not finite on this rank.
         too_large: whether the step at hand is to be skipped on all ranks, because one has no memory for it.
-        validation: means of the last validation by metric name; equal on all ranks.
+        validation: means of the last validation by metric name, of those that any crop had pairs for; equal on all
+            ranks.
     """
 
     def __init__(
@@ -71,7 +74,8 @@ class CoFoldingModule(LightningModule):
         self.trains_confidence = loss.of_confidence
         self.bad_losses = torch.zeros((), dtype=torch.int64)
         self.too_large = False
-        self._sums = torch.zeros(len(VALIDATION) + 1, dtype=torch.float64)
+        self._sums = torch.zeros(2, len(VALIDATION), dtype=torch.float64)
+        self._left_out: dict[str, int] = {}
 
     @property
     def cp(self) -> ContextParallel:
@@ -100,6 +104,11 @@ class CoFoldingModule(LightningModule):
         step = [self._seed, self.global_step]
         recycling = int(np.random.default_rng(step).integers(0, self._recycling + 1))
         return self.micro_batch(batch, recycling) | {"flops": self._flops(batch, recycling)}
+
+    def backward(self, loss: Tensor) -> None:
+        """The gradient of a step is the mean over its micro-batches. Lightning has divided the loss by
+        ``accumulate_grad_batches``, of which the last step of an epoch may have fewer."""
+        super().backward(loss * (self.trainer.accumulate_grad_batches / micro_batches(self.trainer)))
 
     def _flops(self, batch: Batch, recycling: int) -> float:
         """Operations of a micro-batch on all ranks of a replica, from the global shapes of its features."""
@@ -151,20 +160,32 @@ class CoFoldingModule(LightningModule):
         partial = torch.stack([self._weighted(losses | confidence), losses["distogram"], *heads], 1)
         reduced = all_reduce(partial, self.cp, self.cp.all, "metrics")
         distances = score_distances(out["pdistogram"], batch, self.cp)
-        # In the order of VALIDATION, and last the number of samples.
-        parts = reduced[:, :2], distances, structure[:, None], reduced[:, 2:], torch.ones_like(structure)[:, None]
+        # In the order of VALIDATION.
+        parts = reduced[:, :2], distances, structure[:, None], reduced[:, 2:]
         scores = torch.cat([part.double().cpu() for part in parts], 1)
+        # Scores of nothing are not numbers. A loss that is none is told, so that whoever watches it knows.
+        counted = ~scores.isnan()
+        counted[:, 0], counted[:, 5:] = True, True
+        counted[:, 1] = to_local(batch)["token_disto_mask"].sum(1).cpu() > 1
         # Replicas have equally many batches; what fills the last one up has been counted already.
-        self._sums += scores[~batch["filler"].cpu()].sum(0)
+        own = ~batch["filler"].cpu()
+        self._sums += torch.stack([scores.where(counted, 0), counted])[:, own].sum(1)
         return {"pdistogram": out["pdistogram"]}
 
     def on_validation_epoch_end(self) -> None:
         # All ranks of a replica hold the same sums: one of them speaks for it.
-        sums = gather_numbers(self.cp, self._sums.tolist())[:: self.cp.grid.cp_size].sum(0)
-        means = (sums[:-1] / sums[-1].clamp(min=1)).tolist()
+        gathered = gather_numbers(self.cp, self._sums.flatten().tolist())[:: self.cp.grid.cp_size].sum(0)
+        sums, counts = gathered.view(2, -1).tolist()
         has = measured(bool(self._diffusion.validation_steps), self.trains_confidence)
-        # What is there and not a number is told, so that whoever watches it knows.
-        self.validation = {name: mean for name, mean in zip(VALIDATION, means) if name in has}
+        found = {name: (total, count) for name, total, count in zip(VALIDATION, sums, counts) if name in has}
+        self.validation = {name: total / count for name, (total, count) in found.items() if count}
+        crops = int(counts[0])
+        left_out = {name: crops - int(count) for name, (_, count) in found.items() if count < crops}
+        if left_out and left_out != self._left_out and self.trainer.is_global_zero:
+            which = ", ".join(f"{count} of {name}" for name, count in left_out.items())
+            print(f"of {crops} crops of validation some have no pair to score and are left out of means: {which}",
+                  file=sys.stderr)  # fmt: skip
+        self._left_out = left_out
         # For the callbacks that watch a metric. The values are equal on all ranks, and so is their mean.
         self.log_dict(self.validation, logger=False, sync_dist=True)
 

@@ -1,4 +1,4 @@
-"""When ``last.ckpt`` is written."""
+"""When checkpoints are written: between two steps."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from cpfold_train.training.lightning_loop import (
     between_steps,
     count_batches_from,
     ends_within_epoch,
+    validate_between_steps,
 )
 
 
@@ -26,7 +27,8 @@ class SaveLast(Checkpoint):
     Its validation belongs to it: what is best so far, and how long nothing has improved, are part of a checkpoint.
     Lightning 2.6's own callback saves before validation, which a resumed run then leaves out; it saves at the end only
     what was never saved before; and resumed, it saves between two micro-batches of a step, whose gradients are in no
-    checkpoint. So a run that is asked to stop there, by ``max_time`` or early stop, stops at the end of the step.
+    checkpoint. So a run that is asked to stop there, by ``max_time``, stops at the end of the step, and a validation
+    that is due there, which writes the best checkpoint, is made at the end of the step.
 
     Args:
         path: of the checkpoint.
@@ -41,6 +43,7 @@ class SaveLast(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         before_each_batch(trainer, partial(self._before_batch, trainer))
         around_end_of_batch(trainer, partial(self._end_of_batch, trainer))
+        validate_between_steps(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved = trainer.global_step
@@ -72,17 +75,12 @@ class SaveLast(Checkpoint):
 
     def _end_of_batch(self, trainer: Trainer, end: Callable[[], None]) -> None:
         if accumulates(trainer):
-            self._stop_later(trainer)
-            # Validation, which may ask to stop.
+            self._stop |= trainer.should_stop
+            trainer.should_stop = False
             end()
-            self._stop_later(trainer)
             return
         end()
         trainer.should_stop |= self._stop
         if ends_within_epoch(trainer):
             # Lightning counts the epoch as a whole one from here on.
             self.save(trainer)
-
-    def _stop_later(self, trainer: Trainer) -> None:
-        self._stop |= trainer.should_stop
-        trainer.should_stop = False

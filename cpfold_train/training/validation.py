@@ -20,7 +20,8 @@ OP = "metrics"
 def score_distances(pdistogram: DTensor, feats: dict[str, Tensor | DTensor], cp: ContextParallel) -> Tensor:
     """(B, 2): precision of the top L long-range contacts and lDDT of the distances that the distogram gives.
 
-    L is the sample's number of resolved tokens. The result is the same on all ranks of the replica.
+    L is the sample's number of resolved tokens. A score is not a number where the sample has no pair for it. The result
+    is the same on all ranks of the replica.
     """
     with without_autocast(pdistogram):
         logits, feats = pdistogram.to_local().squeeze(3), to_local(feats)
@@ -38,13 +39,13 @@ def score_distances(pdistogram: DTensor, feats: dict[str, Tensor | DTensor], cp:
             far = valid & metrics.long_range(asym_id[b], residue_index[b], rows, cols)
             candidates = gather_tensor(metrics.contact_candidates(contact, distance, far, top, rows, cols, n), cp.all)
             precision = metrics.precision(candidates.flatten(0, 1), top).to(hits.dtype)
-            scores.append(torch.stack([precision, hits / pairs.clamp(min=1)]))
+            scores.append(torch.stack([precision, hits / pairs]))
         return torch.stack(scores)
 
 
 def score_structures(coords: Tensor, feats: dict[str, Tensor | DTensor], cp: ContextParallel) -> Tensor:
     """(B,): lDDT of one sampled structure of each sample, of its tokens' representative atoms, whose symmetric chains
-    and atoms may be named either way.
+    and atoms may be named either way; not a number where it has no pair of resolved ones.
 
     Args:
         coords: (B, A/P, 3) in Angstrom, this rank's atoms.
@@ -64,5 +65,5 @@ def score_structures(coords: Tensor, feats: dict[str, Tensor | DTensor], cp: Con
             distance, valid = metrics.true_distances(truth[b], known[b], rows, cols)
             apart = torch.cdist(predicted[b, slice(*rows)], predicted[b, slice(*cols)])
             hits, pairs = all_reduce(metrics.lddt_parts(apart, distance.to(apart), valid), cp, cp.all, OP)
-            scores.append(hits / pairs.clamp(min=1))
+            scores.append(hits / pairs)
         return torch.stack(scores)

@@ -99,8 +99,8 @@ def contact_candidates(
 
 
 def precision(candidates: Tensor, top: int) -> Tensor:
-    """Fraction of true contacts among the ``top`` likeliest of (n, 2) candidates of all tiles; 0 where there are
-    none."""
+    """Fraction of true contacts among the ``top`` likeliest of (n, 2) candidates of all tiles; not a number where there
+    are none."""
     best, index = candidates[:, 0].topk(min(top, len(candidates)))
     taken = best > -1
-    return (candidates[index, 1] * taken).sum() / taken.sum().clamp(min=1)
+    return (candidates[index, 1] * taken).sum() / taken.sum()

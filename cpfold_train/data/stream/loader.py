@@ -325,7 +325,13 @@ def make_sample(sample_spec: SampleSpec, batch_spec: BatchSpec, position: int) -
             sample = read_sample(location)
             draw = (stream.seed, epoch, position)
             settings = sample_spec.settings | {"crop_size": batch_spec.crop_size, "crop": crop, "focus": focus}
-            return reasons, make_crop(*sample, draw=draw, **settings)
+            made = make_crop(*sample, draw=draw, **settings)
+            if not made.structure.resolved[made.atoms.atom].any():
+                # It would make a step without a gradient.
+                raise DataError(
+                    f"{made.structure.meta['id']}: no atom of a crop of {len(made.tokens)} tokens is resolved"
+                )
+            return reasons, made
         except DataError as error:
             reasons.append(str(error))
             if sample_spec.quarantine is not None and grid.cp_index == 0:

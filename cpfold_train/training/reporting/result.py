@@ -74,7 +74,7 @@ class Result(Callback):
         self._write(trainer, {"status": "completed"})
         if trainer.is_global_zero:
             _print_summary(self._run_dir)
-            if not self._worked:
+            if not self._worked and not trainer.should_stop:
                 limits = "trainer.max_steps, max_epochs or max_time"
                 print(f"no step was made: step {trainer.global_step} is at a limit; type a larger {limits} to go on")
 
