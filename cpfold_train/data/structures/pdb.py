@@ -81,7 +81,10 @@ def read_pdb(text: str, assembly: str | None = None) -> Entry:
             own_name = f"{name}:{names[group[0]]}{part.res_id[0]}{part.ins_code[0]}"
             first = np.flatnonzero(np.diff(residue[np.isin(residue, group)], prepend=-1))
             ligands.append(ligand(own_name, name, part, first, entry.left_out))
-    entry.chains += [found for found in ligands if found is not None]
+    # As in mmCIF: glycans of several sugars come before other ligands.
+    entry.chains += sorted(
+        [found for found in ligands if found is not None], key=lambda found: len(found.sequence) == 1
+    )
     entry.links = _links(bonds, entry.chains)
     return entry
 
