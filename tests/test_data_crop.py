@@ -175,5 +175,5 @@ def test_neighbourhood_equals_the_package(real, tmp_path):
         subprocess.run([python, str(ORACLE), str(tmp_path / "in.npz"), str(tmp_path / "out.npz")], check=True)
         expected = np.load(tmp_path / "out.npz")
         for k, (seed, size, max_tokens, max_atoms) in enumerate(cases.tolist()):
-            ours = neighbourhood_crop(structure, seed, size, max_tokens, max_atoms)
+            ours = neighbourhood_crop(structure, [seed], size, max_tokens, max_atoms)
             np.testing.assert_array_equal(ours, expected[f"crop_{k}"])

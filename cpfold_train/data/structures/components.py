@@ -131,3 +131,9 @@ def polymer_type(name: str) -> int | None:
     if "DNA" in kind:
         return DNA
     return RNA if "RNA" in kind else None
+
+
+@cache
+def is_saccharide(name: str) -> bool:
+    """Whether it is a sugar, of which glycans are made."""
+    return "SACCHARIDE" in _column("type").get(name, "").upper()

@@ -11,7 +11,7 @@ import biotite.structure as struc
 import biotite.structure.io.pdb as biotite_pdb
 import numpy as np
 
-from cpfold_train.data.structures.components import component, polymer_type
+from cpfold_train.data.structures.components import component, is_saccharide, polymer_type
 from cpfold_train.data.structures.entry import Chain, Entry, Site, heavy, is_backbone, ligand, majority_type
 from cpfold_train.data.structures.pairwise import align
 from cpfold_train.errors import DataError
@@ -31,13 +31,14 @@ _FORCE_FIELDS = {
 }
 """Residues that force fields name by their protonation."""
 _COVALENT = ("B", "BR", "C", "CL", "F", "I", "N", "O", "P", "S", "SE", "SI")
-"""Elements whose bonds are covalent: CONECT lists what coordinates a metal as well."""
+"""Elements whose bonds are covalent: LINK and CONECT list what coordinates a metal as well."""
 
 
 def read_pdb(text: str, assembly: str | None = None) -> Entry:
     """Polymers by chain letter; observed residues are aligned with SEQRES, or stand for it where there is none.
 
-    Every other residue is a chain of its own, named after its chain letter, residue and number.
+    Every other residue is a chain of its own, named after its chain letter, residue and number; sugars that are linked
+    to each other are one chain, as in mmCIF.
 
     Args:
         assembly: number of the biological assembly (REMARK 350) to build; None for the coordinates of the file.
@@ -49,6 +50,7 @@ def read_pdb(text: str, assembly: str | None = None) -> Entry:
     atoms.set_annotation("row", np.arange(len(atoms)))
     entry = Entry([], _meta(text))
     seqres = _sequences(text)
+    bonds = _bonds(text, atoms)
     ligands = []
     for name in dict.fromkeys(atoms.chain_id.tolist()):
         chain = atoms[atoms.chain_id == name]
@@ -73,12 +75,17 @@ def read_pdb(text: str, assembly: str | None = None) -> Entry:
         if positions and mol_type is not None:
             position = np.array([positions[i] for i in residue[kept].tolist()])
             entry.chains.append(Chain(name, name, mol_type, sequence, chain[kept], position))
-        for i in (i for i in range(len(names)) if i not in positions):
-            part = chain[starts[i] : starts[i + 1]]
-            own_name = f"{name}:{names[i]}{part.res_id[0]}{part.ins_code[0]}"
-            ligands.append(ligand(own_name, name, part, np.array([0]), entry.left_out))
-    entry.chains += [found for found in ligands if found is not None]
-    entry.links = _links(atoms, entry.chains)
+        others = [i for i in range(len(names)) if i not in positions]
+        for group in _glycans(chain, starts, others, bonds):
+            part = chain[np.isin(residue, group)]
+            own_name = f"{name}:{names[group[0]]}{part.res_id[0]}{part.ins_code[0]}"
+            first = np.flatnonzero(np.diff(residue[np.isin(residue, group)], prepend=-1))
+            ligands.append(ligand(own_name, name, part, first, entry.left_out))
+    # As in mmCIF: glycans of several sugars come before other ligands.
+    entry.chains += sorted(
+        [found for found in ligands if found is not None], key=lambda found: len(found.sequence) == 1
+    )
+    entry.links = _links(bonds, entry.chains)
     return entry
 
 
@@ -130,21 +137,58 @@ def _bonded(chain: struc.AtomArray, starts: np.ndarray, first: int, second: int)
     return len(end) == len(start) == 1 and bool(struc.distance(end[0], start[0]) < _BOND)
 
 
-def _links(atoms: struc.AtomArray, chains: list[Chain]) -> list[tuple[Site, Site]]:
-    """The covalent bonds of CONECT records between residues, without disulphides and what the sequence implies."""
-    first, second, _ = atoms.bonds.as_array().T
+def _link_records(text: str, atoms: struc.AtomArray) -> np.ndarray:
+    """(K, 2) atoms of the LINK (Refmac: LINKR) records within one copy of the entry, in each copy of an assembly."""
+    copies: dict[str, dict[tuple, int]] = {}
+    columns = (atoms.chain_id, atoms.res_id, atoms.ins_code, atoms.atom_name, atoms.row)
+    for chain, number, insertion, atom, row in zip(*(column.tolist() for column in columns)):
+        letter, _, copy = chain.partition("-")
+        copies.setdefault(copy, {})[letter, number, insertion, atom] = row
+    listed = []
+    for line in text.splitlines():
+        if line.startswith("LINK") and line[59:65].strip() == line[66:72].strip():
+            ends = [line[start : start + 15] for start in (12, 42)]
+            names = [(end[9:10].strip(), end[10:14].strip(), end[14:15].strip(), end[:4].strip()) for end in ends]
+            if all(number.lstrip("-").isdigit() for _, number, _, _ in names):
+                listed.append([(chain, int(number), code, atom) for chain, number, code, atom in names])
+    found = [
+        [known[end] for end in ends] for known in copies.values() for ends in listed if all(e in known for e in ends)
+    ]
+    return np.array(found, dtype=np.int64).reshape(-1, 2)
+
+
+def _glycans(chain: struc.AtomArray, starts: np.ndarray, others: list[int], bonds: np.ndarray) -> list[list[int]]:
+    """The residues ``others`` of a chain, sugars that (K, 2) ``bonds`` of atoms link to each other in one group."""
+    group = {i: [i] for i in others}
+    sugars = {i for i in others if is_saccharide(str(chain.res_name[starts[i]]))}
+    if len(sugars) > 1:
+        row = {int(r): i for i in sugars for r in chain.row[starts[i] : starts[i + 1]]}
+        for first, second in bonds[np.isin(bonds, list(row)).all(axis=1)].tolist():
+            one, other = group[row[first]], group[row[second]]
+            if one is not other:
+                joined = sorted(one + other)
+                group.update(dict.fromkeys(joined, joined))
+    return [members for i, members in group.items() if members[0] == i]
+
+
+def _bonds(text: str, atoms: struc.AtomArray) -> np.ndarray:
+    """(K, 2) atoms of the covalent bonds between residues that LINK and CONECT records list, without disulphides."""
+    first, second = np.concatenate([_link_records(text, atoms), atoms.bonds.as_array()[:, :2]]).T
     residue = np.cumsum(np.isin(np.arange(len(atoms)), struc.get_residue_starts(atoms)))
     covalent = np.isin(atoms.element, _COVALENT)
     sulphur = atoms.atom_name == "SG"
     listed = (residue[first] != residue[second]) & covalent[first] & covalent[second]
     listed &= ~(sulphur[first] & sulphur[second])
-    wanted = set(np.concatenate([first[listed], second[listed]]).tolist())
+    return np.stack([first[listed], second[listed]], axis=1)
+
+
+def _links(bonds: np.ndarray, chains: list[Chain]) -> list[tuple[Site, Site]]:
+    """The sites of (K, 2) bonds of atoms, without those that the sequence implies."""
     sites = {}
     for chain in chains:
-        for i in np.flatnonzero(np.isin(chain.atoms.row, list(wanted))).tolist():
+        for i in np.flatnonzero(np.isin(chain.atoms.row, bonds)).tolist():
             sites[int(chain.atoms.row[i])] = Site(chain.name, int(chain.position[i]), str(chain.atoms.atom_name[i]))
-    pairs = zip(first[listed].tolist(), second[listed].tolist())
-    links = [(sites[i], sites[j]) for i, j in pairs if i in sites and j in sites]
+    links = [(sites[i], sites[j]) for i, j in bonds.tolist() if i in sites and j in sites]
     return [link for link in links if not is_backbone(*link)]
 
 
