@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from dataclasses import fields, replace
 
@@ -15,7 +16,7 @@ from cpfold_train.cli.train import main
 from cpfold_train.config.check import check
 from cpfold_train.config.composition import register, run_stamp, typed_config
 from cpfold_train.config.schema import CONFIDENCE, FinetuneConfig, TrainerConfig
-from cpfold_train.config.world import is_first_rank, plan_world, starts_ranks
+from cpfold_train.config.world import RANK_OF, is_first_rank, plan_world, starts_ranks
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.config import MemoryConfig, ModelConfig
 from cpfold_train.parallel.grid import Grid, squarest
@@ -254,12 +255,12 @@ def test_who_starts_the_ranks():
     elastic = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     world = plan_world("1x2", 1, 1, "cpu", {})
     assert starts_ranks(world, {}) and starts_ranks(world, slurm | {"SLURM_JOB_NAME": "bash"})
-    assert not any(starts_ranks(world, env) for env in (slurm, elastic, {"LOCAL_RANK": "1"}))
+    assert not any(starts_ranks(world, env) for env in (slurm, elastic, {RANK_OF: str(os.getppid())}))
     assert not starts_ranks(plan_world("1x2", 1, 2, "cpu", {}), {})
 
 
 def test_one_rank_speaks():
-    assert is_first_rank({}) and not is_first_rank({"LOCAL_RANK": "1"})
+    assert is_first_rank({}) and not is_first_rank({RANK_OF: str(os.getppid())})
     assert not is_first_rank({"RANK": "2", "LOCAL_RANK": "0"})
     slurm = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "train"}
     assert is_first_rank(slurm) and not is_first_rank(slurm | {"SLURM_PROCID": "2"})

@@ -9,6 +9,13 @@ from dataclasses import dataclass
 from cpfold_train.errors import ConfigError
 from cpfold_train.parallel.grid import Grid, resolve_grid, squarest
 
+RANK_OF = "CPFOLD_TRAIN_RANK_OF"
+"""Variable of the environment with the number of the process that has started this rank."""
+RUN_DIR = "CPFOLD_TRAIN_RUN_DIR"
+"""The same with the run directory."""
+_PARENT = os.getppid()
+"""As it was at the start: who loses its parent gets another."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -74,7 +81,7 @@ def plan_world(
 
 def _started_ranks(env: Mapping[str, str]) -> tuple[int | None, int | None]:
     """World size and number of nodes that torchrun or SLURM has fixed; None where none has."""
-    if "TORCHELASTIC_RUN_ID" in env:
+    if started_by_torchrun(env):
         world = int(env["WORLD_SIZE"])
         return world, world // int(env["LOCAL_WORLD_SIZE"])
     if started_by_slurm(env):
@@ -84,12 +91,27 @@ def _started_ranks(env: Mapping[str, str]) -> tuple[int | None, int | None]:
 
 def starts_ranks(world: World, env: Mapping[str, str] = os.environ) -> bool:
     """Whether this process starts all ranks of the world: none was started by a launcher, or by such a process."""
-    return world.num_nodes == 1 and _started_ranks(env) == (None, None) and "LOCAL_RANK" not in env
+    return world.num_nodes == 1 and _started_ranks(env) == (None, None) and not started_by_rank_0(env)
+
+
+def started_by_rank_0(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is a rank that rank 0 has started, and not one that has inherited its variables."""
+    return env.get(RANK_OF) == str(_PARENT)
+
+
+def run_dir_of_parent(env: Mapping[str, str] = os.environ) -> str | None:
+    """The run directory of rank 0, on the ranks that it has started."""
+    return env[RUN_DIR] if started_by_rank_0(env) else None
 
 
 def device_here(accelerator: str) -> str:
     """``gpu`` or ``cpu``, as the planner calls what an accelerator of Lightning's is on this machine."""
     return "gpu" if accelerator != "cpu" and _gpus() else "cpu"
+
+
+def started_by_torchrun(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun has started this rank."""
+    return "TORCHELASTIC_RUN_ID" in env
 
 
 def started_by_slurm(env: Mapping[str, str] = os.environ) -> bool:
@@ -105,6 +127,8 @@ def _gpus() -> int:
 
 def is_first_rank(env: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is the one that speaks to the user, before any process group exists."""
-    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK") if started_by_slurm(env) else ("RANK", "LOCAL_RANK")
+    if started_by_rank_0(env):
+        return False
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK") if started_by_slurm(env) else ("RANK", "LOCAL_RANK", "NODE_RANK")
     rank = next((env[name] for name in names if name in env), "0")
     return int(rank) == 0
