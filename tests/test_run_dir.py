@@ -30,6 +30,7 @@ with claimed(Path(sys.argv[1]), may_vary=True, goes_on=False) as run_dir:
     print(run_dir.name, flush=True)
     sys.stdin.readline()
 """
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_runs_of_one_second_have_directories_of_their_own(holders, tmp_path):
 def test_ranks_of_torchrun_share_the_other_name(holders):
     """Without a word between them, and also when torchrun starts them again."""
     assert holders({}) == ["12-00-00"]
-    ranks = [{"TORCHELASTIC_RUN_ID": "none", "RANK": str(rank)} for rank in range(3)]
+    ranks = [{**TORCHRUN, "RANK": str(rank)} for rank in range(3)]
     assert holders(*ranks) == ["12-00-00-2"] * 3
     for process in holders.processes[1:]:
         process.kill()
@@ -152,7 +153,9 @@ def test_ranks_of_one_command_share_the_other_name(tmp_path):
         (taken / "metrics.csv").touch()
     command = [sys.executable, str(ROOT / "train.py"), *SMALL, "cp.grid=1x2", "data.val=[]", "trainer.max_steps=1"]
     command += [f"data.train=[{ROOT}/tests/data/*.tar]", "hydra.run.dir='r=1/${run_stamp:}'"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # Nor do variables of another launcher change anything.
+    left = {"MASTER_ADDR": "somehost.invalid", "NODE_RANK": "1", "RANK": "3", "LOCAL_RANK": "0", "WORLD_SIZE": "8"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | left
     assert subprocess.run(command, cwd=tmp_path, env=env, timeout=200, check=False).returncode == 0
     (result,) = (tmp_path / "r=1").glob("*/*/result.json")
     assert result.parent.name.endswith("-2")

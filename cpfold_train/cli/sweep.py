@@ -16,25 +16,11 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from cpfold_train.config.world import OTHER_LAUNCHERS
 from cpfold_train.reports.result_file import read_result
 from cpfold_train.whole_file import whole_file
 
 _JOB = "job.json"
-_OF_A_WORLD = (
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "NODE_RANK",
-    "GROUP_RANK",
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "PL_GLOBAL_SEED",
-    "TORCHELASTIC_RUN_ID",
-    "SLURM_NTASKS",
-    "SLURM_PROCID",
-)
-"""Variables that would make a job believe that it is a rank of somebody else's world."""
 
 
 def run_job(train: list[str], overrides: list[str], job_dir: Path) -> float:
@@ -49,7 +35,7 @@ def run_job(train: list[str], overrides: list[str], job_dir: Path) -> float:
         What an optimising sweeper minimises: the last validation loss, else the last training loss; infinity for a
         job that failed. A failed job does not raise, so the others still run.
     """
-    env = {name: value for name, value in os.environ.items() if name not in _OF_A_WORLD}
+    env = {name: value for name, value in os.environ.items() if name not in (*OTHER_LAUNCHERS, "PL_GLOBAL_SEED")}
     started = time.time()
     print(f"job {job_dir.name}: {' '.join(overrides)}", flush=True)
     # A recipe may itself ask for a sweep; the job must not start it again.

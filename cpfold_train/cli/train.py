@@ -27,9 +27,11 @@ from cpfold_train.config.composition import explain, register, typed_config
 from cpfold_train.config.memory_default import room_of, with_default_memory
 from cpfold_train.config.schema import TrainConfig
 from cpfold_train.config.world import (
+    IGNORED,
     RUN_DIR,
     World,
     device_here,
+    ignore_other_launchers,
     is_first_rank,
     plan_world,
     started_by_slurm,
@@ -48,6 +50,9 @@ def main() -> None:
     """Run what the command line asks for. Input that cannot work ends with one sentence and exit code 2."""
     # Let Hydra raise its errors instead of printing them, so that they are told like all others.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    # Several machines without torchrun or SLURM are told of each other by these variables.
+    if not any(word.startswith("trainer.num_nodes=") for word in sys.argv) and (left := ignore_other_launchers()):
+        print(f"note: {IGNORED}: {', '.join(left)}", file=sys.stderr)
     register()
     try:
         _composed()
