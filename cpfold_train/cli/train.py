@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from cpfold_train import VERSION
 from cpfold_train.cli import sweep
 from cpfold_train.cli.run_dir import claimed, remove_metrics
 from cpfold_train.config.check import check
@@ -50,6 +51,10 @@ def main() -> None:
     """Run what the command line asks for. Input that cannot work ends with one sentence and exit code 2."""
     # Let Hydra raise its errors instead of printing them, so that they are told like all others.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    if "--version" in sys.argv[1:]:
+        # Hydra would tell its own.
+        print(VERSION)
+        return
     # Several machines without torchrun or SLURM are told of each other by these variables.
     if not any(word.startswith("trainer.num_nodes=") for word in sys.argv) and (left := ignore_other_launchers()):
         print(f"note: {IGNORED}: {', '.join(left)}", file=sys.stderr)
