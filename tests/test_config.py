@@ -143,6 +143,7 @@ def test_recipe_beats_the_defaults_and_the_command_line_beats_the_recipe():
         ("trainer.precision=16-mixed", ["trainer.precision=bf16-mixed"]),
         ("trainer.precision=transformer-engine", ["trainer.accelerator=gpu", "trainer.precision=bf16-mixed"]),
         ("trainer.log_every_n_steps=0", ["trainer.log_every_n_steps=1"]),
+        ("trainer.val_check_interval=0.5", ["trainer.check_val_every_n_epoch=1", "whole number"]),
         ("model.num_bins=32", ["model.num_bins=64"]),
         ("model.pairformer.num_heads=5", ["model.token_s=35"]),
         ("model.init_from=nothing.ckpt", ["nothing.ckpt", "model.init_from=null"]),
