@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from cpfold_train import VERSION
 from cpfold_train.errors import ConfigError, DataError, RunError
 from cpfold_train.paths import train_command
 
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         os.execv(training[0], training)
     if not argv or argv[0] not in SUBCOMMANDS:
         parser = argparse.ArgumentParser(prog=PROGRAM)
+        parser.add_argument("--version", action="version", version=VERSION)
         commands = parser.add_subparsers(metavar="SUBCOMMAND", required=True)
         for name, (_, summary) in SUBCOMMANDS.items():
             commands.add_parser(name, help=summary)
@@ -50,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     name, (module, summary) = argv[0], SUBCOMMANDS[argv[0]]
     command = importlib.import_module(module)
     parser = argparse.ArgumentParser(prog=f"{PROGRAM} {name}", description=summary)
+    parser.add_argument("--version", action="version", version=VERSION)
     command.add_arguments(parser)
     # Options and KEY=VALUE in any order.
     args = parser.parse_intermixed_args(argv[1:])

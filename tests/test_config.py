@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from dataclasses import fields, replace
 
@@ -15,7 +16,7 @@ from cpfold_train.cli.train import main
 from cpfold_train.config.check import check
 from cpfold_train.config.composition import register, run_stamp, typed_config
 from cpfold_train.config.schema import CONFIDENCE, FinetuneConfig, TrainerConfig
-from cpfold_train.config.world import is_first_rank, plan_world, starts_ranks
+from cpfold_train.config.world import RANK_OF, ignore_other_launchers, is_first_rank, plan_world, starts_ranks
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.config import MemoryConfig, ModelConfig
 from cpfold_train.parallel.grid import Grid, squarest
@@ -142,6 +143,7 @@ def test_recipe_beats_the_defaults_and_the_command_line_beats_the_recipe():
         ("trainer.precision=16-mixed", ["trainer.precision=bf16-mixed"]),
         ("trainer.precision=transformer-engine", ["trainer.accelerator=gpu", "trainer.precision=bf16-mixed"]),
         ("trainer.log_every_n_steps=0", ["trainer.log_every_n_steps=1"]),
+        ("trainer.val_check_interval=0.5", ["trainer.check_val_every_n_epoch=1", "whole number"]),
         ("model.num_bins=32", ["model.num_bins=64"]),
         ("model.pairformer.num_heads=5", ["model.token_s=35"]),
         ("model.init_from=nothing.ckpt", ["nothing.ckpt", "model.init_from=null"]),
@@ -237,7 +239,7 @@ def test_world_follows_the_grid_or_the_launcher(monkeypatch):
     assert (str(world.grid), world.grid.dp, world.num_nodes, world.devices) == ("2x2", 2, 2, 4)
     with pytest.raises(ConfigError, match=r"cp\.grid=3x3 .*\b9\b"):
         plan_world("3x3", 1, 1, "cpu", elastic)
-    slurm = {"SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "train"}
+    slurm = {"SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "train"}
     assert plan_world("2x2", "auto", 1, "cpu", slurm).grid.dp == 2
     assert plan_world("2x2", 1, 1, "cpu", slurm | {"SLURM_JOB_NAME": "bash"}).devices == 4
     with pytest.raises(ConfigError, match=r"\b3 .*\b2 .*cp\.grid and dp"):
@@ -250,18 +252,57 @@ def test_world_follows_the_grid_or_the_launcher(monkeypatch):
 
 def test_who_starts_the_ranks():
     """Not a rank that another process has started, and not on several machines."""
-    slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "train"}
+    slurm = {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "train"}
     elastic = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     world = plan_world("1x2", 1, 1, "cpu", {})
     assert starts_ranks(world, {}) and starts_ranks(world, slurm | {"SLURM_JOB_NAME": "bash"})
-    assert not any(starts_ranks(world, env) for env in (slurm, elastic, {"LOCAL_RANK": "1"}))
+    assert not any(starts_ranks(world, env) for env in (slurm, elastic, {RANK_OF: str(os.getppid())}))
     assert not starts_ranks(plan_world("1x2", 1, 2, "cpu", {}), {})
 
 
+LEFT = {
+    "MASTER_ADDR": "somehost.invalid",
+    "MASTER_PORT": "29500",
+    "NODE_RANK": "1",
+    "RANK": "3",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "8",
+}
+"""Of another launcher."""
+
+
+def test_leftovers_of_other_launchers_are_ignored():
+    """A notebook server is the only task of a job, or in its batch script."""
+    notebook = {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "jupyter", "SLURM_JOB_ID": "12"}
+    in_srun = notebook | {"SLURM_STEP_ID": "0", "SLURM_TASK_PID": "1"}
+    for left in (LEFT, notebook, in_srun, notebook | {"SLURM_NTASKS": "8"}, {"TORCHELASTIC_RUN_ID": "none"}):
+        env = dict(left)
+        names = ignore_other_launchers(env)
+        assert names and set(names) == set(left) - set(env)
+        assert starts_ranks(plan_world("1x2", 1, 1, "cpu", env), env) and is_first_rank(env)
+    srun = {"SLURM_NTASKS": "8", "SLURM_STEP_ID": "0", "SLURM_TASK_PID": "1", "SLURM_PROCID": "1"}
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1"}
+    for started in (
+        srun,
+        torchrun,
+        {**LEFT, RANK_OF: str(os.getppid())},
+        {**in_srun, "SLURM_TASK_PID": str(os.getpid())},
+    ):
+        assert not ignore_other_launchers(dict(started))
+
+
+def test_leftovers_are_named_in_one_sentence(monkeypatch, capsys):
+    for name, value in LEFT.items():
+        monkeypatch.setenv(name, value)
+    told = refusal(monkeypatch, capsys, "crop_size=0")
+    assert told.count("\n") == 2
+    assert "MASTER_ADDR, MASTER_PORT, NODE_RANK, RANK, LOCAL_RANK, WORLD_SIZE\nerror: crop_size" in told
+
+
 def test_one_rank_speaks():
-    assert is_first_rank({}) and not is_first_rank({"LOCAL_RANK": "1"})
+    assert is_first_rank({}) and not is_first_rank({RANK_OF: str(os.getppid())})
     assert not is_first_rank({"RANK": "2", "LOCAL_RANK": "0"})
-    slurm = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "train"}
+    slurm = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "train"}
     assert is_first_rank(slurm) and not is_first_rank(slurm | {"SLURM_PROCID": "2"})
     # A run that is started in a shell within an allocation starts its ranks itself.
     assert not is_first_rank(slurm | {"SLURM_JOB_NAME": "bash", "LOCAL_RANK": "1"})

@@ -8,7 +8,11 @@ import sys
 import zipfile
 from pathlib import Path
 
-from cpfold_train import paths
+import pytest
+
+from cpfold_train import __main__ as commands
+from cpfold_train import __version__, paths
+from cpfold_train.cli import train
 from cpfold_train.paths import CONF
 
 ROOT = Path(__file__).parents[1]
@@ -45,3 +49,16 @@ def test_an_installed_package_starts_no_script_that_lies_beside_it(tmp_path, mon
     monkeypatch.setattr(paths, "CHECKOUT", tmp_path)
     monkeypatch.setattr(paths, "CONF", tmp_path / "cpfold_train" / "conf")
     assert paths.train_command() == [sys.executable, "-m", "cpfold_train.cli.train"]
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["plan", "--version"], ["prepare", "--version"]])
+def test_version_of_every_command(capsys, arguments):
+    with pytest.raises(SystemExit) as end:
+        commands.main(arguments)
+    assert (end.value.code, capsys.readouterr().out) == (0, f"cpfold-train {__version__}\n")
+
+
+def test_version_of_train_is_not_hydras(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--version"])
+    train.main()
+    assert capsys.readouterr().out == f"cpfold-train {__version__}\n"

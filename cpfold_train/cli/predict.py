@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from cpfold_train.config.world import World, device_here, is_first_rank, plan_world
+from cpfold_train.config.world import (
+    IGNORED,
+    World,
+    device_here,
+    ignore_other_launchers,
+    is_first_rank,
+    plan_world,
+)
 from cpfold_train.errors import ConfigError, DataError
 from cpfold_train.kernels.choice import KERNELS, PACKAGES, is_installed
 from cpfold_train.parallel.grid import parse_grid
@@ -52,6 +60,8 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {value} is too small: type {low} or more")
     parse_grid(args.grid)
     _check_kernels(args)
+    if left := ignore_other_launchers():
+        print(f"note: {IGNORED}: {', '.join(left)}", file=sys.stderr)
     world = plan_world(args.grid, 1, 1, args.accelerator)
     # Torch and Lightning take seconds to import; a wrong option is to be told at once.
     from cpfold_train.data.inputs.inputs import find_queries

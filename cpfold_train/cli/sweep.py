@@ -8,31 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from cpfold_train.config.world import OTHER_LAUNCHERS
 from cpfold_train.reports.result_file import read_result
 from cpfold_train.whole_file import whole_file
 
 _JOB = "job.json"
-_OF_A_WORLD = (
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "NODE_RANK",
-    "GROUP_RANK",
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "PL_GLOBAL_SEED",
-    "TORCHELASTIC_RUN_ID",
-    "SLURM_NTASKS",
-    "SLURM_PROCID",
-)
-"""Variables that would make a job believe that it is a rank of somebody else's world."""
 
 
 def run_job(train: list[str], overrides: list[str], job_dir: Path) -> float:
@@ -47,7 +35,7 @@ def run_job(train: list[str], overrides: list[str], job_dir: Path) -> float:
         What an optimising sweeper minimises: the last validation loss, else the last training loss; infinity for a
         job that failed. A failed job does not raise, so the others still run.
     """
-    env = {name: value for name, value in os.environ.items() if name not in _OF_A_WORLD}
+    env = {name: value for name, value in os.environ.items() if name not in (*OTHER_LAUNCHERS, "PL_GLOBAL_SEED")}
     started = time.time()
     print(f"job {job_dir.name}: {' '.join(overrides)}", flush=True)
     # A recipe may itself ask for a sweep; the job must not start it again.
@@ -79,6 +67,9 @@ class Summary(Callback):
     """Hydra callback: a table of all jobs at the end of a sweep, and a failing exit code where one of them failed."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if "${run_stamp:" in OmegaConf.to_container(config.hydra.sweep, resolve=False)["dir"]:
+            with open_dict(config), read_write(config):
+                config.hydra.sweep.dir = str(_new_folder(Path(config.hydra.sweep.dir)))
         for job in _jobs(config):
             job.unlink()
 
@@ -110,6 +101,16 @@ class Summary(Callback):
         if failed:
             print(f"{failed} of {len(dirs)} jobs failed", file=sys.stderr)
             sys.exit(1)
+
+
+def _new_folder(folder: Path) -> Path:
+    """Make it, or where a sweep of the same second has it, ``NAME-2``."""
+    for number in count(1):
+        named = folder.with_name(f"{folder.name}-{number}") if number > 1 else folder
+        with suppress(FileExistsError):
+            named.mkdir(parents=True)
+            return named
+    raise AssertionError
 
 
 def _jobs(config: DictConfig) -> list[Path]:

@@ -19,13 +19,25 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from cpfold_train import VERSION
 from cpfold_train.cli import sweep
+from cpfold_train.cli.run_dir import claimed, remove_metrics
 from cpfold_train.config.check import check
-from cpfold_train.config.check_checkpoint import checkpoint_to_resume
+from cpfold_train.config.check_checkpoint import checkpoint_to_resume, is_below
 from cpfold_train.config.composition import explain, register, typed_config
 from cpfold_train.config.memory_default import room_of, with_default_memory
 from cpfold_train.config.schema import TrainConfig
-from cpfold_train.config.world import World, device_here, is_first_rank, plan_world, started_by_slurm, starts_ranks
+from cpfold_train.config.world import (
+    IGNORED,
+    RUN_DIR,
+    World,
+    device_here,
+    ignore_other_launchers,
+    is_first_rank,
+    plan_world,
+    started_by_slurm,
+    starts_ranks,
+)
 from cpfold_train.errors import ConfigError, DataError, RunError
 from cpfold_train.faults.restart import AutoRestart
 from cpfold_train.model.config import MemoryConfig
@@ -39,6 +51,13 @@ def main() -> None:
     """Run what the command line asks for. Input that cannot work ends with one sentence and exit code 2."""
     # Let Hydra raise its errors instead of printing them, so that they are told like all others.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    if "--version" in sys.argv[1:]:
+        # Hydra would tell its own.
+        print(VERSION)
+        return
+    # Several machines without torchrun or SLURM are told of each other by these variables.
+    if not any(word.startswith("trainer.num_nodes=") for word in sys.argv) and (left := ignore_other_launchers()):
+        print(f"note: {IGNORED}: {', '.join(left)}", file=sys.stderr)
     register()
     try:
         _composed()
@@ -57,7 +76,7 @@ def _composed(config: DictConfig) -> float | None:
         job_dir = Path(hydra_config.runtime.output_dir)
         return sweep.run_job(train_command(), list(hydra_config.overrides.task), job_dir)
     try:
-        start(config, Path(hydra_config.runtime.output_dir))
+        start(config, Path(hydra_config.runtime.output_dir), may_vary=_is_named_by_time(hydra_config))
     except (ConfigError, DataError) as error:
         _refuse(str(error))
     except RunError as error:
@@ -65,15 +84,26 @@ def _composed(config: DictConfig) -> float | None:
     return None
 
 
-def start(config: DictConfig, run_dir: Path) -> None:
+def _is_named_by_time(hydra_config: DictConfig) -> bool:
+    """Whether the run directory has a name that somebody else's may have; a job of SLURM has one of its own."""
+    named = OmegaConf.to_container(hydra_config.run, resolve=False)["dir"]
+    return "${run_stamp:" in named and not started_by_slurm()
+
+
+def start(config: DictConfig, run_dir: Path, may_vary: bool = False) -> None:
     """Check a composed configuration and run it.
+
+    Args:
+        config: the configuration.
+        run_dir: of the run.
+        may_vary: it gets another name where another run has it.
 
     Raises:
         ConfigError, DataError: before any other process is started, where it cannot work.
         RunError: the run has ended early, and does not start again by itself.
     """
     typed = typed_config(config)
-    typed.ckpt_path = checkpoint_to_resume(typed.ckpt_path, run_dir)
+    typed.ckpt_path = checkpoint_to_resume(config.ckpt_path, run_dir)
     check(typed)
     world = plan_world(typed.cp.grid, typed.dp, typed.trainer.num_nodes, typed.trainer.accelerator)
     device = device_here(typed.trainer.accelerator)
@@ -87,17 +117,22 @@ def start(config: DictConfig, run_dir: Path) -> None:
         typed.memory = _chosen_memory(typed, world, device)
     typed.memory = with_default_memory(typed, world.grid, room).memory
     config.memory = OmegaConf.structured(typed.memory)
+    if is_first_rank() and (note := world.note()):
+        print(f"note: {note}", file=sys.stderr)
+    goes_on = config.ckpt_path == "last" or is_below(typed.ckpt_path, run_dir)
+    with claimed(run_dir, may_vary, goes_on) as run_dir:
+        # Of the directory that it has got.
+        typed.ckpt_path = checkpoint_to_resume(config.ckpt_path, run_dir)
+        _run(typed, config, world, run_dir)
+
+
+def _run(typed: TrainConfig, config: DictConfig, world: World, run_dir: Path) -> None:
     if is_first_rank():
-        if note := world.note():
-            print(f"note: {note}", file=sys.stderr)
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(config, run_dir / "resolved.yaml", resolve=True)
-        except OSError as error:
-            raise ConfigError(
-                f"hydra.run.dir={run_dir} cannot be written ({error.strerror}): type another hydra.run.dir"
-            ) from error
+        if typed.ckpt_path is None:
+            remove_metrics(run_dir)
+        OmegaConf.save(config, run_dir / "resolved.yaml", resolve=True)
     again = AutoRestart(run_dir) if starts_ranks(world) else None
+    os.environ[RUN_DIR] = str(run_dir)
     # Lightning takes seconds to import; a wrong key is to be told at once.
     from cpfold_train.cli.run import run
 

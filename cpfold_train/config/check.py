@@ -39,6 +39,7 @@ def check(config: TrainConfig) -> None:
     if config.compile:
         _require_compiler(config)
     check_precision(config.trainer)
+    _validation_interval(config)
     if config.model.num_bins != NUM_BINS:
         raise ConfigError(f"model.num_bins={config.model.num_bins} is not supported: type model.num_bins={NUM_BINS}")
     atoms = config.model.atoms
@@ -71,6 +72,16 @@ def check(config: TrainConfig) -> None:
 def _require_wandb() -> None:
     if find_spec("wandb") is None:
         raise ConfigError("wandb.enabled=true needs the wandb package: type pip install -e '.[wandb]'")
+
+
+def _validation_interval(config: TrainConfig) -> None:
+    """Raise ConfigError for a part of an epoch between validations where batches are counted across epochs."""
+    trainer = config.trainer
+    if isinstance(trainer.val_check_interval, float) and trainer.check_val_every_n_epoch is None and config.data.val:
+        raise ConfigError(
+            f"trainer.val_check_interval={trainer.val_check_interval} is a part of an epoch, and batches are counted "
+            "across epochs: type trainer.check_val_every_n_epoch=1, or a whole number of batches"
+        )
 
 
 def _crop_schedule(schedule: object) -> None:

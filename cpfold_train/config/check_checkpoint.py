@@ -20,6 +20,11 @@ def checkpoint_to_resume(ckpt_path: str | None, run_dir: Path) -> str | None:
     return next((str(path) for path in both if path.is_file() or is_sharded_checkpoint(path)), None)
 
 
+def is_below(ckpt_path: str | None, run_dir: Path) -> bool:
+    """Whether a checkpoint is one of the run directory."""
+    return ckpt_path is not None and Path(ckpt_path).resolve().is_relative_to(run_dir.resolve())
+
+
 def check_checkpoints(ckpt_path: str | None, init_from: str | None, fsdp: bool) -> None:
     """Raise ConfigError where one does not exist, or is none that the run can read.
 

@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from cpfold_train.errors import ConfigError
 from cpfold_train.parallel.grid import Grid, resolve_grid, squarest
+
+RANK_OF = "CPFOLD_TRAIN_RANK_OF"
+"""Variable of the environment with the number of the process that has started this rank."""
+RUN_DIR = "CPFOLD_TRAIN_RUN_DIR"
+"""The same with the run directory."""
+OTHER_LAUNCHERS = (
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "TORCHELASTIC_RUN_ID",
+    "SLURM_NTASKS",
+    "SLURM_PROCID",
+)
+"""Variables that make a process believe that it is a rank of a launcher's world."""
+IGNORED = "ignored, as no launcher has started this process"
+"""What is said of them where there is none."""
+_PARENT = os.getppid()
+"""As it was at the start: who loses its parent gets another."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +97,7 @@ def plan_world(
 
 def _started_ranks(env: Mapping[str, str]) -> tuple[int | None, int | None]:
     """World size and number of nodes that torchrun or SLURM has fixed; None where none has."""
-    if "TORCHELASTIC_RUN_ID" in env:
+    if started_by_torchrun(env):
         world = int(env["WORLD_SIZE"])
         return world, world // int(env["LOCAL_WORLD_SIZE"])
     if started_by_slurm(env):
@@ -84,7 +107,31 @@ def _started_ranks(env: Mapping[str, str]) -> tuple[int | None, int | None]:
 
 def starts_ranks(world: World, env: Mapping[str, str] = os.environ) -> bool:
     """Whether this process starts all ranks of the world: none was started by a launcher, or by such a process."""
-    return world.num_nodes == 1 and _started_ranks(env) == (None, None) and "LOCAL_RANK" not in env
+    return world.num_nodes == 1 and _started_ranks(env) == (None, None) and not started_by_rank_0(env)
+
+
+def ignore_other_launchers(env: MutableMapping[str, str] = os.environ) -> list[str]:
+    """Remove what another launcher has left in the environment of a process that none has started; returns the names.
+
+    A shell profile, a container or a notebook server sets such variables; Lightning would look for ranks that are not
+    there.
+    """
+    if started_by_torchrun(env) or started_by_slurm(env) or started_by_rank_0(env):
+        return []
+    left = [name for name in OTHER_LAUNCHERS if name in env]
+    for name in left:
+        del env[name]
+    return left
+
+
+def started_by_rank_0(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is a rank that rank 0 has started, and not one that has inherited its variables."""
+    return env.get(RANK_OF) == str(_PARENT)
+
+
+def run_dir_of_parent(env: Mapping[str, str] = os.environ) -> str | None:
+    """The run directory of rank 0, on the ranks that it has started."""
+    return env[RUN_DIR] if started_by_rank_0(env) else None
 
 
 def device_here(accelerator: str) -> str:
@@ -92,9 +139,18 @@ def device_here(accelerator: str) -> str:
     return "gpu" if accelerator != "cpu" and _gpus() else "cpu"
 
 
+def started_by_torchrun(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun has started this rank."""
+    return all(name in env for name in ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+
+
 def started_by_slurm(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether SLURM starts the ranks, as Lightning sees it: not in a shell that it has given to a user."""
-    return "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+    """Whether srun starts the ranks: not in a shell that SLURM has given to a user, in a batch script itself, or in
+    what a single task has started, such as the terminal of a notebook server."""
+    if not {"SLURM_NTASKS", "SLURM_STEP_ID"} <= set(env) or env.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        return False
+    of_task = (str(os.getpid()), str(_PARENT))
+    return env["SLURM_NTASKS"] != "1" or env.get("SLURM_TASK_PID", of_task[0]) in of_task
 
 
 def _gpus() -> int:
@@ -105,6 +161,8 @@ def _gpus() -> int:
 
 def is_first_rank(env: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is the one that speaks to the user, before any process group exists."""
-    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK") if started_by_slurm(env) else ("RANK", "LOCAL_RANK")
+    if started_by_rank_0(env):
+        return False
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK") if started_by_slurm(env) else ("RANK", "LOCAL_RANK", "NODE_RANK")
     rank = next((env[name] for name in names if name in env), "0")
     return int(rank) == 0

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from cpfold_train.config.world import RANK_OF
 from cpfold_train.parallel.rendezvous import open_rendezvous
 from cpfold_train.processes import end_process
 from cpfold_train.training.lightning_loop import ScriptLauncher
@@ -39,6 +40,7 @@ class RankLauncher(ScriptLauncher):
             if "MASTER_PORT" not in os.environ:
                 self._meeting_point = open_rendezvous()
                 os.environ["MASTER_PORT"] = str(self._meeting_point.port)
+            os.environ[RANK_OF] = str(os.getpid())
             self.start_ranks()
             threading.Thread(target=_guard, args=(self.procs, self._ending), daemon=True, name="ranks").start()
         self.limit_threads()
