@@ -38,8 +38,9 @@ def imported() -> list[tuple[list[str], list[str]]]:
         module = list(path.relative_to(PACKAGE).with_suffix("").parts)
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE.name:
-                parts = node.module.split(".")[1:]
-                found += [(module, [*parts, alias.name]) for alias in node.names]
+                names = [[*node.module.split(".")[1:], alias.name] for alias in node.names]
+                # What the project's own __init__ has is of no package.
+                found += [(module, name) for name in names if name[0] in set().union(*ORDER)]
     return found
 
 

@@ -61,7 +61,7 @@ def test_runs_of_one_second_have_directories_of_their_own(holders, tmp_path):
     assert sorted(holders({}, {}, {})) == ["12-00-00", "12-00-00-2", "12-00-00-3"]
     # One that is over is not started in either.
     (tmp_path / "12-00-00-4").mkdir()
-    (tmp_path / "12-00-00-4" / "metrics.csv").touch()
+    (tmp_path / "12-00-00-4" / "metrics.csv").write_text("step\n1\n")
     assert holders({}) == ["12-00-00-5"]
 
 

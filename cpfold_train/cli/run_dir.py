@@ -198,6 +198,7 @@ def _beat(lock: Path, ended: threading.Event) -> None:
 
 def _holds_a_run(folder: Path) -> bool:
     """Whether a run has made steps or a validation here: one that was refused as it started has not."""
-    checkpoints = folder / "checkpoints"
-    written = any((folder / name).exists() for name in ("metrics.csv", "result.json"))
-    return written or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+    checkpoints, metrics = folder / "checkpoints", folder / "metrics.csv"
+    # The first line names the columns.
+    rows = metrics.read_text().splitlines()[1:] if metrics.exists() else []
+    return bool(rows) or (checkpoints.is_dir() and any(checkpoints.iterdir()))

@@ -77,7 +77,8 @@ def crop_tokens(
 def _resolved_residues(structure: Structure, max_tokens: int, max_atoms: int) -> tuple[np.ndarray, np.ndarray]:
     """(L,) bool: tokens that are located and whose residue fits into a crop; (L, 2) tokens and atoms of the residue.
 
-    A token without its center atom counts only in chains that have no center atom at all, as traces of phosphates.
+    A token without its center atom counts only in chains that have no center atom at all, as traces of phosphates. Of a
+    structure without any resolved atom, as one to be predicted, all tokens count.
 
     Raises:
         DataError: there is none.
@@ -86,6 +87,7 @@ def _resolved_residues(structure: Structure, max_tokens: int, max_atoms: int) ->
     sizes = np.stack([stop - start, structure.atom_start[stop] - structure.atom_start[start]], axis=1)
     known = structure.center[1]
     located = np.where(np.isin(structure.asym_id, structure.asym_id[known]), known, _positions(structure)[1])
+    located |= not structure.resolved.any()
     allowed = located & (sizes <= (max_tokens, max_atoms)).all(axis=1)
     if not allowed.any():
         raise DataError(f"no resolved residue fits in a crop of {max_tokens} tokens and {max_atoms} atoms")
