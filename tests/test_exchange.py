@@ -74,7 +74,7 @@ def works(monkeypatch):
 
 
 class Work:
-    """As NCCL's: whoever waits goes on at once."""
+    """As NCCL's: a wait ends at once."""
 
     error: str | None = None
 

@@ -215,7 +215,7 @@ def test_learning_rates(model):
 
 
 def test_only_matrices_decay(model):
-    """No vector and no embedding, whoever owns it and wherever it is passed; LoRA's products do."""
+    """No vector and no embedding, whatever owns it and wherever it is passed; LoRA's products do."""
     choose_trained(model, FinetuneConfig(train=["*"], lora=LoRAConfig(["msa_module"])), True)
     decayed = {id(p) for group in parameter_groups(model, 0.1) if group["weight_decay"] for p in group["params"]}
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}

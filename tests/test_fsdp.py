@@ -120,7 +120,7 @@ def test_replicas_with_different_numbers_of_templates(forked, tmp_path):
 
 def held(cp: ContextParallel, config: ModelConfig) -> tuple[int, int, int]:
     """Bytes of the tensors that a model and AdamW's state of it hold on this rank; of the parameters as they are
-    shared out, padded to whole rows; and of all parameters."""
+    sharded, padded to whole rows; and of all parameters."""
     # What earlier tests have left would be freed meanwhile, and its addresses used again.
     gc.collect()
     before = _storages()

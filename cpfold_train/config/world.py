@@ -1,4 +1,4 @@
-"""How many ranks there are to be, from the configuration and from whoever starts the processes."""
+"""How many ranks there are to be, from the configuration and from what starts the processes."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ of the grid by row of the grid; the same on all ranks; the same, but a number of
 reads, so it stays a plain tensor; the same, but an array that stays on the host.
 
 The array says how much each rank sends. Lightning and DistributedDataParallel take all tensors of a batch to the GPU,
-and whoever reads one there waits for the GPU."""
+and what reads one there waits for the GPU."""
 
 
 class Feature(NamedTuple):

@@ -27,7 +27,7 @@ class AutoRestart:
     """Lets the process that started the ranks begin again, as if its command were typed once more in the run
     directory.
 
-    The process replaces itself: whoever started it and waits for it, or sends it signals, sees one run, while memory,
+    The process replaces itself: what started it and waits for it, or sends it signals, sees one run, while memory,
     threads and connections of the failed start are gone. To be made before anything of the run is, since the new start
     gets the environment of this moment, in which no rank, port or world is set.
 

@@ -49,7 +49,7 @@ class Record:
         self._write()
 
     def at(self, doing: str) -> None:
-        """Write what is being done, for whoever waits."""
+        """Write what is being done, for the process that waits."""
         self.found["doing"] = doing
         self._write()
 

@@ -1,4 +1,4 @@
-"""What each fused kernel computes and moves, for whoever counts a step without running it.
+"""What each fused kernel computes and moves, for a planner, which counts a step without running it.
 
 Kernels are operators of torch in the namespace ``cpfold`` (``torch.library.custom_op``), each with a fake
 implementation, so that shapes, memory and order of a step are those of a real one under ``FakeTensorMode``. What torch

@@ -28,7 +28,7 @@ from cpfold_train.vocabulary import NUM_METHODS, NUM_MOLECULE_TYPES, NUM_TOKENS
 class InputEmbedder(nn.Module):
     """s_inputs from what is known of each token and of its atoms (AlphaFold 3, Algorithm 2).
 
-    The atoms are shared out; what concerns tokens every rank computes for all of them.
+    The atoms are sharded; what concerns tokens every rank computes for all of them.
     """
 
     def __init__(self, atoms: AtomConfig, token_s: int, token_z: int, memory: MemoryConfig) -> None:

@@ -154,7 +154,7 @@ def pieces_in_turn(
 def in_turn(turns: int, send: Callable[[int], list[InFlight]]) -> Iterator[list[Tensor]]:
     """What ``send(k)`` brings for k = 0, 1, ..., handed out when that of the next turn is on its way.
 
-    The list is emptied for the next turn: whoever loops over it would else hold three turns' tensors.
+    The list is emptied for the next turn: a loop over it would else hold three turns' tensors.
     """
     coming = send(0)
     for k in range(turns):

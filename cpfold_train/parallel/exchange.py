@@ -37,7 +37,7 @@ class Exchange:
     Args:
         axis: the ranks.
         op: the operation's name, for the ledger and for errors.
-        ledger: where waiting is booked; what is sent is booked by whoever makes the messages.
+        ledger: where waiting is booked; what is sent is booked where messages are made.
         sends: contiguous tensors by peer index on the axis; they must not change before :meth:`wait` returns.
         receives: contiguous buffers by peer index; they are filled when :meth:`wait` returns, on CUDA for whatever is
             computed on the current stream from then on.

@@ -36,7 +36,7 @@ def gather_on_hosts(x: Tensor, cp: ContextParallel, what: str) -> Tensor:
     """``x``, which is on the host, of every rank of the world, stacked: (world_size, *x.shape). No GPU is waited for.
 
     Args:
-        what: is done, for whoever asks where a rank is.
+        what: is done, to tell where a rank is.
     """
     if cp.grid.world_size == 1:
         return x[None]

@@ -63,7 +63,7 @@ class Ledger:
 
     @property
     def position(self) -> LedgerPosition:
-        """Where this rank is now, for whoever wants to know why it does not answer.
+        """Where this rank is now, to tell why it does not answer.
 
         While waits are queued on the device it is where the last :meth:`poll` has found the device: the host is ahead
         of it, or waits for it.

@@ -39,7 +39,7 @@ def shard_parameters(
     """
     mesh = world_mesh(cp)
     for module in (*blocks, root):
-        # Said explicitly: the default keeps the root's gathered, and whoever lists parameters then meets plain ones.
+        # Said explicitly: the default keeps the root's gathered, and a list of parameters then has plain ones.
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     for module, method in entrances:
         register_fsdp_forward_method(module, method)

@@ -201,7 +201,7 @@ class Watch:
         fault, wait_s = None, GRACE
         while not self._stopped.is_set():
             with suppress(RuntimeError):
-                # What is wrong with the device, whoever computes on it learns too.
+                # What is wrong with the device, the next computation on it tells too.
                 self._ledger.poll()
             position = self._ledger.position
             sign = [position.op, position.waiting, time.monotonic() - position.since]

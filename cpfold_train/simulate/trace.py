@@ -320,7 +320,7 @@ class Tracer(TorchDispatchMode):
         weakref.finalize(storage, self._forget, key)
 
     def _communicate(self, name: str, args: tuple) -> None:
-        """A message is no activation, whoever made it."""
+        """A message is no activation, whichever module made it."""
         tensors = [x for x in tree_iter(args) if isinstance(x, Tensor)]
         for tensor in tensors:
             self._belongs(tensor.untyped_storage(), "communication")

@@ -32,7 +32,7 @@ PLACED = {
     "window": lambda grid: (grid.pad_atoms(max(TOTALS)) // ATOM_WINDOW,),
     "whole": lambda grid: (),
 }
-"""Padded sizes from dim 1 on: of pairs, MSAs, tokens on all ranks, tokens shared out, atoms and windows shared out."""
+"""Padded sizes from dim 1 on: of pairs, MSAs, tokens on all ranks, sharded tokens, atoms and windows."""
 SHARDED = ("shard", "atom", "window")
 PARTED = ("pair", "msa", *SHARDED)
 """What no two ranks hold the same of."""

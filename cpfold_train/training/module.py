@@ -144,7 +144,7 @@ class CoFoldingModule(LightningModule):
         """Add a batch to the validation's sums.
 
         Returns:
-            ``pdistogram``, for whoever wants to draw it.
+            ``pdistogram``, for plots.
         """
         draws = RandomStreams(batch["sample_key"])
         out, losses = self._losses(batch, self._recycling, draws)
@@ -163,7 +163,7 @@ class CoFoldingModule(LightningModule):
         # In the order of VALIDATION.
         parts = reduced[:, :2], distances, structure[:, None], reduced[:, 2:]
         scores = torch.cat([part.double().cpu() for part in parts], 1)
-        # Scores of nothing are not numbers. A loss that is none is told, so that whoever watches it knows.
+        # Scores of nothing are not numbers. A loss that is none is told to what watches it.
         counted = ~scores.isnan()
         counted[:, 0], counted[:, 5:] = True, True
         counted[:, 1] = to_local(batch)["token_disto_mask"].sum(1).cpu() > 1
