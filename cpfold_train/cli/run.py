@@ -96,6 +96,7 @@ def run(
 
 
 def make_callbacks(config: TrainConfig, run_dir: Path, again: AutoRestart | None) -> list[Callback]:
+    """The callbacks of a run, in the order in which Lightning calls them; the comments say why where it matters."""
     folder = run_dir / "checkpoints"
     last = SaveLast(folder / "last.ckpt", config.checkpoint.every_n_steps)
     # First, so that the others see the average in validation. It holds the weights once more.

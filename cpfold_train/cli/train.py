@@ -130,7 +130,12 @@ def _run(typed: TrainConfig, config: DictConfig, world: World, run_dir: Path) ->
     if is_first_rank():
         if typed.ckpt_path is None:
             remove_metrics(run_dir)
-        OmegaConf.save(config, run_dir / "resolved.yaml", resolve=True)
+        try:
+            OmegaConf.save(config, run_dir / "resolved.yaml", resolve=True)
+        except OSError as error:
+            raise ConfigError(
+                f"hydra.run.dir={run_dir} cannot be written ({error.strerror}): type another hydra.run.dir"
+            ) from error
     again = AutoRestart(run_dir) if starts_ranks(world) else None
     os.environ[RUN_DIR] = str(run_dir)
     # Lightning takes seconds to import; a wrong key is to be told at once.
