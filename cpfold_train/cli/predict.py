@@ -20,6 +20,7 @@ from cpfold_train.errors import ConfigError, DataError
 from cpfold_train.kernels.choice import KERNELS, PACKAGES, is_installed
 from cpfold_train.parallel.grid import parse_grid
 from cpfold_train.predict import PRECISIONS
+from cpfold_train.vocabulary import FEATURE_SETS, FEATURES_TOLD
 
 _TIMEOUT = timedelta(minutes=30)
 
@@ -39,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recycling-steps", type=int, default=3, metavar="N", help="of the trunk (default: 3)")
     parser.add_argument("--max-msa-rows", type=int, default=8192, metavar="N", help="most MSA rows (default: 8192)")
     parser.add_argument("--crop", type=int, metavar="N", help="most tokens of an input (default: all of them)")
+    parser.add_argument(
+        "--features", choices=FEATURE_SETS, help="as data.features in training (default: those of the checkpoint)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (default: 0)")
     parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="(default: %(default)s)")
     parser.add_argument("--kernels", choices=KERNELS, default=KERNELS[0], help="as of train.py (default: %(default)s)")
@@ -107,6 +111,11 @@ def _predict(args: argparse.Namespace, world: World, queries: list[Any]) -> None
     set_up_process(MemoryConfig(), compile=False)
     if device_here(args.accelerator) == "gpu":
         set_up_gpus(tf32=False)
+    features, note = checkpoint.choose_features(args.checkpoint, args.features)
+    if is_first_rank():
+        print(f"features: {FEATURES_TOLD[features]}", file=sys.stderr)
+        if note:
+            print(f"note: {note}", file=sys.stderr)
     settings = Settings(
         samples=args.samples,
         sampling_steps=args.sampling_steps,
@@ -114,6 +123,7 @@ def _predict(args: argparse.Namespace, world: World, queries: list[Any]) -> None
         max_msa_rows=args.max_msa_rows,
         crop_size=args.crop,
         seed=args.seed,
+        features=features,
     )
     model = checkpoint.load_model(args.checkpoint)
     results = PredictionFolder(args.out, settings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from cpfold_train.data.structures.residues import method_id
@@ -46,6 +48,13 @@ def token_features(structure: Structure, tokens: np.ndarray) -> dict[str, np.nda
         "res_type": np.eye(NUM_TOKENS, dtype=np.float32)[structure.res_type[tokens]],
         "disto_center": disto_center[tokens],
     }
+
+
+def centred_as_in_boltz2(structure: Structure) -> Structure:
+    """With the first atom of a modified residue as its center and representative atom, as the package's parsers have it
+    (``boltz/data/parse/mmcif.py``, ``parse_ccd_residue``)."""
+    center, disto = (np.where(structure.modified, 0, x) for x in (structure.center_atom, structure.disto_atom))
+    return replace(structure, center_atom=center, disto_atom=disto) if structure.modified.any() else structure
 
 
 def _cyclic_periods(structure: Structure) -> np.ndarray:
