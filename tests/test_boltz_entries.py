@@ -12,6 +12,7 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import gemmi
 import numpy as np
 import pytest
 
@@ -27,7 +28,7 @@ from cpfold_train.data.stream.batch import Augmentation, make_crop, tile_feature
 from cpfold_train.data.structures.parse import entry_id, read_structure
 from cpfold_train.data.structures.structure import ARRAYS
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.vocabulary import BOLTZ2, NONPOLYMER
+from cpfold_train.vocabulary import BOLTZ2, BOND_TYPES, NONPOLYMER
 
 pytestmark = pytest.mark.slow
 STRUCTURES = [parent / "shared/structures" for parent in Path(__file__).parents]
@@ -62,6 +63,29 @@ def entry(name):
     return structure, alignments
 
 
+def listed_links(name, structure):
+    """Bonds of modified residues with their neighbours, as the entry lists them and the package takes them."""
+    (path,) = (path for path in (STRUCTURES / "entries").iterdir() if entry_id(path) == name)
+    read = gemmi.read_structure(str(path))
+    read.setup_entities()
+    names = [chain["name"] for chain in structure.meta["chains"]]
+    found = []
+    for link in read.connections:
+        ends = []
+        for partner in (link.partner1, link.partner2):
+            residue = read[0].find_cra(partner).residue
+            if link.type == gemmi.ConnectionType.Covale and residue is not None and residue.label_seq:
+                here = (structure.asym_id == names.index(residue.subchain)) & structure.polymer
+                (token,) = np.flatnonzero(here & (structure.res_index == residue.label_seq - 1))
+                atoms = np.arange(*structure.atom_start[token : token + 2])
+                named = structure.comp_atom_name[structure.ref_atom[atoms]] == partner.atom_name.encode()
+                ends += atoms[named].tolist()
+        # Those of other residues are among the structure's.
+        if len(ends) == 2 and sorted(ends) not in structure.bond_atoms.tolist():
+            found.append(sorted(ends))
+    return np.array(found)
+
+
 def drawn_rows(crop, structure, alignments):
     """Which of all rows the crop shows, but the first: those that an ascending draw can be."""
     whole = msa.assemble(structure, crop.tokens, alignments, 10**6, None, BOLTZ2)
@@ -75,9 +99,14 @@ def drawn_rows(crop, structure, alignments):
     return np.array(found[1:])
 
 
-def given_to_package(crop, alignments, max_rows, drawn=None, covered=()):
+def given_to_package(crop, alignments, max_rows, drawn=None, covered=(), links=None):
+    """``links`` are bonds that the entry lists in place of those that the crop has added."""
     structure = crop.structure
     given = {name: getattr(structure, name) for name in ARRAYS} | pack_alignments(alignments)
+    if links is not None:
+        original, _ = entry(structure.meta["id"])
+        given["bond_atoms"] = np.concatenate([original.bond_atoms, links])
+        given["bond_type"] = np.append(original.bond_type, [BOND_TYPES.index("covalent")] * len(links))
     given |= {"tokens": crop.tokens, "max_rows": max_rows, "turns": rotation_matrices(crop.motions[:, :4])}
     given |= {"shifts": crop.motions[:, 4:], "meta": json.dumps(structure.meta), "templates": json.dumps(covered)}
     return given if drawn is None else given | {"drawn": drawn}
@@ -133,6 +162,8 @@ def compare(ours, theirs, leave_out=()):
 def test_entry(name, tmp_path):
     structure, alignments = entry(name)
     size = 600 if name in LARGE else 10_000
+    links = listed_links(name, structure) if name == MODIFIED else None
+    assert name != MODIFIED or len(links) == 6
     assert any((alignment.deletions > 0).any() for alignment in alignments.values())
     cases, given = [], []
     for crop_size, kind in ((size, "spatial"), (150, "neighbourhood"), (150, "contiguous")):
@@ -152,7 +183,7 @@ def test_entry(name, tmp_path):
             if not training:
                 np.testing.assert_array_equal(drawn, 1 + np.arange(len(drawn)))
             cases.append(crop)
-            given.append(given_to_package(crop, alignments, most, drawn if training else None))
+            given.append(given_to_package(crop, alignments, most, drawn if training else None, links=links))
     for crop, theirs in zip(cases, in_package(tmp_path, given), strict=True):
         assert compare(features_of(crop), theirs) == 49
 

@@ -21,7 +21,7 @@ from cpfold_train.data.features.conditioning import Condition, conditioning_tile
 from cpfold_train.data.features.frames import frame_features
 from cpfold_train.data.features.symmetry import Symmetry, find_symmetry, symmetry_features
 from cpfold_train.data.features.templates import Template, draw_templates, template_features
-from cpfold_train.data.features.tokens import bond_tile, centred_as_in_boltz2, distogram_tile, token_features
+from cpfold_train.data.features.tokens import as_in_boltz2, bond_tile, distogram_tile, token_features
 from cpfold_train.data.schema import FEATURES, HOST
 from cpfold_train.data.stream.crop import SPATIAL, Focus, crop_tokens
 from cpfold_train.data.stream.padding import Padding
@@ -105,8 +105,9 @@ def make_crop(
     rng = numpy_generator(seed, "crop", epoch, position)
     tokens = crop_tokens(structure, rng, max_tokens=crop_size, max_atoms=max_atoms, kinds=crop, focus=focus)
     atoms = crop_atoms(structure, tokens)
+    symmetry = find_symmetry(structure, tokens, atoms)
     if features == BOLTZ2:
-        structure = centred_as_in_boltz2(structure)
+        structure = as_in_boltz2(structure)
 
     rng = numpy_generator(seed, "msa", epoch, position)
     alone = rng.random() < augmentation.single_sequence
@@ -124,7 +125,6 @@ def make_crop(
     conditions = draw_conditions(structure, tokens, atoms, augmentation.pocket, augmentation.contact, rng, features)
     residues = int(atoms.residue.max(initial=-1)) + 1
     motions = numpy_generator(seed, "conformers", epoch, position).normal(size=(residues, 7))
-    symmetry = find_symmetry(structure, tokens, atoms)
     key = key_of(seed, epoch, position)
     return Crop(structure, tokens, atoms, rows, seen, conditions, motions, symmetry, key, features)
 
