@@ -100,9 +100,9 @@ def chains_table(key: str, structure: Structure, alignments: dict[int, Alignment
     resolution = None if meta["resolution"] is None else f"{meta['resolution']:g} Å"
     released = None if meta["release_date"] is None else f"released {meta['release_date']}"
     table = make_table(
-        "chain, type, entity, copy, residues, resolved, MSA rows, cluster",
+        "chain, type, entity, copy, residues, resolved, numbers, MSA rows, cluster",
         text="chain, type, cluster",
-        whole="chain",
+        whole="chain, numbers",
         title=escape(f"{key}: {meta['title'] or ''}"),
         caption=escape(", ".join(filter(None, (meta["method"], resolution, released)))),
     )
@@ -117,15 +117,24 @@ def chains_table(key: str, structure: Structure, alignments: dict[int, Alignment
             str(chain["sym"]),
             f"{chain['length']:,}",
             f"{chain['observed']:,}",
+            _numbers(chain),
             f"{rows:,}" if rows else "",
         )
         table.add_row(chain_label(chain), chain["type"], *cells, escape(chain["cluster"]))
     for entity, chains in ligands.items():
         first = chain_label(chains[0])
         name = first if len(chains) == 1 else f"{first} and {len(chains) - 1} more"
-        cells = (str(entity), "", str(chains[0]["length"]), str(chains[0]["observed"]), "")
+        cells = (str(entity), "", str(chains[0]["length"]), str(chains[0]["observed"]), "", "")
         table.add_row(name, "ligand", *cells, escape(chains[0]["cluster"]))
     return table
+
+
+def _numbers(chain: dict) -> str:
+    """First and last resolved residue, from 0, and the author's numbers of these, which older shards lack."""
+    if "auth_numbers" not in chain:
+        return ""
+    (first, author_first), (last, author_last) = chain["auth_numbers"]
+    return f"{first}-{last} ({author_first}-{author_last})"
 
 
 def components_table(structure: Structure) -> Table:
