@@ -89,6 +89,7 @@ def test_links_of_an_assembly(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(ENTRIES is None, reason="shared/structures is not beside the checkout")
 def test_entries_as_pdb_and_as_mmcif(tmp_path):
     """All mmCIF entries that gemmi can write as PDB, with the names of chains as its one letter allows."""
