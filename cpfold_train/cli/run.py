@@ -20,10 +20,12 @@ from cpfold_train.faults.out_of_memory import MemorySnapshot
 from cpfold_train.faults.reporter import FAULTS, FaultReporter, sentence_on
 from cpfold_train.faults.restart import AutoRestart
 from cpfold_train.faults.skip import SkipBadSteps
+from cpfold_train.parallel.anomaly import look_at_local_shards
 from cpfold_train.training.apply import make_strategy, prepare_module, set_up_process
 from cpfold_train.training.datamodule import TileData
 from cpfold_train.training.early_stop import EarlyStop
 from cpfold_train.training.ema import MovingAverage
+from cpfold_train.training.max_time import MaxTime
 from cpfold_train.training.precision import precision_arguments
 from cpfold_train.training.reporting.loggers import MetricsCSV, wandb_logger
 from cpfold_train.training.reporting.module_statistics import ModuleStatistics
@@ -52,6 +54,8 @@ def run(
         RunError: the run could not go on.
     """
     set_up_process(config.memory, config.compile)
+    if config.trainer.detect_anomaly:
+        look_at_local_shards()
     pl.seed_everything(config.seed, verbose=False)
     module = prepare_module(config)
     require_metric(config.early_stop.monitor, module.trains_confidence)
@@ -61,7 +65,7 @@ def run(
     inference_mode = config.trainer.inference_mode and not config.parallel.fsdp
     trainer = pl.Trainer(
         **dataclasses.asdict(config.trainer)
-        | {"num_nodes": world.num_nodes, "inference_mode": inference_mode}
+        | {"num_nodes": world.num_nodes, "inference_mode": inference_mode, "max_time": None}
         | precision_arguments(config.trainer),
         strategy=strategy,
         devices=world.devices,
@@ -123,6 +127,8 @@ def make_callbacks(config: TrainConfig, run_dir: Path, again: AutoRestart | None
         callbacks.append(ModelCheckpoint(folder, monitor="val/loss", mode="min", **naming))
     if config.early_stop.monitor:
         callbacks.append(EarlyStop(**dataclasses.asdict(config.early_stop)))
+    if config.trainer.max_time:
+        callbacks.append(MaxTime(config.trainer.max_time))
     if config.profile.steps:
         callbacks.append(TraceSteps(run_dir / "profile", *config.profile.steps))
     if (step := schedule_start(config, run_dir)) is not None:

@@ -16,6 +16,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from cpfold_train.config.quoting import hydra_quoted
 from cpfold_train.config.world import OTHER_LAUNCHERS
 from cpfold_train.reports.result_file import read_result
 from cpfold_train.whole_file import whole_file
@@ -39,7 +40,7 @@ def run_job(train: list[str], overrides: list[str], job_dir: Path) -> float:
     started = time.time()
     print(f"job {job_dir.name}: {' '.join(overrides)}", flush=True)
     # A recipe may itself ask for a sweep; the job must not start it again.
-    command = [*train, *overrides, "hydra.mode=RUN", f"hydra.run.dir='{job_dir}'"]
+    command = [*train, *overrides, "hydra.mode=RUN", f"hydra.run.dir={hydra_quoted(job_dir)}"]
     process = subprocess.Popen(command, env=env)
     asked: list[int] = []
 

@@ -22,7 +22,8 @@ from rich.console import Console
 from cpfold_train import VERSION
 from cpfold_train.cli import sweep
 from cpfold_train.cli.run_dir import claimed, remove_metrics
-from cpfold_train.config.check import check
+from cpfold_train.config.check import check, wandb_switched_off
+from cpfold_train.config.check_batches import check_batches
 from cpfold_train.config.check_checkpoint import checkpoint_to_resume, is_below
 from cpfold_train.config.composition import explain, register, typed_config
 from cpfold_train.config.memory_default import room_of, with_default_memory
@@ -31,6 +32,7 @@ from cpfold_train.config.world import (
     IGNORED,
     RUN_DIR,
     World,
+    check_machines,
     device_here,
     ignore_other_launchers,
     is_first_rank,
@@ -104,8 +106,10 @@ def start(config: DictConfig, run_dir: Path, may_vary: bool = False) -> None:
     """
     typed = typed_config(config)
     typed.ckpt_path = checkpoint_to_resume(config.ckpt_path, run_dir)
-    check(typed)
+    samples = check(typed)
     world = plan_world(typed.cp.grid, typed.dp, typed.trainer.num_nodes, typed.trainer.accelerator)
+    check_machines(typed.trainer.num_nodes)
+    check_batches(typed, *samples, world.grid.dp)
     device = device_here(typed.trainer.accelerator)
     if device == "gpu":
         from cpfold_train.training.gpus import set_up_gpus
@@ -117,9 +121,15 @@ def start(config: DictConfig, run_dir: Path, may_vary: bool = False) -> None:
         typed.memory = _chosen_memory(typed, world, device)
     typed.memory = with_default_memory(typed, world.grid, room).memory
     config.memory = OmegaConf.structured(typed.memory)
-    if is_first_rank() and (note := world.note()):
-        print(f"note: {note}", file=sys.stderr)
+    off = wandb_switched_off() if typed.wandb.enabled else None
+    typed.wandb.enabled &= off is None
+    for note in (world.note(), off and f"wandb.enabled=true is switched off by {off}"):
+        if note and is_first_rank():
+            print(f"note: {note}", file=sys.stderr)
     goes_on = config.ckpt_path == "last" or is_below(typed.ckpt_path, run_dir)
+    if '"' in str(run_dir):
+        # The ranks get it on their command line, between such.
+        raise ConfigError(f"hydra.run.dir={run_dir} has a double quote: type another hydra.run.dir")
     with claimed(run_dir, may_vary, goes_on) as run_dir:
         # Of the directory that it has got.
         typed.ckpt_path = checkpoint_to_resume(config.ckpt_path, run_dir)

@@ -13,9 +13,15 @@ import psutil
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from cpfold_train.config.quoting import typed
 from cpfold_train.config.schema import TrainConfig
 from cpfold_train.config.world import started_by_slurm
 from cpfold_train.errors import ConfigError
+
+_AMBIGUOUS = re.compile(r"Ambiguous value for argument '(.+)'$", re.M)
+"""What Hydra says of a value that it would read as several."""
+_LISTS = ("data.train", "data.val")
+"""Keys that list paths."""
 
 
 def register() -> None:
@@ -58,10 +64,27 @@ def explain(error: Exception) -> str:
             return f"{key} has other keys already: type {key}=null before it to replace them"
         near = difflib.get_close_matches(key, list(_keys(schema)), n=1, cutoff=0.5)
         return f"there is no key {key}: " + (f"did you mean {near[0]}?" if near else "conf/train.yaml lists them all")
+    ambiguous = _AMBIGUOUS.search(text)
+    override = ambiguous[1] if ambiguous else getattr(error, "override", None)
+    if override is not None and not re.match(r"[^=]*=[\[{].*{|[^=]*={", override):
+        return _explain_value(override)
     cause = error.__cause__ or error
     lines = [line.strip() for line in str(cause).splitlines()]
     told = [line for line in lines if line and not line.startswith(("object_type", "reference_type", "provider="))]
     return " ".join(told).replace("full_key: ", "in ").replace(" Config search path:", "")
+
+
+def _explain_value(override: str) -> str:
+    """One sentence on ``KEY=VALUE`` that Hydra cannot read, or would read as several values."""
+    key, equals, value = override.partition("=")
+    if not value:
+        return f"{key} has no value: type {key}=VALUE" if not equals else f"{override} has no key: type KEY={value}"
+    if key in _LISTS and value[0] not in "[{":
+        value = f"[{value}]"
+    return (
+        f"{override} is not one value as Hydra reads it, for which =, commas, brackets and quotes have a meaning of "
+        f"their own: type {typed(key, value)}"
+    )
 
 
 def _added(node: DictConfig, schema: DictConfig, prefix: str = "") -> Iterator[str]:

@@ -95,6 +95,17 @@ def plan_world(
     return World(Grid(rows, cols, replicas), nodes, devices)
 
 
+def check_machines(num_nodes: int, env: Mapping[str, str] = os.environ) -> None:
+    """Raise ConfigError where a run on several machines has no launcher, and does not say where its machines meet."""
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in env]
+    if num_nodes > 1 and _started_ranks(env) == (None, None) and missing:
+        raise ConfigError(
+            f"trainer.num_nodes={num_nodes} without torchrun or SLURM lacks {', '.join(missing)}: type NODE_RANK=0 "
+            "MASTER_ADDR=HOST MASTER_PORT=29500 before the command on the first machine, of this name, NODE_RANK=1 on "
+            "the next, or trainer.num_nodes=1"
+        )
+
+
 def _started_ranks(env: Mapping[str, str]) -> tuple[int | None, int | None]:
     """World size and number of nodes that torchrun or SLURM has fixed; None where none has."""
     if started_by_torchrun(env):

@@ -108,7 +108,9 @@ class CoFoldingModule(LightningModule):
     def backward(self, loss: Tensor) -> None:
         """The gradient of a step is the mean over its micro-batches. Lightning has divided the loss by
         ``accumulate_grad_batches``, of which the last step of an epoch may have fewer."""
-        super().backward(loss * (self.trainer.accumulate_grad_batches / micro_batches(self.trainer)))
+        # The NaN of a step that is skipped for want of memory is no anomaly.
+        with torch.autograd.set_detect_anomaly(torch.is_anomaly_enabled() and not self.too_large):
+            super().backward(loss * (self.trainer.accumulate_grad_batches / micro_batches(self.trainer)))
 
     def _flops(self, batch: Batch, recycling: int) -> float:
         """Operations of a micro-batch on all ranks of a replica, from the global shapes of its features."""

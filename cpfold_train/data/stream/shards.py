@@ -177,7 +177,9 @@ def read_indices(patterns: Sequence[str]) -> list[tuple[str, dict[str, np.ndarra
     found = []
     for pattern in patterns:
         # A path may have brackets in it.
-        matching = [pattern] if Path(pattern).is_file() else glob.glob(pattern)
+        matching = (
+            [pattern] if Path(pattern).is_file() else glob.glob(pattern) or glob.glob(pattern.replace("[", "[[]"))
+        )
         tars = sorted(path for path in matching if path.endswith(".tar"))
         if not tars:
             raise ConfigError(
