@@ -50,5 +50,6 @@ def main():
 
     One called ``plain`` has no confidence, and one called ``broken`` fails on the last rank.
     """
-    checkpoint.load_model = lambda path: StandIn(Path(path).name)
+    checkpoint.load_model = lambda path, weights: StandIn(Path(path).name)
+    checkpoint.choose_weights = lambda path, weights: checkpoint.Weights(str(path), 7, weights or "raw", path.name)
     return cpfold_train.__main__.main()
