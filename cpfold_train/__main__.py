@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 from cpfold_train import VERSION
+from cpfold_train.config.world import is_first_rank
 from cpfold_train.errors import ConfigError, DataError, RunError
+from cpfold_train.interrupts import quit_on_interrupt
 from cpfold_train.paths import train_command
 
 TRAIN = "train"
@@ -67,5 +69,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def command() -> int:
+    """The command itself: as :func:`main`, and Ctrl-C ends it with one line."""
+    quit_on_interrupt(is_first_rank)
+    return main()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from cpfold_train.config.quoting import hydra_quoted
 from cpfold_train.config.world import OTHER_LAUNCHERS
+from cpfold_train.interrupts import answer_interrupts, leave_interrupts
 from cpfold_train.reports.result_file import read_result
 from cpfold_train.whole_file import whole_file
 
@@ -44,15 +46,19 @@ def run_job(train: list[str], overrides: list[str], job_dir: Path) -> float:
     process = subprocess.Popen(command, env=env)
     asked: list[int] = []
 
-    def end(signum: int, frame: object) -> None:
+    def end(signum: int, frame: object = None) -> None:
         asked.append(signum)
-        process.send_signal(signum)
+        # A terminal sends Ctrl-C to the job as well, and a second one would end it without a checkpoint.
+        process.send_signal(signal.SIGTERM)
 
+    interrupt = partial(end, signal.SIGINT)
     before = signal.signal(signal.SIGTERM, end)
+    answer_interrupts(interrupt)
     try:
         code = process.wait()
     finally:
         signal.signal(signal.SIGTERM, before)
+        leave_interrupts(interrupt)
     if asked:
         # The job has saved, and there is no next one.
         sys.exit(128 + asked[0])

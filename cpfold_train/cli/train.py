@@ -42,6 +42,7 @@ from cpfold_train.config.world import (
 )
 from cpfold_train.errors import ConfigError, DataError, RunError
 from cpfold_train.faults.restart import AutoRestart
+from cpfold_train.interrupts import quit_on_interrupt
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.paths import CONF, train_command
 
@@ -185,4 +186,5 @@ def _refuse(sentence: str, code: int = 2) -> NoReturn:
 
 
 if __name__ == "__main__":
+    quit_on_interrupt(is_first_rank)
     main()
