@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import socket
 import sys
 from dataclasses import fields, replace
 
@@ -12,11 +13,19 @@ import lightning.pytorch as pl
 import pytest
 from omegaconf import OmegaConf
 
+from cpfold_train.__main__ import main as command
 from cpfold_train.cli.train import main
 from cpfold_train.config.check import check
 from cpfold_train.config.composition import register, run_stamp, typed_config
 from cpfold_train.config.schema import CONFIDENCE, FinetuneConfig, TrainerConfig
-from cpfold_train.config.world import RANK_OF, ignore_other_launchers, is_first_rank, plan_world, starts_ranks
+from cpfold_train.config.world import (
+    RANK_OF,
+    check_machines,
+    ignore_other_launchers,
+    is_first_rank,
+    plan_world,
+    starts_ranks,
+)
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.config import MemoryConfig, ModelConfig
 from cpfold_train.parallel.grid import Grid, squarest
@@ -297,6 +306,31 @@ def test_leftovers_are_named_in_one_sentence(monkeypatch, capsys):
     told = refusal(monkeypatch, capsys, "crop_size=0")
     assert told.count("\n") == 2
     assert "MASTER_ADDR, MASTER_PORT, NODE_RANK, RANK, LOCAL_RANK, WORLD_SIZE\nerror: crop_size" in told
+
+
+def test_leftovers_are_named_by_predict_too_and_on_one_machine_by_choice(monkeypatch, capsys):
+    for name, value in LEFT.items():
+        monkeypatch.setenv(name, value)
+    assert "LOCAL_RANK, WORLD_SIZE\nerror: crop_size" in refusal(
+        monkeypatch, capsys, "crop_size=0", "trainer.num_nodes=1"
+    )
+    for name, value in LEFT.items():
+        monkeypatch.setenv(name, value)
+    assert command(["predict", "none.ckpt", "none.tar", "--out", "none", "--accelerator", "cpu"]) == 2
+    assert "LOCAL_RANK, WORLD_SIZE\nerror: no shard matches none.tar" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_told_before_ranks_wait_for_it():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        env = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "NODE_RANK": "0"}
+        with pytest.raises(ConfigError, match=f"MASTER_PORT={port} .*type another"):
+            check_machines(2, env)
+        # The machine that joins does not listen.
+        check_machines(2, env | {"NODE_RANK": "1"})
+    check_machines(2, env)
 
 
 def test_one_rank_speaks():

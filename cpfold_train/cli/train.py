@@ -59,7 +59,8 @@ def main() -> None:
         print(VERSION)
         return
     # Several machines without torchrun or SLURM are told of each other by these variables.
-    if not any(word.startswith("trainer.num_nodes=") for word in sys.argv) and (left := ignore_other_launchers()):
+    several = any(word.startswith("trainer.num_nodes=") and word != "trainer.num_nodes=1" for word in sys.argv)
+    if not several and (left := ignore_other_launchers()):
         print(f"note: {IGNORED}: {', '.join(left)}", file=sys.stderr)
     register()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
@@ -104,6 +105,16 @@ def check_machines(num_nodes: int, env: Mapping[str, str] = os.environ) -> None:
             "MASTER_ADDR=HOST MASTER_PORT=29500 before the command on the first machine, of this name, NODE_RANK=1 on "
             "the next, or trainer.num_nodes=1"
         )
+    if num_nodes > 1 and _started_ranks(env) == (None, None) and is_first_rank(env):
+        with socket.socket() as meeting_point:
+            meeting_point.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                meeting_point.bind(("", int(env["MASTER_PORT"])))
+            except OSError as error:
+                raise ConfigError(
+                    f"MASTER_PORT={env['MASTER_PORT']} cannot be used here ({error.strerror}): type another one on all "
+                    "machines, such as MASTER_PORT=29501"
+                ) from error
 
 
 def _started_ranks(env: Mapping[str, str]) -> tuple[int | None, int | None]:
