@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import inspect
 import os
 import socket
@@ -29,7 +30,7 @@ from cpfold_train.config.world import (
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.config import MemoryConfig, ModelConfig
 from cpfold_train.parallel.grid import Grid, squarest
-from cpfold_train.paths import CHECKOUT, CONF
+from cpfold_train.paths import CONF
 
 NOT_FOR_USERS = {
     "strategy": "follows from cp.grid and dp",
@@ -380,7 +381,7 @@ def test_rows_that_span_machines_are_told():
 def test_paths_of_the_quickstart_exist():
     config = compose()
     for pattern in (*config.data.train, *config.data.val):
-        assert list(CHECKOUT.glob(pattern))
+        assert glob.glob(pattern)
 
 
 def test_gpu_without_a_gpu_is_refused(monkeypatch):

@@ -17,6 +17,7 @@ from cpfold_train.config.quoting import typed
 from cpfold_train.config.schema import TrainConfig
 from cpfold_train.config.world import started_by_slurm
 from cpfold_train.errors import ConfigError
+from cpfold_train.paths import DATA
 
 _AMBIGUOUS = re.compile(r"Ambiguous value for argument '(.+)'$", re.M)
 """What Hydra says of a value that it would read as several."""
@@ -28,6 +29,7 @@ def register() -> None:
     """Tell Hydra the schema and the resolvers that ``conf`` uses."""
     ConfigStore.instance().store(name="schema", node=TrainConfig)
     OmegaConf.register_new_resolver("run_stamp", run_stamp, use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("example_data", lambda: str(DATA), use_cache=True, replace=True)
 
 
 def typed_config(config: DictConfig) -> TrainConfig:
