@@ -29,6 +29,10 @@ SUBCOMMANDS = {
     "gpu-check": ("cpfold_train.cli.gpu_check", "prove and measure this machine's GPUs within ten minutes"),
     "kernels": ("cpfold_train.cli.kernels", "compile the Triton kernels without a GPU, and say what they became"),
     "bench-data": ("cpfold_train.cli.bench_data", "time a data worker, and measure the memory that its samples take"),
+    "completion": (
+        "cpfold_train.cli.completion",
+        "print a script that lets a shell complete commands, options, keys",
+    ),
 }
 """Name of each subcommand: module with ``add_arguments(parser)`` and ``run(args)``, and a line of help. What is typed
 after ``train`` is Hydra's to read."""

@@ -58,6 +58,11 @@ def main() -> None:
         # Hydra would tell its own.
         print(VERSION)
         return
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        from cpfold_train.config.help import train_help
+
+        print(train_help())
+        return
     # Several machines without torchrun or SLURM are told of each other by these variables.
     several = any(word.startswith("trainer.num_nodes=") and word != "trainer.num_nodes=1" for word in sys.argv)
     if not several and (left := ignore_other_launchers()):

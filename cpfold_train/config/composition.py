@@ -61,10 +61,10 @@ def explain(error: Exception) -> str:
     if unknown := re.search(r"Could not override '([^']+)'", text):
         key = unknown[1]
         schema = OmegaConf.structured(TrainConfig)
-        if key in list(_keys(schema)):
+        if key in list(all_keys(schema)):
             # Hydra adds to a mapping that a recipe has made, and only what it knows.
             return f"{key} has other keys already: type {key}=null before it to replace them"
-        near = difflib.get_close_matches(key, list(_keys(schema)), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(key, list(all_keys(schema)), n=1, cutoff=0.5)
         return f"there is no key {key}: " + (f"did you mean {near[0]}?" if near else "conf/train.yaml lists them all")
     ambiguous = _AMBIGUOUS.search(text)
     override = ambiguous[1] if ambiguous else getattr(error, "override", None)
@@ -98,8 +98,9 @@ def _added(node: DictConfig, schema: DictConfig, prefix: str = "") -> Iterator[s
             yield from _added(node[key], schema[key], f"{prefix}{key}.")
 
 
-def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+def all_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Names of all keys of a schema, those that have others below them too."""
     for key in map(str, node):
         yield prefix + key
         if OmegaConf.is_dict(node) and not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
-            yield from _keys(node[key], f"{prefix}{key}.")
+            yield from all_keys(node[key], f"{prefix}{key}.")
