@@ -72,7 +72,10 @@ def start_up(config: TrainConfig) -> None:
 @pytest.mark.parametrize("key", KEYS)
 def test_extremes_work_or_are_refused_in_one_sentence(key):
     told = {repr(value): refusal(**{key: value}) for value in EXTREMES}
-    for sentence in filter(None, told.values()):
+    for value, sentence in told.items():
+        if sentence is None:
+            continue
+        assert ": type " in sentence, (value, sentence)
         assert key in sentence or "nodes" in sentence
         assert "\n" not in sentence
     assert any(told.values()), "nothing was refused"

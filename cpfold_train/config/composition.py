@@ -12,7 +12,9 @@ from typing import cast
 import psutil
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ValidationError
 
+from cpfold_train.config.check_bounds import keys_of
 from cpfold_train.config.quoting import typed
 from cpfold_train.config.schema import TrainConfig
 from cpfold_train.config.world import started_by_slurm
@@ -73,7 +75,17 @@ def explain(error: Exception) -> str:
     cause = error.__cause__ or error
     lines = [line.strip() for line in str(cause).splitlines()]
     told = [line for line in lines if line and not line.startswith(("object_type", "reference_type", "provider="))]
-    return " ".join(told).replace("full_key: ", "in ").replace(" Config search path:", "")
+    sentence = " ".join(told).replace("full_key: ", "in ").replace(" Config search path:", "")
+    return f"{sentence}{_what_to_type(sentence)}" if isinstance(cause, ValidationError) else sentence
+
+
+def _what_to_type(sentence: str) -> str:
+    """After a sentence on a value of the wrong type, which ends with the key."""
+    key = sentence.rpartition(" in ")[2]
+    bounds = {name: bounds for name, _, bounds in keys_of(TrainConfig())}.get(key)
+    if bounds is not None:
+        return f": type {bounds.type.replace('KEY', key)}"
+    return f": type {key}=true or {key}=false" if "bool" in sentence else ""
 
 
 def _explain_value(override: str) -> str:

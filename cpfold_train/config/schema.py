@@ -73,7 +73,7 @@ class DataConfig:
     buckets: int | None = key(at_least(1))
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     max_bad_share: float = key(from_to(0, 1))
-    num_workers: int = key(at_least(0))
+    num_workers: int = key(from_to(0, 256))
 
 
 CONFIDENCE = ("plddt", "resolved", "pde", "pae")

@@ -30,6 +30,8 @@ OTHER_LAUNCHERS = (
 """Variables that make a process believe that it is a rank of a launcher's world."""
 IGNORED = "ignored, as no launcher has started this process"
 """What is said of them where there is none."""
+MOST_PROCESSES = 1024
+"""That a run starts on the CPU of one machine."""
 _PARENT = os.getppid()
 """As it was at the start: who loses its parent gets another."""
 
@@ -92,6 +94,11 @@ def plan_world(
         raise ConfigError(
             f"cp.grid={rows}x{cols} with dp={replicas} needs {devices} GPUs a node and there are {gpus}: "
             f"type cp.grid={fits} dp=1 or trainer.accelerator=cpu"
+        )
+    if not started and not gpus and devices > MOST_PROCESSES:
+        raise ConfigError(
+            f"cp.grid={rows}x{cols} with dp={replicas} would start {devices} processes on this machine: type a cp.grid "
+            f"and dp of at most {MOST_PROCESSES}, or trainer.accelerator=gpu where there are GPUs"
         )
     return World(Grid(rows, cols, replicas), nodes, devices)
 
