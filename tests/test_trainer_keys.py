@@ -19,6 +19,7 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cpfold_train.cli.train import start
 from cpfold_train.config.check import check, wandb_switched_off
 from cpfold_train.config.check_batches import check_batches
 from cpfold_train.config.composition import explain, typed_config
@@ -199,6 +200,16 @@ def test_wandb_is_switched_off_by_its_own_variables(monkeypatch, env, off):
     else:
         with pytest.raises(ConfigError, match="pip install"):
             check(config)
+
+
+@pytest.mark.parametrize(("mode", "enabled"), [("disabled", False), ("offline", True)])
+def test_a_run_does_and_says_what_the_variable_of_wandb_asks_for(monkeypatch, capsys, tmp_path, mode, enabled):
+    started = []
+    monkeypatch.setattr("cpfold_train.cli.train._run", lambda typed, *rest: started.append(typed))
+    monkeypatch.setenv("WANDB_MODE", mode)
+    start(OmegaConf.merge(base(), {"wandb": {"enabled": True}}), tmp_path / "run")
+    assert started[0].wandb.enabled is enabled
+    assert f"WANDB_MODE={mode}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", ["a=b", "it's", "a[x]", "a(1)", "a;b&c", 'a"b', "a b=c", "a-{x}", "a,b"])

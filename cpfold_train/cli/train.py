@@ -130,7 +130,12 @@ def start(config: DictConfig, run_dir: Path, may_vary: bool = False) -> None:
     config.memory = OmegaConf.structured(typed.memory)
     off = wandb_switched_off() if typed.wandb.enabled else None
     typed.wandb.enabled &= off is None
-    for note in (world.note(), off and f"wandb.enabled=true is switched off by {off}"):
+    offline = typed.wandb.enabled and os.environ.get("WANDB_MODE") == "offline"
+    for note in (
+        world.note(),
+        off and f"wandb.enabled=true is switched off by {off}",
+        offline and "W&B is offline, as WANDB_MODE=offline says; wandb sync uploads what the run directory has",
+    ):
         if note and is_first_rank():
             print(f"note: {note}", file=sys.stderr)
     goes_on = config.ckpt_path == "last" or is_below(typed.ckpt_path, run_dir)
