@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from cpfold_train.config.check_finetune import require_metric
@@ -25,10 +25,13 @@ from cpfold_train.training.datamodule import TileData
 from cpfold_train.training.early_stop import EarlyStop
 from cpfold_train.training.ema import MovingAverage
 from cpfold_train.training.precision import precision_arguments
+from cpfold_train.training.reporting.ending import EndBlock
 from cpfold_train.training.reporting.loggers import MetricsCSV, wandb_logger
 from cpfold_train.training.reporting.module_statistics import ModuleStatistics
 from cpfold_train.training.reporting.pictures import Pictures
+from cpfold_train.training.reporting.progress import Bar, Lines, on_terminal
 from cpfold_train.training.reporting.result import Result
+from cpfold_train.training.reporting.start import StartBlock
 from cpfold_train.training.reporting.step_metrics import StepMetrics
 from cpfold_train.training.reporting.trace_steps import TraceSteps
 from cpfold_train.training.save_last import SaveLast
@@ -61,7 +64,8 @@ def run(
     inference_mode = config.trainer.inference_mode and not config.parallel.fsdp
     trainer = pl.Trainer(
         **dataclasses.asdict(config.trainer)
-        | {"num_nodes": world.num_nodes, "inference_mode": inference_mode}
+        # How far the run is, a callback shows.
+        | {"num_nodes": world.num_nodes, "inference_mode": inference_mode, "enable_progress_bar": False}
         | precision_arguments(config.trainer),
         strategy=strategy,
         devices=world.devices,
@@ -99,8 +103,10 @@ def make_callbacks(config: TrainConfig, run_dir: Path, again: AutoRestart | None
     """The callbacks of a run, in the order in which Lightning calls them; the comments say why where it matters."""
     folder = run_dir / "checkpoints"
     last = SaveLast(folder / "last.ckpt", config.checkpoint.every_n_steps)
-    # First, so that the others see the average in validation. It holds the weights once more.
-    callbacks: list[Callback] = [MovingAverage(config.optim.ema_decay)] if config.optim.ema_decay else []
+    callbacks: list[Callback] = [StartBlock(config, run_dir)]
+    # Before the others, so that they see the average in validation. It holds the weights once more.
+    if config.optim.ema_decay:
+        callbacks.append(MovingAverage(config.optim.ema_decay))
     skip = SkipBadSteps(config.faults.max_skipped, run_dir)
     metrics = StepMetrics(skip, peak_flops(config.trainer))
     if config.faults.memory_snapshot:
@@ -127,8 +133,8 @@ def make_callbacks(config: TrainConfig, run_dir: Path, again: AutoRestart | None
         callbacks.append(TraceSteps(run_dir / "profile", *config.profile.steps))
     if (step := schedule_start(config, run_dir)) is not None:
         callbacks.append(StartSchedule(step))
-    if config.trainer.enable_progress_bar:
-        callbacks.append(TQDMProgressBar(leave=True))
+    callbacks.append(Bar(metrics) if config.trainer.enable_progress_bar and on_terminal() else Lines(metrics))
+    callbacks.append(EndBlock(config, run_dir))
     return callbacks
 
 

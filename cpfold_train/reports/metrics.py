@@ -138,6 +138,7 @@ RESULT = {
     "seed": Metric("of the run"),
     "quarantined": METRICS["quarantined"],
     "skipped": METRICS["skipped"],
+    "left_out": Metric("crops of the last validation that had no pair to score, by metric"),
     **PER_RANK,
 }
 """Keys of ``result.json``; those that have no value yet are left out."""
