@@ -7,6 +7,7 @@ import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -35,6 +36,7 @@ from tests.test_training_runs import ROOT
 
 ROW = {"train/loss": 123.45678, "lr": 1.8e-3, "step_s": 1234.5, "tokens": 3072, "peak_memory_mib": 81234.5,
        "data_wait_s": 0.01, "exposed_comm_s": 12.5, "tokens_per_s": 123.4, "mfu": 0.412}  # fmt: skip
+NONE = Path("no metrics.csv")
 LONG = "a_very_long_name_of_a_run_" * 4
 
 
@@ -131,8 +133,17 @@ def driven(shown: shows.ShowProgress, trainer: SimpleNamespace, clocked: list[fl
             shown.on_validation_end(trainer, module)
 
 
+def test_a_resumed_run_knows_its_last_validation(clocked, tmp_path):
+    earlier = tmp_path / "metrics.csv"
+    earlier.write_text("step,val/loss\n20,3.5\n40,3.25\n60,3.0\n")
+    shown = shows.Lines(SimpleNamespace(row=ROW), earlier)
+    shown.on_train_start(trainer_at(50, max_steps=100), None)
+    # What lies beyond the checkpoint is made again.
+    assert (shown.progress.validation, shown.progress.validated_at) == (3.25, 40)
+
+
 def test_lines_of_a_resumed_run(clocked, capsys):
-    shown = shows.Lines(SimpleNamespace(row=ROW))
+    shown = shows.Lines(SimpleNamespace(row=ROW), NONE)
     driven(shown, trainer_at(40, max_steps=100), clocked)
     # The first step says nothing of the others; and a line comes where a step is logged.
     told = "step 42/100  loss 123.4568  lr 1.80e-03  1234.50 s/step  val/loss 3.2500 @ 41  1:56 left\n"
@@ -142,7 +153,7 @@ def test_lines_of_a_resumed_run(clocked, capsys):
 
 
 def test_time_that_is_left_of_max_time(clocked):
-    shown = shows.Lines(SimpleNamespace(row=ROW))
+    shown = shows.Lines(SimpleNamespace(row=ROW), NONE)
     timer = Timer("00:00:01:00")
     timer.time_elapsed = lambda *_: 45.0
     driven(shown, trainer_at(40, callbacks=[timer]), clocked)
@@ -154,7 +165,7 @@ def test_the_bar_on_a_terminal(clocked, monkeypatch):
     options = {"file": drawn, "force_terminal": True, "width": 80, "legacy_windows": False}
     monkeypatch.setattr(shows, "_WithCursor", lambda **given: Console(**given, **options))
     monkeypatch.setattr(shows, "REFRESH", -1.0)
-    shown, trainer = shows.Bar(SimpleNamespace(row=ROW)), trainer_at(40, max_steps=100)
+    shown, trainer = shows.Bar(SimpleNamespace(row=ROW), NONE), trainer_at(40, max_steps=100)
     driven(shown, trainer, clocked)
     print(f"saved; {LONG} goes on")
     shown.on_train_end(trainer, None)

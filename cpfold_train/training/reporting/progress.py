@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,6 +14,8 @@ from lightning.pytorch.callbacks import Timer
 from rich.console import Console
 from rich.live import Live
 
+from cpfold_train.reports.course import course
+from cpfold_train.reports.metrics_csv import read_metrics
 from cpfold_train.reports.progress import Progress, bar, line
 from cpfold_train.training.reporting.step_metrics import StepMetrics
 
@@ -43,15 +46,19 @@ class ShowProgress(Callback):
 
     Args:
         metrics: has the last logged row, and comes before this among the callbacks.
+        earlier: ``metrics.csv``, where a run that resumes finds its last validation.
     """
 
-    def __init__(self, metrics: StepMetrics) -> None:
-        self._metrics = metrics
+    def __init__(self, metrics: StepMetrics, earlier: Path) -> None:
+        self._metrics, self._earlier = metrics, earlier
         self.progress = Progress()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begun = time.monotonic(), trainer.global_step
         self.progress.total = total_steps(trainer, trainer.num_training_batches)
+        made = [row for row in read_metrics(self._earlier) if int(row["step"]) <= trainer.global_step]
+        if self.progress.validation is None and (validated := course(made, "val/loss")):
+            self.progress.validation, self.progress.validated_at = validated.last, validated.last_step
         self._timer = next((callback for callback in trainer.callbacks if isinstance(callback, Timer)), None)
         self._update(trainer)
 
@@ -132,7 +139,7 @@ class Bar(ShowProgress):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
         self.progress.validating = None
-        self._draw()
+        self._draw(at_once=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._draw(at_once=True)

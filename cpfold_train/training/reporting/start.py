@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import nn
 
 from cpfold_train.config.memory_default import between_blocks_bytes
-from cpfold_train.config.schema import DataConfig, TrainConfig, TrainerConfig
+from cpfold_train.config.schema import DataConfig, TrainConfig
 from cpfold_train.config.sources import crop_kinds, training_sources, validation_source
 from cpfold_train.data.stream.sampling import Source
 from cpfold_train.data.stream.shards import read_indices
@@ -99,7 +99,7 @@ def describe_data(config: TrainConfig) -> tuple[int, list[tuple[str, str]]]:
     return samples, [
         ("data", f"{sets}{_sizes(everything)}{drawn}"),
         ("crops", f"{config.crop_size} tokens{later} ({_kinds(data)}); {cut} samples are larger"),
-        ("validation", f"{_sizes(_tokens(validation_source(data)))}{_times(config.trainer)}" if data.val else "none"),
+        ("validation", f"{_sizes(_tokens(validation_source(data)))}{_times(config)}" if data.val else "none"),
     ]
 
 
@@ -144,8 +144,8 @@ def dashboards(run_dir: Path, loggers: list[Any]) -> list[tuple[str, str]]:
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             run = logger.experiment
-            offline = f"offline: wandb sync {shown(Path(run.dir).parent)}"
-            found.append(("W&B", run.url or offline))
+            # W&B warns where the address of a run that has none is asked for.
+            found.append(("W&B", f"offline: wandb sync {shown(Path(run.dir).parent)}" if run.offline else run.url))
     return found
 
 
@@ -157,11 +157,13 @@ def _sizes(tokens: np.ndarray) -> str:
     return f"{len(tokens):,} samples of {tokens.min():,} to {tokens.max():,} tokens, {tokens.sum():,} in all"
 
 
-def _times(trainer: TrainerConfig) -> str:
+def _times(config: TrainConfig) -> str:
     """When validation is made."""
+    trainer = config.trainer
     if trainer.limit_val_batches == 0:
         return ", not used: trainer.limit_val_batches=0"
-    times = ["before the first step"] if trainer.num_sanity_val_steps else []
+    # A run that resumes makes none first.
+    times = ["before the first step"] if trainer.num_sanity_val_steps and not config.ckpt_path else []
     every = trainer.val_check_interval
     if isinstance(every, int) and trainer.check_val_every_n_epoch is None:
         times.append(f"every {every} batches")
