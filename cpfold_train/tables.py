@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 _WIDTH_OF_FILES = 120
+
+
+def on_terminal() -> bool:
+    """Whether what is printed can be drawn over: what goes into a file or a pipe cannot."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def make_console() -> Console:

@@ -26,7 +26,7 @@ from cpfold_train.reports.ending import Ending, next_commands, print_ending
 from cpfold_train.reports.metrics import VALIDATION
 from cpfold_train.reports.progress import Progress, bar, clock, line
 from cpfold_train.reports.shell import pasted
-from cpfold_train.tables import make_block
+from cpfold_train.tables import make_block, on_terminal
 from cpfold_train.training.reporting import progress as shows
 from cpfold_train.training.reporting.ending import longer
 from cpfold_train.training.reporting.start import describe_data, describe_memory, describe_model, describe_steps
@@ -177,12 +177,12 @@ def test_the_bar_on_a_terminal(clocked, monkeypatch):
 
 
 def test_what_is_no_terminal_gets_lines(monkeypatch):
-    assert not shows.on_terminal()
+    assert not on_terminal()
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
-    assert shows.on_terminal()
+    assert on_terminal()
     monkeypatch.setenv("TERM", "dumb")
-    assert not shows.on_terminal()
+    assert not on_terminal()
 
 
 def rows(**columns: list) -> list[dict[str, str]]:

@@ -20,6 +20,7 @@ from cpfold_train.faults.out_of_memory import MemorySnapshot
 from cpfold_train.faults.reporter import FAULTS, FaultReporter, sentence_on
 from cpfold_train.faults.restart import AutoRestart
 from cpfold_train.faults.skip import SkipBadSteps
+from cpfold_train.tables import on_terminal
 from cpfold_train.training.apply import make_strategy, prepare_module, set_up_process
 from cpfold_train.training.datamodule import TileData
 from cpfold_train.training.early_stop import EarlyStop
@@ -29,7 +30,7 @@ from cpfold_train.training.reporting.ending import EndBlock
 from cpfold_train.training.reporting.loggers import MetricsCSV, wandb_logger
 from cpfold_train.training.reporting.module_statistics import ModuleStatistics
 from cpfold_train.training.reporting.pictures import Pictures
-from cpfold_train.training.reporting.progress import Bar, Lines, on_terminal
+from cpfold_train.training.reporting.progress import Bar, Lines
 from cpfold_train.training.reporting.result import Result
 from cpfold_train.training.reporting.start import StartBlock
 from cpfold_train.training.reporting.step_metrics import StepMetrics

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from math import isfinite
@@ -34,11 +33,6 @@ def total_steps(trainer: Trainer, batches: float) -> int | None:
     if trainer.max_epochs is not None and trainer.max_epochs >= 0 and isfinite(batches):
         limits.append(trainer.max_epochs * -(-int(batches) // trainer.accumulate_grad_batches))
     return min(limits, default=None)
-
-
-def on_terminal() -> bool:
-    """Whether what is printed can be drawn over: what goes into a file or a pipe cannot."""
-    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class ShowProgress(Callback):
