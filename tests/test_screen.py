@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 
 from cpfold_train.cli.start import is_run
@@ -29,7 +30,13 @@ from cpfold_train.reports.shell import pasted
 from cpfold_train.tables import make_block, on_terminal
 from cpfold_train.training.reporting import progress as shows
 from cpfold_train.training.reporting.ending import longer
-from cpfold_train.training.reporting.start import describe_data, describe_memory, describe_model, describe_steps
+from cpfold_train.training.reporting.start import (
+    dashboards,
+    describe_data,
+    describe_memory,
+    describe_model,
+    describe_steps,
+)
 from tests.golden.case import CONFIG
 from tests.test_config import compose
 from tests.test_training_runs import ROOT
@@ -215,7 +222,9 @@ def ended(tmp_path, monkeypatch):
     columns = ["step", "train/loss", *VALIDATION]
     lines = [",".join(columns), *(",".join([str(10 * i), *[str(5.0 - i)] * (len(columns) - 1)]) for i in range(3))]
     (run_dir / "metrics.csv").write_text("\n".join(lines) + "\n")
-    (run_dir / "quarantine.jsonl").write_text("{}\n")
+    samples = [json.dumps({"tar": "a.tar", "key": f"1ab{i}"}) for i in (0, 1, 2, 3, 4, 4, 5)]
+    # The last line was torn by a file system.
+    (run_dir / "quarantine.jsonl").write_text("\n".join([*samples, samples[0][:9]]) + "\n")
     result = {"steps": 20, "seconds": 4000, "quarantined": 7, "skipped": 2, "left_out": {"val/distogram": 3}}
     (run_dir / "result.json").write_text(json.dumps(result))
     best = run_dir / "checkpoints" / "best-step-20.ckpt"
@@ -229,7 +238,11 @@ def test_the_end_of_a_run(ended):
     text = file.getvalue()
     told = " ".join(text.split())
     assert "\r" not in text
-    assert "20 steps, in 1:06:40" in told and "7, listed in" in told and "skipped steps 2" in told
+    assert (
+        "20 steps, in 1:06:40" in told
+        and "7 (1ab0, 1ab1, 1ab2, 1ab3, 1ab4, ...), listed in" in told
+        and "skipped steps 2" in told
+    )
     assert "without a pair to score: 3 of val/distogram" in told
     assert "val/loss 5.0000 3.0000 20 3.0000 better" in told
     assert "val/distance_lddt 5.0000 5.0000 0 3.0000 worse" in told
@@ -312,6 +325,21 @@ def test_the_start_block():
     assert describe_memory(config, Grid(1, 1), trained, model).startswith(
         f"a rank {held:,.1f} MiB of weights and optimizer, "
     )
+
+
+def test_where_a_run_can_be_followed(tmp_path):
+    class Dashboard(WandbLogger):
+        def __init__(self, **known) -> None:
+            self.known = SimpleNamespace(dir=str(tmp_path / "wandb" / "offline-run-1" / "files"), **known)
+
+        experiment = property(lambda self: self.known)
+
+    loggers = [Dashboard(offline=True, url=None), Dashboard(offline=False, url="https://wandb.ai/a/b")]
+    assert dashboards(tmp_path, loggers) == [
+        ("metrics", f"{tmp_path}/metrics.csv"),
+        ("W&B", f"offline: wandb sync {tmp_path}/wandb/offline-run-1"),
+        ("W&B", "https://wandb.ai/a/b"),
+    ]
 
 
 def test_a_block_is_whole_in_a_narrow_terminal():

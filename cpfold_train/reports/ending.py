@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cpfold_train.data.stream.quarantine import read_quarantine
 from cpfold_train.reports.course import course, trend, verdict
 from cpfold_train.reports.metrics import METRICS
 from cpfold_train.reports.metrics_csv import read_metrics
@@ -18,6 +19,8 @@ from cpfold_train.reports.result_file import read_result
 from cpfold_train.reports.shell import command, pasted, shown
 from cpfold_train.tables import make_block, make_table
 
+_NAMED = 5
+"""Unusable samples that are named; the file has all."""
 _COLORS = {"better": "green", "worse": "red", "same": ""}
 
 
@@ -92,9 +95,9 @@ def _facts(run_dir: Path, result: dict[str, Any], ending: Ending) -> list[tuple[
         facts.append(("skipped steps", f"{skipped}, without a finite gradient or without memory"))
     if unusable := result.get("quarantined"):
         listed = run_dir / "quarantine.jsonl"
-        facts.append(
-            ("unusable samples", f"{unusable}, listed in {shown(listed)}" if listed.exists() else f"{unusable}")
-        )
+        keys = list(dict.fromkeys(str(line["key"]) for line in read_quarantine(listed)))
+        named = f" ({', '.join([*keys[:_NAMED], *['...'] * (len(keys) > _NAMED)])}), listed in {shown(listed)}"
+        facts.append(("unusable samples", f"{unusable}{named if keys else ''}"))
     if left_out := result.get("left_out"):
         which = ", ".join(f"{count} of {name}" for name, count in left_out.items())
         facts.append(("left out", f"crops of validation without a pair to score: {which}"))
