@@ -281,6 +281,10 @@ def test_what_lets_a_run_go_on():
     assert longer(trainer_at(150, max_steps=150)) == "trainer.max_steps=300"
     assert longer(trainer_at(60, max_steps=150)) == ""
     assert longer(trainer_at(60, max_epochs=3, current_epoch=3)) == "trainer.max_epochs=6"
+    timer = Timer("00:20:00:30")
+    assert longer(trainer_at(60, max_steps=150, callbacks=[timer])) == ""
+    timer.time_elapsed = lambda *_: 20 * 3600 + 31.0
+    assert longer(trainer_at(60, max_steps=150, callbacks=[timer])) == "trainer.max_time=01:16:01:00"
 
 
 @pytest.mark.parametrize("width", [30, 80])

@@ -135,6 +135,9 @@ def scores_table(rows: list[Row]) -> Table:
     table = make_table(
         ", ".join(headers), text="id", caption="RMSD and TM of C-alpha and C1' atoms; the best is by lDDT"
     )
+    for column in table.columns:
+        # On a narrow terminal nothing is left out.
+        column.overflow = "fold"
     for row in rows:
         numbers = row.scores.numbers()
         cells = [cell(name, numbers[name]) for name in COLUMNS]

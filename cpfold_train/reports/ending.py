@@ -87,7 +87,7 @@ def _changes(rows: list[dict[str, str]]) -> Table:
 
 def _facts(run_dir: Path, result: dict[str, Any], ending: Ending) -> list[tuple[str, str]]:
     steps, here = result.get("steps", 0), ending.steps_here
-    made = f"{steps} steps" + (f", {here} of them now" if here != steps else "")
+    made = f"{steps} step{'s' * (steps != 1)}" + (f", {here} of them now" if here != steps else "")
     facts = [("steps", f"{made}, in {clock(result.get('seconds', 0))}")]
     if not (here or ending.reason):
         facts = [("steps", f"no step was made: step {steps} is at a limit")]

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 
 from cpfold_train.config.schema import TrainConfig
 from cpfold_train.config.sources import training_sources, validation_source
@@ -53,4 +53,9 @@ def longer(trainer: Trainer) -> str:
         return f"trainer.max_steps={2 * trainer.max_steps}" if trainer.max_steps else ""
     if trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch:
         return f"trainer.max_epochs={2 * trainer.max_epochs}"
+    timer = next((callback for callback in trainer.callbacks if isinstance(callback, Timer)), None)
+    if timer is not None and timer.time_remaining() <= 0:
+        minutes, seconds = divmod(round(2 * (timer.time_remaining() + timer.time_elapsed())), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"trainer.max_time={hours // 24:02d}:{hours % 24:02d}:{minutes:02d}:{seconds:02d}"
     return ""
