@@ -85,6 +85,15 @@ def test_the_table_is_whole_in_80_columns(two):
     assert "mean, best lDDT 0.500 0.900 +0.400 better in 1 of 1" in told
 
 
+def test_the_table_of_one_set_is_whole_in_80_columns():
+    file = io.StringIO()
+    Console(file=file, width=80).print(evaluate.scores_table(rows(**{"1abc": [scores(0.5, {"A-B": 0.4}, {"D": 4.0})]})))
+    text = file.getvalue()
+    assert all(len(line) <= 80 for line in text.splitlines()) and "…" not in text
+    for word in ("iface", "ligand", "chains", "DockQ", "atoms", "mean, first", "100"):
+        assert word in text
+
+
 def write(folder: Path, noise: float) -> None:
     """A prediction of 1kd8: the truth, off by noise."""
     structure = read_sample(next(entry for entry in open_shards([SHARD]) if entry.key == "1kd8"))[0]

@@ -303,7 +303,7 @@ def test_evaluate(on_1x1, tmp_path, capsys):
     assert main(["evaluate", str(on_1x1), SHARD, "--json", str(report), "--csv", str(table)]) == 0
     shown = capsys.readouterr().out
     assert "job" in shown
-    assert "mean of the first" in shown
+    assert "mean, first" in shown
     found = json.loads(report.read_text())
     lddt = [sample["lddt"] for sample in found["samples"]]
     assert len(lddt) == 3

@@ -22,6 +22,9 @@ from cpfold_train.evaluate.predictions import COLUMNS, Row, best_of, by_entry, c
 from cpfold_train.tables import make_console, make_table
 from cpfold_train.whole_file import whole_file
 
+_WIDEST = 6
+"""Columns of a score in the table, which then is whole in 80; words of the header go below each other."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the subcommand."""
@@ -131,20 +134,23 @@ def summaries(rows: list[Row]) -> dict[str, dict[str, float | None]]:
 
 def scores_table(rows: list[Row]) -> Table:
     """A row for each sample, and the means."""
-    headers = ["id", "sample", *COLUMNS.values(), "chains", "atoms %"]
+    headers = ["id", "no.", *(name.replace("interface", "iface") for name in COLUMNS.values()), "chains", "atoms %"]
     table = make_table(
-        ", ".join(headers), text="id", caption="RMSD and TM of C-alpha and C1' atoms; the best is by lDDT"
+        ", ".join(headers),
+        text="id",
+        caption="RMSD and TM of C-alpha and C1' atoms; the best is by lDDT",
     )
-    for column in table.columns:
-        # On a narrow terminal nothing is left out.
-        column.overflow = "fold"
+    table.padding, table.columns[0].overflow = 0, "fold"
+    for column in table.columns[1:]:
+        column.max_width = _WIDEST
     for row in rows:
         numbers = row.scores.numbers()
         cells = [cell(name, numbers[name]) for name in COLUMNS]
         table.add_row(row.id, str(row.sample), *cells, str(row.scores.chains), f"{100 * row.scores.atoms:.0f}")
     table.add_section()
     for name, numbers in summaries(rows).items():
-        table.add_row(name, "", *(cell(column, numbers[column]) for column in COLUMNS), "", "")
+        shown = name.replace("mean of the", "mean,").replace("mean of", "mean,")
+        table.add_row(shown, "", *(cell(column, numbers[column]) for column in COLUMNS), "", "")
     return table
 
 
