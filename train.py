@@ -1,10 +1,6 @@
 """Train: ``python train.py KEY=VALUE ...``; the keys are explained in ``conf``."""
 
-from cpfold_train.config.world import is_first_rank
-from cpfold_train.interrupts import quit_on_interrupt
+from cpfold_train.cli.start import main
 
 if __name__ == "__main__":
-    quit_on_interrupt(is_first_rank)
-    from cpfold_train.cli.train import main
-
     main()

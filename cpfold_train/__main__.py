@@ -19,7 +19,7 @@ SUBCOMMANDS = {
     TRAIN: ("cpfold_train.cli.train", "train: KEY=VALUE ..., as python train.py"),
     "prepare": ("cpfold_train.cli.prepare", "turn structure files and alignments into training shards"),
     "inspect": ("cpfold_train.data.inspect.command", "list the samples of shards, or describe and draw one of them"),
-    "compare": ("cpfold_train.reports.compare", "compare the loss curves of runs, such as one on each grid"),
+    "compare": ("cpfold_train.reports.compare", "which run is better, and what was different"),
     "export-boltz": ("cpfold_train.checkpoints.export", "write a run's weights as a checkpoint of boltz"),
     "consolidate": ("cpfold_train.checkpoints.consolidate", "turn a checkpoint of a run with FSDP into one file"),
     "predict": ("cpfold_train.cli.predict", "sample structures with a checkpoint, on a grid of ranks"),

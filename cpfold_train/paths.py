@@ -23,4 +23,4 @@ def train_command() -> list[str]:
     # In a checkout the package's configuration is a link to the folder beside it. A train.py that lies beside an
     # installed package is somebody else's.
     is_checkout = CONF.resolve() == (CHECKOUT / "conf").resolve()
-    return [sys.executable, *([str(CHECKOUT / "train.py")] if is_checkout else ["-m", "cpfold_train.cli.train"])]
+    return [sys.executable, *([str(CHECKOUT / "train.py")] if is_checkout else ["-m", "cpfold_train.cli.start"])]

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 _WIDTH_OF_FILES = 120
+
+
+def on_terminal() -> bool:
+    """Whether what is printed can be drawn over: what goes into a file or a pipe cannot."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def make_console() -> Console:
@@ -32,3 +41,14 @@ def make_table(columns: str, text: str = "", **settings: Any) -> Table:
     for column in columns.split(", "):
         table.add_column(column, justify="left" if column in left else "right")
     return table
+
+
+def make_block(rows: Iterable[tuple[str, str]]) -> Table:
+    """Names and what is to be said of each, which goes on below itself where the terminal is too narrow; a word that is
+    longer than a line is broken."""
+    block = Table.grid(padding=(0, 2, 0, 0))
+    block.add_column(no_wrap=True)
+    block.add_column(overflow="fold")
+    for name, text in rows:
+        block.add_row(Text(name, "bold"), Text(text))
+    return block

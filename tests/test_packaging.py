@@ -70,7 +70,7 @@ def test_an_installed_package_starts_no_script_that_lies_beside_it(tmp_path, mon
     (tmp_path / "cpfold_train" / "conf").mkdir(parents=True)
     monkeypatch.setattr(paths, "CHECKOUT", tmp_path)
     monkeypatch.setattr(paths, "CONF", tmp_path / "cpfold_train" / "conf")
-    assert paths.train_command() == [sys.executable, "-m", "cpfold_train.cli.train"]
+    assert paths.train_command() == [sys.executable, "-m", "cpfold_train.cli.start"]
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["plan", "--version"], ["prepare", "--version"]])

@@ -297,7 +297,7 @@ def test_the_command_starts_its_ranks(checkpoint, folder, tmp_path):
     )
     assert process.returncode == 0, process.stderr[-3000:]
     assert "1 of 1 predicted" in process.stdout
-    assert "job (36 tokens)" in process.stdout
+    assert "input 1/1  job (36 tokens)\n" in process.stdout and "\r" not in process.stdout
     assert read_structure(tmp_path / "job" / "job_model_0.cif")[0].resolved.all()
 
 
@@ -344,7 +344,7 @@ def test_evaluate(on_1x1, tmp_path, capsys):
     assert main(["evaluate", str(on_1x1), SHARD, "--json", str(report), "--csv", str(table)]) == 0
     shown = capsys.readouterr().out
     assert "job" in shown
-    assert "mean of the first" in shown
+    assert "mean, first" in shown
     found = json.loads(report.read_text())
     lddt = [sample["lddt"] for sample in found["samples"]]
     assert len(lddt) == 3

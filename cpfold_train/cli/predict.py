@@ -20,7 +20,7 @@ from cpfold_train.errors import ConfigError, DataError
 from cpfold_train.kernels.choice import KERNELS, PACKAGES, is_installed
 from cpfold_train.parallel.grid import parse_grid
 from cpfold_train.predict import PRECISIONS
-from cpfold_train.tables import make_console
+from cpfold_train.tables import make_console, on_terminal
 
 if TYPE_CHECKING:
     from cpfold_train.predict.results import Origin
@@ -125,7 +125,7 @@ def _predict(args: argparse.Namespace, world: World, queries: list[Any], origin:
     from cpfold_train.checkpoints import load as checkpoint
     from cpfold_train.model.config import MemoryConfig
     from cpfold_train.predict.predictor import Predictor, Queries
-    from cpfold_train.predict.progress import QueryBar
+    from cpfold_train.predict.progress import QueryBar, QueryLines
     from cpfold_train.predict.results import PredictionFolder
     from cpfold_train.training.apply import set_up_process
     from cpfold_train.training.gpus import set_up_gpus
@@ -143,7 +143,8 @@ def _predict(args: argparse.Namespace, world: World, queries: list[Any], origin:
         num_nodes=world.num_nodes,
         precision=args.precision,
         strategy=GridStrategy(grid.rows, grid.cols, 1, _TIMEOUT, "auto", args.kernels),
-        callbacks=[QueryBar()],
+        callbacks=[QueryBar() if on_terminal() else QueryLines()],
+        enable_progress_bar=on_terminal(),
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

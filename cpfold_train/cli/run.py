@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from cpfold_train.config.check_finetune import require_metric
@@ -21,16 +21,20 @@ from cpfold_train.faults.reporter import FAULTS, FaultReporter, sentence_on
 from cpfold_train.faults.restart import AutoRestart
 from cpfold_train.faults.skip import SkipBadSteps
 from cpfold_train.parallel.anomaly import look_at_local_shards
+from cpfold_train.tables import on_terminal
 from cpfold_train.training.apply import make_strategy, prepare_module, set_up_process
 from cpfold_train.training.datamodule import TileData
 from cpfold_train.training.early_stop import EarlyStop
 from cpfold_train.training.ema import MovingAverage
 from cpfold_train.training.max_time import MaxTime
 from cpfold_train.training.precision import precision_arguments
+from cpfold_train.training.reporting.ending import EndBlock
 from cpfold_train.training.reporting.loggers import MetricsCSV, wandb_logger
 from cpfold_train.training.reporting.module_statistics import ModuleStatistics
 from cpfold_train.training.reporting.pictures import Pictures
+from cpfold_train.training.reporting.progress import Bar, Lines
 from cpfold_train.training.reporting.result import Result
+from cpfold_train.training.reporting.start import StartBlock
 from cpfold_train.training.reporting.step_metrics import StepMetrics
 from cpfold_train.training.reporting.trace_steps import TraceSteps
 from cpfold_train.training.save_last import SaveLast
@@ -66,6 +70,8 @@ def run(
     trainer = pl.Trainer(
         **dataclasses.asdict(config.trainer)
         | {"num_nodes": world.num_nodes, "inference_mode": inference_mode, "max_time": None}
+        # How far the run is, a callback shows.
+        | {"enable_progress_bar": False}
         | precision_arguments(config.trainer),
         strategy=strategy,
         devices=world.devices,
@@ -103,8 +109,10 @@ def make_callbacks(config: TrainConfig, run_dir: Path, again: AutoRestart | None
     """The callbacks of a run, in the order in which Lightning calls them; the comments say why where it matters."""
     folder = run_dir / "checkpoints"
     last = SaveLast(folder / "last.ckpt", config.checkpoint.every_n_steps)
-    # First, so that the others see the average in validation. It holds the weights once more.
-    callbacks: list[Callback] = [MovingAverage(config.optim.ema_decay)] if config.optim.ema_decay else []
+    callbacks: list[Callback] = [StartBlock(config, run_dir)]
+    # Before the others, so that they see the average in validation. It holds the weights once more.
+    if config.optim.ema_decay:
+        callbacks.append(MovingAverage(config.optim.ema_decay))
     skip = SkipBadSteps(config.faults.max_skipped, run_dir)
     metrics = StepMetrics(skip, peak_flops(config.trainer))
     if config.faults.memory_snapshot:
@@ -133,8 +141,9 @@ def make_callbacks(config: TrainConfig, run_dir: Path, again: AutoRestart | None
         callbacks.append(TraceSteps(run_dir / "profile", *config.profile.steps))
     if (step := schedule_start(config, run_dir)) is not None:
         callbacks.append(StartSchedule(step))
-    if config.trainer.enable_progress_bar:
-        callbacks.append(TQDMProgressBar(leave=True))
+    show_progress = Bar if config.trainer.enable_progress_bar and on_terminal() else Lines
+    callbacks.append(show_progress(metrics, run_dir / "metrics.csv"))
+    callbacks.append(EndBlock(config, run_dir))
     return callbacks
 
 

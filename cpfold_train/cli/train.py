@@ -194,8 +194,3 @@ def _refuse(sentence: str, code: int = 2) -> NoReturn:
     if is_first_rank():
         print(f"error: {sentence}", file=sys.stderr)
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    quit_on_interrupt(is_first_rank)
-    main()
