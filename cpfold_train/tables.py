@@ -9,6 +9,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -28,18 +29,27 @@ def make_console() -> Console:
     return console
 
 
-def make_table(columns: str, text: str = "", **settings: Any) -> Table:
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table with its ``whole`` columns complete, however narrow the terminal is."""
+    least = Measurement.get(console, console.options.update(max_width=10**4), table).minimum
+    width, console.width = console.width, max(console.width, least)
+    console.print(table, crop=False)
+    console.width = width
+
+
+def make_table(columns: str, text: str = "", whole: str = "", **settings: Any) -> Table:
     """An empty table.
 
     Args:
         columns: headers, separated by commas.
         text: those of columns of text, which are aligned left.
+        whole: those of columns whose cells are never broken or cut; for :func:`print_whole`.
         settings: title and caption.
     """
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), **settings)
-    left = text.split(", ")
+    left, unbroken = text.split(", "), whole.split(", ")
     for column in columns.split(", "):
-        table.add_column(column, justify="left" if column in left else "right")
+        table.add_column(column, justify="left" if column in left else "right", no_wrap=column in unbroken)
     return table
 
 

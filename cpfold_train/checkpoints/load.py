@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cpfold_train.checkpoints.boltz import initialise, read_checkpoint
 from cpfold_train.checkpoints.export import model_config
+from cpfold_train.checkpoints.features import features_of, told_features
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.config import MemoryConfig, ModelConfig
@@ -63,6 +64,13 @@ def load_model(path: Path, weights: str) -> CoFolding:
     model = CoFolding(model_config(checkpoint, path) if ours else ModelConfig(), MemoryConfig())
     initialise(model, path, "ema" if weights == AVERAGE else "raw")
     return model.eval()
+
+
+def choose_features(path: Path, typed: str | None) -> tuple[str, str | None]:
+    """The features of a prediction: those that are typed, else the checkpoint's; and a sentence where these differ."""
+    checkpoint = read_checkpoint(path)
+    features = typed or features_of(checkpoint)
+    return features, told_features(features, checkpoint, path, "--features ")
 
 
 def _fingerprint(path: Path) -> str:

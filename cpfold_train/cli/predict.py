@@ -21,6 +21,7 @@ from cpfold_train.kernels.choice import KERNELS, PACKAGES, is_installed
 from cpfold_train.parallel.grid import parse_grid
 from cpfold_train.predict import PRECISIONS
 from cpfold_train.tables import make_console, on_terminal
+from cpfold_train.vocabulary import FEATURE_SETS, FEATURES_TOLD
 
 if TYPE_CHECKING:
     from cpfold_train.predict.results import Origin
@@ -43,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recycling-steps", type=int, default=3, metavar="N", help="of the trunk (default: 3)")
     parser.add_argument("--max-msa-rows", type=int, default=8192, metavar="N", help="most MSA rows (default: 8192)")
     parser.add_argument("--crop", type=int, metavar="N", help="most tokens of an input (default: all of them)")
+    parser.add_argument(
+        "--features", choices=FEATURE_SETS, help="as data.features in training (default: those of the checkpoint)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (default: 0)")
     parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="(default: %(default)s)")
     parser.add_argument("--kernels", choices=KERNELS, default=KERNELS[0], help="as of train.py (default: %(default)s)")
@@ -81,6 +85,7 @@ def run(args: argparse.Namespace) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {args.out} cannot be made ({error.strerror}): type another folder") from error
+    features, note = checkpoint.choose_features(args.checkpoint, args.features)
     settings = Settings(
         samples=args.samples,
         sampling_steps=args.sampling_steps,
@@ -88,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
         max_msa_rows=args.max_msa_rows,
         crop_size=args.crop,
         seed=args.seed,
+        features=features,
     )
     weights = checkpoint.choose_weights(args.checkpoint, args.weights)
     origin = Origin(weights, settings, args.precision, str(world.grid))
@@ -105,6 +111,10 @@ def run(args: argparse.Namespace) -> None:
             f"{len(queries) - len(left)} of {len(queries)} are in {args.out} already: --overwrite predicts them again"
         )
     if left:
+        if is_first_rank():
+            print(f"features: {FEATURES_TOLD[features]}", file=sys.stderr)
+            if note:
+                print(f"note: {note}", file=sys.stderr)
         _predict(args, world, left, origin)
 
 

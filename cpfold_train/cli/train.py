@@ -45,6 +45,7 @@ from cpfold_train.faults.restart import AutoRestart
 from cpfold_train.interrupts import quit_on_interrupt
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.paths import CONF, train_command
+from cpfold_train.vocabulary import FEATURES_TOLD
 
 CHOSEN_MEMORY = "CPFOLD_TRAIN_MEMORY"
 """Variable of the environment with what ``memory=auto`` has come to, for ranks that this process starts."""
@@ -158,6 +159,7 @@ def _run(typed: TrainConfig, config: DictConfig, world: World, run_dir: Path) ->
             raise ConfigError(
                 f"hydra.run.dir={run_dir} cannot be written ({error.strerror}): type another hydra.run.dir"
             ) from error
+        print(f"features: {FEATURES_TOLD[typed.data.features]}", file=sys.stderr)
     again = AutoRestart(run_dir) if starts_ranks(world) else None
     os.environ[RUN_DIR] = str(run_dir)
     # Lightning takes seconds to import; a wrong key is to be told at once.

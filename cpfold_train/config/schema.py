@@ -25,6 +25,7 @@ from cpfold_train.data.stream.sampling import SAMPLINGS
 from cpfold_train.kernels.choice import KERNELS
 from cpfold_train.model.config import MemoryConfig, ModelConfig
 from cpfold_train.parallel.cost import ALGORITHMS
+from cpfold_train.vocabulary import FEATURE_SETS
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "transformer-engine", "64-true")
 """Not fp16: its range ends at 65,504."""
@@ -70,6 +71,7 @@ class DataConfig:
     max_atoms: int | None = key(at_least(1))
     max_msa_rows: int = key(at_least(1))
     max_templates: int = key(at_least(0))
+    features: str = key(one_of(*FEATURE_SETS))
     buckets: int | None = key(at_least(1))
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     max_bad_share: float = key(from_to(0, 1))

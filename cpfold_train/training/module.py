@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from cpfold_train.checkpoints.features import told_features
 from cpfold_train.config.schema import CONFIDENCE, DiffusionRunConfig, FinetuneConfig, LossConfig, OptimConfig
 from cpfold_train.losses.total import confidence_losses, structure_losses
 from cpfold_train.model.cofolding import CoFolding
@@ -206,6 +207,9 @@ class CoFoldingModule(LightningModule):
         other groups."""
         require_same(self._finetune, checkpoint)
         require_fit(self.state_dict(), checkpoint["state_dict"])
+        note = told_features(self._sizes.features, checkpoint, "the checkpoint", "data.features=")
+        if note and self.trainer.is_global_zero:
+            print(f"note: {note}", file=sys.stderr)
         averages = any(isinstance(callback, MovingAverage) for callback in self.trainer.callbacks)
         if "current_model_state" in checkpoint and not averages:
             # Without an average of its own the run goes on from the weights under training.
