@@ -20,8 +20,12 @@ from cpfold_train.errors import ConfigError
 from cpfold_train.kernels.choice import INSTALL, PACKAGES, is_installed
 
 
-def check(config: TrainConfig) -> None:
-    """Raise ConfigError or DataError, one sentence that says what to type instead."""
+def check(config: TrainConfig, shards: bool = True) -> None:
+    """Raise ConfigError or DataError, one sentence that says what to type instead.
+
+    Args:
+        shards: whether there have to be any.
+    """
     check_checkpoints(config.ckpt_path, config.model.init_from, config.parallel.fsdp)
     check_bounds(config)
     if config.memory.keep_attention and not config.memory.recompute:
@@ -61,10 +65,9 @@ def check(config: TrainConfig) -> None:
     check_finetune(config)
     _crop_schedule(config.data.crop_schedule)
     _profiled_steps(config.profile.steps)
-    for source in training_sources(config.data):
+    sources = [*training_sources(config.data), *([validation_source(config.data)] if config.data.val else ())]
+    for source in sources if shards else ():
         open_source(source)
-    if config.data.val:
-        open_source(validation_source(config.data))
     if config.wandb.enabled:
         _require_wandb()
 

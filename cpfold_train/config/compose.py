@@ -79,7 +79,7 @@ def of_run(settings: list[str]) -> list[str]:
 
 def compose(settings: list[str]) -> TrainConfig:
     """The configuration of ``python train.py SETTINGS`` with its largest crops. Checkpoints to start from need not be
-    there, nor GPUs, nor their kernels.
+    there, nor shards, GPUs and their kernels.
 
     Raises:
         ConfigError: in the words of ``train.py``.
@@ -93,5 +93,5 @@ def compose(settings: list[str]) -> TrainConfig:
     config = replace(config, model=replace(config.model, init_from=None), ckpt_path=None)
     check_bounds(config)
     check_kernels(config)
-    check(replace(config, kernels="torch", trainer=replace(config.trainer, accelerator="cpu")))
+    check(replace(config, kernels="torch", trainer=replace(config.trainer, accelerator="cpu")), shards=False)
     return replace(config, trainer=replace(config.trainer, accelerator="cpu"), crop_size=config.largest_crop)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 
+import psutil
 from torch import Tensor, nn
 
 from cpfold_train.config.schema import TrainConfig
@@ -33,6 +35,8 @@ from cpfold_train.simulate.batch import assumed_batch, feature_bytes
 from cpfold_train.simulate.trace import CATEGORIES, STEP, Moment
 
 GIB, MIB = 2**30, 2**20
+FIRST_USE = 64 * MIB
+"""What a process on CPU takes in its first step whatever the size: pages of libraries, threads, sockets. Measured."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Plan:
         memory: bytes of the device.
         kernels: those that are planned with, and why.
         what: is planned.
+        process: bytes that the process takes beside tensors, of the same memory: on CPU.
     """
 
     config: TrainConfig
@@ -62,6 +67,7 @@ class Plan:
     memory: float
     kernels: Choice
     what: str = "one optimizer step"
+    process: float = 0
 
     @property
     def peak(self) -> float:
@@ -71,7 +77,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether that leaves a margin."""
-        return self.peak <= (1 - MEMORY_MARGIN) * self.memory
+        return self.peak + self.process <= (1 - MEMORY_MARGIN) * self.memory
 
     @property
     def host_memory(self) -> float:
@@ -92,6 +98,7 @@ class Plan:
             "memory": asdict(self.config.memory),
             "parameters": self.parameters,
             "peak_memory_gib": self.peak / GIB,
+            "process_memory_gib": self.process / GIB,
             "device_memory_gib": self.memory / GIB,
             "host_memory_gib": self.host_memory / GIB,
             "fits": self.fits,
@@ -140,6 +147,7 @@ def plan(config: TrainConfig, grid: Grid, device: str) -> Plan:
     Raises:
         ConfigError: there is no such device.
     """
+    process = process_bytes() if device == "cpu" else 0
     found = find_device(device, grid.world_size)
     config, kernels = _with_kernels(config, found, device)
     module = build(config)
@@ -147,7 +155,7 @@ def plan(config: TrainConfig, grid: Grid, device: str) -> Plan:
     phase, held = peak_moment(traced)
     trained_bytes = sum(x.nbytes for x in module.parameters() if x.requires_grad)
     costs = estimate(traced, config, grid, found, trained_bytes)
-    return Plan(config, grid, device, _parameters(module), held, phase, costs, found.memory, kernels)
+    return Plan(config, grid, device, _parameters(module), held, phase, costs, found.memory, kernels, process=process)
 
 
 def plan_prediction(config: TrainConfig, grid: Grid, device: str) -> Plan:
@@ -223,6 +231,13 @@ def _known_bytes(module: nn.Module, config: TrainConfig, grid: Grid) -> dict[str
     """What weights and features of the whole model take on a GPU, by category."""
     features = {"features": feature_bytes(assumed_batch(config, grid, GPU_MULTIPLE))}
     return weight_bytes(module, config, grid) | features
+
+
+@cache
+def process_bytes() -> float:
+    """What a rank of a run on CPU takes beside tensors: as much as this process before it plans, which has imported
+    what a run does, and ``FIRST_USE``."""
+    return psutil.Process().memory_info().rss + FIRST_USE
 
 
 def _parameters(module: nn.Module) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cpfold_train.config.memory_default import Room, attention_bytes_of, keeps_on_host, room_of, tile_elements, z_width
 from cpfold_train.config.schema import TrainConfig
@@ -59,12 +59,17 @@ def propose(config: TrainConfig, device: str, gpus: int, dp: int, choose: bool) 
     Raises:
         ConfigError: there is no such device.
     """
-    found = []
-    for grid in track(list(grids(config.crop_size, gpus, dp=dp)), "planning", console=Console(stderr=True)):
-        if choose:
-            found.append(first_that_fits(config, grid, device))
-        elif may_fit(config, grid, device):
-            found.append(plan(config, grid, device))
+    found, wanted = [], list(grids(config.crop_size, gpus, dp=dp))
+    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True)
+    with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("planning", total=len(wanted))
+        for grid in wanted:
+            progress.update(task, description=f"planning cp.grid={grid}")
+            if choose:
+                found.append(first_that_fits(config, grid, device))
+            elif may_fit(config, grid, device):
+                found.append(plan(config, grid, device))
+            progress.advance(task)
     return sorted((p for p in found if p and p.fits), key=lambda p: p.costs.step_s)
 
 
