@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cpfold_train.cli.train import start
-from cpfold_train.config.check import check, wandb_switched_off
+from cpfold_train.config.check import check, count_samples, wandb_switched_off
 from cpfold_train.config.check_batches import check_batches
 from cpfold_train.config.composition import explain, typed_config
 from cpfold_train.config.quoting import hydra_quoted
@@ -62,7 +62,8 @@ def refusal(**trainer: object) -> str | None:
 
 def start_up(config: TrainConfig) -> None:
     """What a run does before it starts processes, and the trainer that it makes."""
-    samples = check(config)
+    check(config)
+    samples = count_samples(config)
     check_machines(config.trainer.num_nodes, {})
     world = plan_world(config.cp.grid, config.dp, config.trainer.num_nodes, config.trainer.accelerator, {})
     check_batches(config, *samples, world.grid.dp)

@@ -22,7 +22,7 @@ from rich.console import Console
 from cpfold_train import VERSION
 from cpfold_train.cli import sweep
 from cpfold_train.cli.run_dir import claimed, remove_metrics
-from cpfold_train.config.check import check, wandb_switched_off
+from cpfold_train.config.check import check, count_samples, wandb_switched_off
 from cpfold_train.config.check_batches import check_batches
 from cpfold_train.config.check_checkpoint import checkpoint_to_resume, is_below
 from cpfold_train.config.composition import explain, register, typed_config
@@ -114,7 +114,8 @@ def start(config: DictConfig, run_dir: Path, may_vary: bool = False) -> None:
     """
     typed = typed_config(config)
     typed.ckpt_path = checkpoint_to_resume(config.ckpt_path, run_dir)
-    samples = check(typed)
+    check(typed)
+    samples = count_samples(typed)
     world = plan_world(typed.cp.grid, typed.dp, typed.trainer.num_nodes, typed.trainer.accelerator)
     check_machines(typed.trainer.num_nodes)
     check_batches(typed, *samples, world.grid.dp)

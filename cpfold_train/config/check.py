@@ -21,12 +21,8 @@ from cpfold_train.errors import ConfigError
 from cpfold_train.kernels.choice import INSTALL, PACKAGES, is_installed
 
 
-def check(config: TrainConfig) -> tuple[int, int]:
-    """Raise ConfigError or DataError, one sentence that says what to type instead.
-
-    Returns:
-        Samples of all training sets and of validation, for :func:`cpfold_train.config.check_batches.check_batches`.
-    """
+def check(config: TrainConfig) -> None:
+    """Raise ConfigError or DataError, one sentence that says what to type instead. Shards are not looked for."""
     check_checkpoints(config.ckpt_path, config.model.init_from, config.parallel.fsdp)
     check_bounds(config)
     if config.memory.keep_attention and not config.memory.recompute:
@@ -67,6 +63,14 @@ def check(config: TrainConfig) -> tuple[int, int]:
     _profiled_steps(config.profile.steps)
     if config.wandb.enabled and wandb_switched_off() is None:
         _require_wandb()
+
+
+def count_samples(config: TrainConfig) -> tuple[int, int]:
+    """Samples of all training sets and of validation, for :func:`cpfold_train.config.check_batches.check_batches`.
+
+    Raises:
+        ConfigError, DataError: there are no such shards, or they are damaged.
+    """
     training = sum(_samples(source) for source in training_sources(config.data))
     return training, _samples(validation_source(config.data)) if config.data.val else 0
 
