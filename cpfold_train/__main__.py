@@ -17,6 +17,7 @@ from cpfold_train.paths import train_command
 TRAIN = "train"
 SUBCOMMANDS = {
     TRAIN: ("cpfold_train.cli.train", "train: KEY=VALUE ..., as python train.py"),
+    "resume": ("cpfold_train.cli.resume", "go on with a run: from its newest checkpoint, with its own configuration"),
     "prepare": ("cpfold_train.cli.prepare", "turn structure files and alignments into training shards"),
     "inspect": ("cpfold_train.data.inspect.command", "list the samples of shards, or describe and draw one of them"),
     "compare": ("cpfold_train.reports.compare", "which run is better, and what was different"),

@@ -21,9 +21,9 @@ def on_terminal() -> bool:
     return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def make_console() -> Console:
+def make_console(stderr: bool = False) -> Console:
     """The terminal; in a pipe or a file nothing limits the width, and rich would take 80 columns."""
-    console = Console()
+    console = Console(stderr=stderr)
     if not console.is_terminal:
         console.width = _WIDTH_OF_FILES
     return console

@@ -26,7 +26,16 @@ from cpfold_train.config.check import check, count_samples, wandb_switched_off
 from cpfold_train.config.check_batches import check_batches
 from cpfold_train.config.check_checkpoint import checkpoint_to_resume, is_below
 from cpfold_train.config.composition import explain, register, typed_config
+from cpfold_train.config.effects import differences_table
 from cpfold_train.config.memory_default import room_of, with_default_memory
+from cpfold_train.config.recorded import (
+    damaged_checkpoints,
+    differences,
+    recorded_beside,
+    step_of,
+    with_record,
+    write_record,
+)
 from cpfold_train.config.schema import TrainConfig
 from cpfold_train.config.world import (
     IGNORED,
@@ -42,9 +51,9 @@ from cpfold_train.config.world import (
 )
 from cpfold_train.errors import ConfigError, DataError, RunError
 from cpfold_train.faults.restart import AutoRestart
-from cpfold_train.interrupts import quit_on_interrupt
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.paths import CONF, train_command
+from cpfold_train.tables import make_console, print_whole
 from cpfold_train.vocabulary import FEATURES_TOLD
 
 CHOSEN_MEMORY = "CPFOLD_TRAIN_MEMORY"
@@ -64,6 +73,7 @@ def main() -> None:
 
         print(train_help())
         return
+    _use_directory_of_resumed_run()
     # Several machines without torchrun or SLURM are told of each other by these variables.
     several = any(word.startswith("trainer.num_nodes=") and word != "trainer.num_nodes=1" for word in sys.argv)
     if not several and (left := ignore_other_launchers()):
@@ -81,11 +91,14 @@ def main() -> None:
 def _composed(config: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     if hydra_config.mode is RunMode.MULTIRUN:
+        if config.resume:
+            _refuse("resume goes on with one run in its directory: type config_from and ckpt_path for a sweep from it")
         if "TORCHELASTIC_RUN_ID" in os.environ or (started_by_slurm() and int(os.environ["SLURM_NTASKS"]) > 1):
             _refuse("each rank would run the whole sweep: type python train.py -m alone, which starts the ranks")
         job_dir = Path(hydra_config.runtime.output_dir)
         return sweep.run_job(train_command(), list(hydra_config.overrides.task), job_dir)
     try:
+        config = with_record(config, hydra_config.overrides.task)
         start(config, Path(hydra_config.runtime.output_dir), may_vary=_is_named_by_time(hydra_config))
     except (ConfigError, DataError) as error:
         _refuse(str(error))
@@ -154,8 +167,10 @@ def _run(typed: TrainConfig, config: DictConfig, world: World, run_dir: Path) ->
     if is_first_rank():
         if typed.ckpt_path is None:
             remove_metrics(run_dir)
+        else:
+            _tell_resume(config, typed.ckpt_path)
         try:
-            OmegaConf.save(config, run_dir / "resolved.yaml", resolve=True)
+            write_record(config, run_dir)
         except OSError as error:
             raise ConfigError(
                 f"hydra.run.dir={run_dir} cannot be written ({error.strerror}): type another hydra.run.dir"
@@ -172,6 +187,24 @@ def _run(typed: TrainConfig, config: DictConfig, world: World, run_dir: Path) ->
         if again is not None:
             again.after_out_of_memory()
         raise
+
+
+def _use_directory_of_resumed_run() -> None:
+    """Let Hydra take the directory of ``resume=RUN`` for that of the run, where no other is typed."""
+    given = [word.partition("=")[2] for word in sys.argv[1:] if word.startswith("resume=")]
+    if given and not any(word.startswith("hydra.run.dir=") for word in sys.argv):
+        sys.argv.append(f"hydra.run.dir={given[-1]}")
+
+
+def _tell_resume(config: DictConfig, ckpt_path: str) -> None:
+    """Where the run goes on from, what is passed over, and which keys have other values than there."""
+    checkpoint = Path(ckpt_path)
+    for path in damaged_checkpoints(checkpoint.absolute().parents[1]):
+        print(f"note: {path} is not complete, and is passed over", file=sys.stderr)
+    print(f"resuming from {checkpoint}, step {step_of(checkpoint)}", file=sys.stderr)
+    if changed := differences(recorded_beside(ckpt_path) or {}, config):
+        print("these keys have other values than its run had:", file=sys.stderr)
+        print_whole(make_console(stderr=True), differences_table(changed))
 
 
 def _chosen_memory(config: TrainConfig, world: World, device: str) -> MemoryConfig:

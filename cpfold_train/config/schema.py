@@ -249,6 +249,8 @@ class TrainConfig:
     dp: Any = MISSING
     seed: int = key(at_least(0))
     ckpt_path: str | None = MISSING
+    resume: str | None = MISSING
+    config_from: str | None = MISSING
     kernels: str = key(one_of(*KERNELS))
     compile: bool = MISSING
     tf32: bool = MISSING

@@ -14,6 +14,9 @@ from cpfold_train.reports.metrics import METRICS, VALIDATION
 from cpfold_train.reports.metrics_csv import read_metrics
 from cpfold_train.reports.result_file import read_result
 
+RESOLVED = "resolved.yaml"
+"""In a run directory: the whole configuration of the last start. Those of earlier ones are ``resolved.1.yaml`` ..."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -56,7 +59,7 @@ def read_record(folder: Path) -> Record:
     metrics = folder / "metrics.csv"
     if not metrics.exists():
         raise DataError(f"{folder} has no metrics.csv: name the directory of a run, such as runs/DATE/TIME")
-    config = folder / "resolved.yaml"
+    config = folder / RESOLVED
     keys = flattened(OmegaConf.to_container(OmegaConf.load(config))) if config.exists() else {}
     return Record(folder, keys, read_metrics(metrics), read_result(folder))
 
