@@ -253,6 +253,8 @@ def test_the_end_of_a_run(ended):
         assert typed(shown) == words
     commands = dict(next_commands(run_dir, known))
     assert commands["go on"][-2:] == [f"runs/{run_dir.name}", "trainer.max_steps=40"]
+    # Those of another checkpoint lie beside them.
+    assert commands["predict"][-1] == f"runs/{run_dir.name}/predictions/best-step-20" == commands["evaluate"][-2]
     assert commands["predict"][-4].endswith("best-step-20.ckpt") and commands["predict"][-3] == "my shards/*.tar"
 
 

@@ -115,7 +115,7 @@ def next_commands(run_dir: Path, ending: Ending) -> list[tuple[str, list[str]]]:
     chosen = ending.best or last
     if not chosen.exists():
         return []
-    run, checkpoint, predictions = shown(run_dir), shown(chosen), shown(run_dir / "predictions")
+    run, checkpoint, predictions = shown(run_dir), shown(chosen), shown(run_dir / "predictions" / chosen.stem)
     found = []
     if last.exists() and ending.longer:
         found.append(("go on", command("resume", run, ending.longer)))
