@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
 
 def hydra_quoted(value: str | Path) -> str:
-    """A string as a value that Hydra takes as it is."""
-    escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    """A string as a value that Hydra takes as it is: backslashes count only where a quote follows them."""
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + (found[2] and "\\'"), str(value))
     return f"'{escaped}'"
 
 

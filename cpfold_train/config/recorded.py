@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from cpfold_train.checkpoints.boltz import read_checkpoint
 from cpfold_train.checkpoints.sharded import is_sharded_checkpoint, read_index
@@ -124,7 +125,7 @@ def _read(path: Path) -> DictConfig:
         raise ConfigError(f"{path} does not exist: type the directory of a run, such as resume=runs/DATE/TIME")
     try:
         recorded = OmegaConf.load(path)
-    except (OSError, ValueError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(recorded, DictConfig):
         raise ConfigError(f"{path} holds no configuration: type the resolved.yaml of a run")
