@@ -153,11 +153,14 @@ def test_combinations_that_can_be(trainer):
         "profiler=advanced",
         "profiler=pytorch",
         "detect_anomaly=true",
+        "detect_anomaly=true parallel.fsdp=true",
+        "gradient_clip_algorithm=value gradient_clip_val=1 parallel.fsdp=true",
+        "fast_dev_run=true parallel.fsdp=true",
     ],
 )
 def test_what_is_not_refused_runs(forked_runs, tmp_path, keys):
     """On two ranks."""
-    trainer = [f"trainer.{key}" for key in keys.split()]
+    trainer = [key if key.startswith("parallel.") else f"trainer.{key}" for key in keys.split()]
     given = [*SMALL, "data.val=[tests/data/*.tar]", "cp.grid=1x2", "trainer.max_steps=2", f"hydra.run.dir={tmp_path}"]
     process = forked_runs.run(2, [*given, *trainer])
     assert process.returncode == 0, process.stderr[-3000:]
