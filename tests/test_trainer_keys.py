@@ -19,6 +19,7 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cpfold_train.cli.run import _module
 from cpfold_train.cli.train import start
 from cpfold_train.config.check import check, wandb_switched_off
 from cpfold_train.config.check_batches import check_batches
@@ -213,6 +214,15 @@ def test_a_run_does_and_says_what_the_variable_of_wandb_asks_for(monkeypatch, ca
     start(OmegaConf.merge(base(), {"wandb": {"enabled": True}}), tmp_path / "run")
     assert started[0].wandb.enabled is enabled
     assert f"WANDB_MODE={mode}" in capsys.readouterr().err
+
+
+def test_a_model_that_finds_no_memory_is_told(monkeypatch):
+    def prepare(config: TrainConfig) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 400 bytes")
+
+    monkeypatch.setattr("cpfold_train.cli.run.prepare_module", prepare)
+    with pytest.raises(ConfigError, match="type smaller ones"):
+        _module(base_config())
 
 
 @pytest.mark.parametrize("path", ["a=b", "it's", "a[x]", "a(1)", "a;b&c", 'a"b', "a b=c", "a-{x}", "a,b"])
