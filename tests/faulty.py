@@ -99,11 +99,11 @@ def not_finite() -> None:
 
 
 def nan_in_backward() -> None:
-    """A loss of rank 1 is finite in the second step, and its gradient is not a number."""
+    """A loss of rank 1 is finite in the first step, and its gradient is not a number."""
 
     def spoil(step: int, losses: dict) -> dict:
         root = (0 * losses["distogram"]).sqrt() * 0
-        return losses | {"distogram": losses["distogram"] + root} if step == 1 else losses
+        return losses | {"distogram": losses["distogram"] + root} if step == 0 else losses
 
     _losses_on_rank_1(spoil)
     entry.main()

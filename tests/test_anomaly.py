@@ -33,7 +33,7 @@ def test_the_rank_that_has_a_nan_finds_it(ranks, placements):
 
 
 def test_a_run_ends_with_the_operation_that_made_a_nan(forked_runs, tmp_path):
-    given = [*SMALL, "cp.grid=1x2", "data.val=[]", "trainer.max_steps=2", f"hydra.run.dir={tmp_path}"]
+    given = [*SMALL, "cp.grid=1x2", "data.val=[]", "trainer.max_steps=1", f"hydra.run.dir={tmp_path}"]
     process = forked_runs.run(2, [*given, "trainer.detect_anomaly=true"], "tests.faulty:nan_in_backward")
     assert process.returncode == 1
     assert "Error detected in SqrtBackward0" in process.stderr

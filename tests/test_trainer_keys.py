@@ -19,6 +19,7 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cpfold_train.cli.run import _module
 from cpfold_train.cli.train import start
 from cpfold_train.config.check import check, count_samples, wandb_switched_off
 from cpfold_train.config.check_batches import check_batches
@@ -154,11 +155,14 @@ def test_combinations_that_can_be(trainer):
         "profiler=advanced",
         "profiler=pytorch",
         "detect_anomaly=true",
+        "detect_anomaly=true parallel.fsdp=true",
+        "gradient_clip_algorithm=value gradient_clip_val=1 parallel.fsdp=true",
+        "fast_dev_run=true parallel.fsdp=true",
     ],
 )
 def test_what_is_not_refused_runs(forked_runs, tmp_path, keys):
     """On two ranks."""
-    trainer = [f"trainer.{key}" for key in keys.split()]
+    trainer = [key if key.startswith("parallel.") else f"trainer.{key}" for key in keys.split()]
     given = [*SMALL, "data.val=[tests/data/*.tar]", "cp.grid=1x2", "trainer.max_steps=2", f"hydra.run.dir={tmp_path}"]
     process = forked_runs.run(2, [*given, *trainer])
     assert process.returncode == 0, process.stderr[-3000:]
@@ -211,6 +215,15 @@ def test_a_run_does_and_says_what_the_variable_of_wandb_asks_for(monkeypatch, ca
     start(OmegaConf.merge(base(), {"wandb": {"enabled": True}}), tmp_path / "run")
     assert started[0].wandb.enabled is enabled
     assert f"WANDB_MODE={mode}" in capsys.readouterr().err
+
+
+def test_a_model_that_finds_no_memory_is_told(monkeypatch):
+    def prepare(config: TrainConfig) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 400 bytes")
+
+    monkeypatch.setattr("cpfold_train.cli.run.prepare_module", prepare)
+    with pytest.raises(ConfigError, match="type smaller ones"):
+        _module(base_config())
 
 
 @pytest.mark.parametrize("path", ["a=b", "it's", "a[x]", "a(1)", "a;b&c", 'a"b', "a b=c", "a-{x}", "a,b"])

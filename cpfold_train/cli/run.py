@@ -15,8 +15,8 @@ from cpfold_train.config.check_precision import IN_BF16
 from cpfold_train.config.schema import TrainConfig, TrainerConfig
 from cpfold_train.config.world import World
 from cpfold_train.devices import DEVICES, called_alike, own_gpu_name
-from cpfold_train.errors import RunError
-from cpfold_train.faults.out_of_memory import MemorySnapshot
+from cpfold_train.errors import ConfigError, RunError, in_one_line
+from cpfold_train.faults.out_of_memory import MemorySnapshot, is_out_of_memory
 from cpfold_train.faults.reporter import FAULTS, FaultReporter, sentence_on
 from cpfold_train.faults.restart import AutoRestart
 from cpfold_train.faults.skip import SkipBadSteps
@@ -27,6 +27,7 @@ from cpfold_train.training.datamodule import TileData
 from cpfold_train.training.early_stop import EarlyStop
 from cpfold_train.training.ema import MovingAverage
 from cpfold_train.training.max_time import MaxTime
+from cpfold_train.training.module import CoFoldingModule
 from cpfold_train.training.precision import precision_arguments
 from cpfold_train.training.reporting.ending import EndBlock
 from cpfold_train.training.reporting.loggers import MetricsCSV, wandb_logger
@@ -61,7 +62,7 @@ def run(
     if config.trainer.detect_anomaly:
         look_at_local_shards()
     pl.seed_everything(config.seed, verbose=False)
-    module = prepare_module(config)
+    module = _module(config)
     require_metric(config.early_stop.monitor, module.trains_confidence)
     strategy = make_strategy(config, world.grid)
     strategy.again, strategy.faults = again, run_dir / FAULTS
@@ -103,6 +104,17 @@ def run(
             import wandb
 
             wandb.finish()
+
+
+def _module(config: TrainConfig) -> CoFoldingModule:
+    try:
+        return prepare_module(config)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"a model of these sizes finds no memory ({in_one_line(error)}): type smaller ones, by the keys of model"
+        ) from error
 
 
 def make_callbacks(config: TrainConfig, run_dir: Path, again: AutoRestart | None) -> list[Callback]:
