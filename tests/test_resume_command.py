@@ -155,7 +155,9 @@ def parents(key: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
-@pytest.mark.parametrize("name", ["plain", "a run", "lr=1e-4", "a,b", "it's", "[x]", "{y: 1}", "a\\b", "a\\", "a\\'b", "100%"])
+@pytest.mark.parametrize(
+    "name", ["plain", "a run", "lr=1e-4", "a,b", "it's", "[x]", "{y: 1}", "a\\b", "a\\", "a\\'b", "100%"]
+)
 def test_names_of_directories_survive(tmp_path, name):
     run = saved(tmp_path / name, last=1)
     parser = OverridesParser.create()

@@ -12,7 +12,7 @@ from cpfold_train.paths import CONF
 
 _WIDTH, _COLUMN = 80, 36
 _GROUPS = {
-    "Crop, grid and run": ("crop_size", "cp.grid", "dp", "batch_size", "seed", "ckpt_path", "hydra.run.dir"),
+    "Crop, grid and run": ("crop_size", "cp.grid", "dp", "batch_size", "seed", "resume", "ckpt_path", "hydra.run.dir"),
     "Data": ("data.train", "data.val", "data.crop", "data.sampling", "data.num_workers"),
     "What is trained, and how": (
         *("optim.lr", "optim.warmup_steps", "optim.ema_decay", "trainer.max_steps", "trainer.max_time"),
@@ -43,6 +43,8 @@ _EXAMPLES = f"""\
 {_COMMAND} model=boltz2 model.init_from=boltz2_conf.ckpt \\
     'data.train=[my/train-*.tar]' 'data.val=[my/val-*.tar]' crop_size=768 \\
     cp.grid=2x2 trainer.accelerator=gpu trainer.precision=bf16-mixed
+# Go on with a run, with its own configuration but for what is typed.
+{_COMMAND} resume=runs/mine trainer.max_steps=3000
 # Begin a run, and go on with it by the same command.
 {_COMMAND} hydra.run.dir=runs/mine ckpt_path=last
 # A sweep: one job for each value.

@@ -9,8 +9,7 @@ from pathlib import Path
 
 def hydra_quoted(value: str | Path) -> str:
     """A string as a value that Hydra takes as it is: backslashes count only where a quote follows them."""
-    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + (found[2] and "\\'"), str(value))
-    return f"'{escaped}'"
+    return _quoted(str(value), "'")
 
 
 def typed(key: str, value: str) -> str:
@@ -28,5 +27,9 @@ def typed(key: str, value: str) -> str:
 
 def _in_double_quotes(value: str) -> str:
     """For people: single quotes are the shell's."""
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+    return _quoted(value, '"')
+
+
+def _quoted(value: str, quote: str) -> str:
+    escaped = re.sub(rf"(\\*)({quote}|$)", lambda found: 2 * found[1] + (found[2] and f"\\{quote}"), value)
+    return f"{quote}{escaped}{quote}"

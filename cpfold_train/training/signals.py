@@ -12,6 +12,7 @@ from functools import partial
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from cpfold_train.config.check_checkpoint import checkpoint_to_resume
+from cpfold_train.config.quoting import hydra_quoted
 from cpfold_train.config.world import started_by_slurm, started_by_torchrun
 from cpfold_train.faults.restart import AutoRestart
 from cpfold_train.interrupts import answer_interrupts, leave_interrupts, quit_now
@@ -96,5 +97,5 @@ class SaveOnSigterm(Callback):
         if checkpoint_to_resume("last", run_dir) is None:
             return ""
         if started_by_torchrun() or started_by_slurm():
-            return "; the same command with ckpt_path=last goes on there"
+            return f"; to go on, type the same command with resume={hydra_quoted(run_dir)} instead of its keys"
         return f"; to go on, type: python -m cpfold_train resume {shlex.quote(str(run_dir))}"
