@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 _WIDTH_OF_FILES = 120
 _NARROW = 6
 """Least width of a column that may be folded."""
 
 
-def make_console() -> Console:
+def on_terminal() -> bool:
+    """Whether what is printed can be drawn over: what goes into a file or a pipe cannot."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def make_console(stderr: bool = False) -> Console:
     """The terminal; in a pipe or a file nothing limits the width, and rich would take 80 columns."""
-    console = Console()
+    console = Console(stderr=stderr)
     if not console.is_terminal:
         console.width = _WIDTH_OF_FILES
     return console
@@ -47,3 +56,14 @@ def make_table(columns: str, text: str = "", whole: str = "", **settings: Any) -
         # What does not fit goes on in the next line: rich would cut it.
         table.add_column(column, justify=justify, overflow="fold", no_wrap=column in unbroken)
     return table
+
+
+def make_block(rows: Iterable[tuple[str, str]]) -> Table:
+    """Names and what is to be said of each, which goes on below itself where the terminal is too narrow; a word that is
+    longer than a line is broken."""
+    block = Table.grid(padding=(0, 2, 0, 0))
+    block.add_column(no_wrap=True)
+    block.add_column(overflow="fold")
+    for name, text in rows:
+        block.add_row(Text(name, "bold"), Text(text))
+    return block

@@ -51,6 +51,7 @@ def main():
 
     One called ``plain`` has no confidence, and one called ``broken`` fails on the last rank.
     """
-    checkpoint.load_model = lambda path: StandIn(Path(path).name)
+    checkpoint.load_model = lambda path, weights: StandIn(Path(path).name)
+    checkpoint.choose_weights = lambda path, weights: checkpoint.Weights(str(path), 7, weights or "raw", path.name)
     checkpoint.choose_features = lambda path, typed: (typed or CORRECTED, None)
     return cpfold_train.__main__.main()
