@@ -49,10 +49,10 @@ def test_what_is_remembered_of_operations_changes_nothing(monkeypatch, rows, col
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", ["false", "true"])
-def test_a_model_of_few_blocks_holds_no_more_than_the_whole(fsdp):
-    config, grid = compose([*DEEP, "crop_size=96", f"parallel.fsdp={fsdp}", "loss.plddt=1e-4"]), Grid(1, 2)
-    for memory in propose.memory_presets(config, H100):
+def test_a_model_of_few_blocks_holds_no_more_than_the_whole():
+    """With those of the memory options that leave blocks single, as they are where this is asked."""
+    config, grid = compose([*DEEP, "crop_size=96", "loss.plddt=1e-4"]), Grid(1, 2)
+    for memory in propose.memory_presets(config, H100)[:5]:
         run = replace(config, memory=memory)
         assert 0.2 * (held := plan(run, grid, H100).peak) < least_held(run, grid, H100) <= held
 

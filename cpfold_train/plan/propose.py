@@ -24,6 +24,10 @@ HELD_TILES = 6
 HELD_BETWEEN_UPDATES = 5
 """Of these, where each update is recomputed."""
 
+TYPICAL_TILES = 20
+"""Tiles of z that a rank holds at the peak of a step, more or less, where little is kept between blocks: they decide
+only what is looked at first."""
+
 
 def choose_memory(config: TrainConfig, grid: Grid, device: str) -> MemoryConfig:
     """The memory options that cost least time among those that fit the device with a margin.
@@ -85,7 +89,7 @@ def grids(crop_size: int, gpus: int, factor: int = 2, dp: int = 1) -> Iterator[G
 
 
 def memory_presets(config: TrainConfig, device: str) -> list[MemoryConfig]:
-    """Levers that save ever more memory, cheap ones first; what a run would decide by size is decided in each.
+    """Options that save ever more memory, cheap ones first; what a run would decide by size is decided in each.
 
     On a GPU the host is another memory, and the way there runs beside the computation: it comes before what is computed
     twice.
@@ -123,8 +127,11 @@ def first_that_fits(
     room = room_of(config, grid, device)
     runs = [replace(config, memory=memory) for memory in presets or memory_presets(config, device)]
     runs = [run for run in runs if _is_worth_it(run, grid, room) and may_fit(run, grid, device)]
+    # Where the first is likely to fit, it is tried before anything else is looked at.
+    tiles = TYPICAL_TILES * z_width(config) * tile_elements(config, grid, config.crop_size)
+    bounded = 0 if tiles > _limit(grid, device) else 1
     for i, run in enumerate(runs):
-        if i == 1 and not _may_any_fit(runs[1:], grid, device):
+        if i == bounded and not _may_any_fit(runs[i:], grid, device):
             return None
         if (found := plan(run, grid, device)).fits:
             return found
