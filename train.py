@@ -1,6 +1,6 @@
 """Train: ``python train.py KEY=VALUE ...``; the keys are explained in ``conf``."""
 
-from cpfold_train.cli.train import main
+from cpfold_train.cli.start import main
 
 if __name__ == "__main__":
     main()

@@ -9,15 +9,18 @@ import sys
 from pathlib import Path
 
 from cpfold_train import VERSION
+from cpfold_train.config.world import is_first_rank
 from cpfold_train.errors import ConfigError, DataError, RunError
+from cpfold_train.interrupts import quit_on_interrupt
 from cpfold_train.paths import train_command
 
 TRAIN = "train"
 SUBCOMMANDS = {
     TRAIN: ("cpfold_train.cli.train", "train: KEY=VALUE ..., as python train.py"),
+    "resume": ("cpfold_train.cli.resume", "go on with a run: from its newest checkpoint, with its own configuration"),
     "prepare": ("cpfold_train.cli.prepare", "turn structure files and alignments into training shards"),
     "inspect": ("cpfold_train.data.inspect.command", "list the samples of shards, or describe and draw one of them"),
-    "compare": ("cpfold_train.reports.compare", "compare the loss curves of runs, such as one on each grid"),
+    "compare": ("cpfold_train.reports.compare", "which run is better, and what was different"),
     "export-boltz": ("cpfold_train.checkpoints.export", "write a run's weights as a checkpoint of boltz"),
     "consolidate": ("cpfold_train.checkpoints.consolidate", "turn a checkpoint of a run with FSDP into one file"),
     "predict": ("cpfold_train.cli.predict", "sample structures with a checkpoint, on a grid of ranks"),
@@ -27,6 +30,10 @@ SUBCOMMANDS = {
     "gpu-check": ("cpfold_train.cli.gpu_check", "prove and measure this machine's GPUs within ten minutes"),
     "kernels": ("cpfold_train.cli.kernels", "compile the Triton kernels without a GPU, and say what they became"),
     "bench-data": ("cpfold_train.cli.bench_data", "time a data worker, and measure the memory that its samples take"),
+    "completion": (
+        "cpfold_train.cli.completion",
+        "print a script that lets a shell complete commands, options, keys",
+    ),
 }
 """Name of each subcommand: module with ``add_arguments(parser)`` and ``run(args)``, and a line of help. What is typed
 after ``train`` is Hydra's to read."""
@@ -67,5 +74,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def command() -> int:
+    """The command itself: as :func:`main`, and Ctrl-C ends it with one line."""
+    quit_on_interrupt(is_first_rank)
+    return main()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

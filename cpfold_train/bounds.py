@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import field
 from typing import Any, NamedTuple
@@ -78,3 +79,36 @@ def one_of(*values: str | int) -> Bounds:
     """One of these."""
     text = ", ".join(map(str, values))
     return Bounds(text, lambda x: x in values, "not supported", " or ".join(f"KEY={value}" for value in values))
+
+
+def batches(least: int, example: str) -> Bounds:
+    """A number of batches, or a fraction of them all; what is written with a point is a fraction."""
+    text = f"a whole number of batches from {least} on, or a fraction of all, above 0.0 and up to 1.0"
+
+    def holds(x: Any) -> bool:
+        return (type(x) is int and x >= least) or (type(x) is float and 0 < x <= 1)
+
+    return Bounds(text, holds, f"not {text}", f"for example KEY={example}")
+
+
+def switch(*values: str) -> Bounds:
+    """``true``, ``false``, or one of these."""
+    text = ", ".join(("true", "false", *values))
+    return Bounds(text, lambda x: x is True or x is False or x in values, f"not {text}", "KEY=true or KEY=false")
+
+
+def switch_or_count() -> Bounds:
+    """``true``, ``false``, or a number from 0 on."""
+    text = "true, false, or a whole number from 0 on"
+    return Bounds(text, lambda x: isinstance(x, int) and x >= 0, f"not {text}", "KEY=true or for example KEY=2")
+
+
+def duration() -> Bounds:
+    """``DD:HH:MM:SS``."""
+    form = re.compile(r"\d+:\d\d:\d\d:\d\d")
+    return Bounds(
+        "DD:HH:MM:SS",
+        lambda x: isinstance(x, str) and form.fullmatch(x) is not None,
+        "not a time as DD:HH:MM:SS",
+        "for example KEY=00:23:30:00",
+    )

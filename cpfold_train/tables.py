@@ -2,33 +2,63 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 _WIDTH_OF_FILES = 120
 
 
-def make_console() -> Console:
+def on_terminal() -> bool:
+    """Whether what is printed can be drawn over: what goes into a file or a pipe cannot."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def make_console(stderr: bool = False) -> Console:
     """The terminal; in a pipe or a file nothing limits the width, and rich would take 80 columns."""
-    console = Console()
+    console = Console(stderr=stderr)
     if not console.is_terminal:
         console.width = _WIDTH_OF_FILES
     return console
 
 
-def make_table(columns: str, text: str = "", **settings: Any) -> Table:
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table with its ``whole`` columns complete, however narrow the terminal is."""
+    least = Measurement.get(console, console.options.update(max_width=10**4), table).minimum
+    width, console.width = console.width, max(console.width, least)
+    console.print(table, crop=False)
+    console.width = width
+
+
+def make_table(columns: str, text: str = "", whole: str = "", **settings: Any) -> Table:
     """An empty table.
 
     Args:
         columns: headers, separated by commas.
         text: those of columns of text, which are aligned left.
+        whole: those of columns whose cells are never broken or cut; for :func:`print_whole`.
         settings: title and caption.
     """
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), **settings)
-    left = text.split(", ")
+    left, unbroken = text.split(", "), whole.split(", ")
     for column in columns.split(", "):
-        table.add_column(column, justify="left" if column in left else "right")
+        table.add_column(column, justify="left" if column in left else "right", no_wrap=column in unbroken)
     return table
+
+
+def make_block(rows: Iterable[tuple[str, str]]) -> Table:
+    """Names and what is to be said of each, which goes on below itself where the terminal is too narrow; a word that is
+    longer than a line is broken."""
+    block = Table.grid(padding=(0, 2, 0, 0))
+    block.add_column(no_wrap=True)
+    block.add_column(overflow="fold")
+    for name, text in rows:
+        block.add_row(Text(name, "bold"), Text(text))
+    return block

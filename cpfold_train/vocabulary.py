@@ -57,3 +57,11 @@ NUM_NAME_CHARACTERS = 4
 
 NUM_NAME_CODES = 64
 """Codes of a character, 0 for none."""
+
+FEATURE_SETS = BOLTZ2, CORRECTED = "boltz2", "corrected"
+"""How features are made where the ``boltz`` package (2.2) makes them in a way that looks unintended: as the package,
+whose weights know nothing else, or as they are meant. ``docs/data.md`` has the list."""
+FEATURES_TOLD = {
+    BOLTZ2: "boltz2, as the boltz package makes them, which Boltz-2's weights are trained with",
+    CORRECTED: "corrected, where the boltz package makes them otherwise (docs/data.md)",
+}

@@ -98,6 +98,17 @@ def not_finite() -> None:
     entry.main()
 
 
+def nan_in_backward() -> None:
+    """A loss of rank 1 is finite in the first step, and its gradient is not a number."""
+
+    def spoil(step: int, losses: dict) -> dict:
+        root = (0 * losses["distogram"]).sqrt() * 0
+        return losses | {"distogram": losses["distogram"] + root} if step == 0 else losses
+
+    _losses_on_rank_1(spoil)
+    entry.main()
+
+
 def bad_gradient() -> None:
     """The gradient of one weight is infinite on rank 1 in the second step, though the loss is finite."""
     import torch

@@ -7,6 +7,7 @@ from torch import nn
 
 import cpfold_train.__main__
 from cpfold_train.checkpoints import load as checkpoint
+from cpfold_train.vocabulary import CORRECTED
 
 
 class StandIn(nn.Module):
@@ -50,5 +51,7 @@ def main():
 
     One called ``plain`` has no confidence, and one called ``broken`` fails on the last rank.
     """
-    checkpoint.load_model = lambda path: StandIn(Path(path).name)
+    checkpoint.load_model = lambda path, weights: StandIn(Path(path).name)
+    checkpoint.choose_weights = lambda path, weights: checkpoint.Weights(str(path), 7, weights or "raw", path.name)
+    checkpoint.choose_features = lambda path, typed: (typed or CORRECTED, None)
     return cpfold_train.__main__.main()

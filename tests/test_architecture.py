@@ -7,7 +7,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "cpfold_train"
 ORDER = [
-    {"bounds", "errors", "dry_run", "memory", "whole_file", "tables", "paths", "processes", "spatial", "vocabulary"},
+    {"bounds", "errors", "dry_run", "memory", "whole_file", "tables", "paths", "processes", "spatial", "vocabulary"}
+    | {"interrupts"},
     {"parallel"},
     {"kernels", "devices"},
     {"ops"},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import inspect
 import os
+import socket
 import sys
 from dataclasses import fields, replace
 
@@ -12,15 +14,23 @@ import lightning.pytorch as pl
 import pytest
 from omegaconf import OmegaConf
 
+from cpfold_train.__main__ import main as command
 from cpfold_train.cli.train import main
 from cpfold_train.config.check import check
 from cpfold_train.config.composition import register, run_stamp, typed_config
 from cpfold_train.config.schema import CONFIDENCE, FinetuneConfig, TrainerConfig
-from cpfold_train.config.world import RANK_OF, ignore_other_launchers, is_first_rank, plan_world, starts_ranks
+from cpfold_train.config.world import (
+    RANK_OF,
+    check_machines,
+    ignore_other_launchers,
+    is_first_rank,
+    plan_world,
+    starts_ranks,
+)
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.config import MemoryConfig, ModelConfig
 from cpfold_train.parallel.grid import Grid, squarest
-from cpfold_train.paths import CHECKOUT, CONF
+from cpfold_train.paths import CONF
 
 NOT_FOR_USERS = {
     "strategy": "follows from cp.grid and dp",
@@ -106,7 +116,9 @@ def test_recipe_beats_the_defaults_and_the_command_line_beats_the_recipe():
         ("dp=some", ["dp=auto"]),
         ("trainer.max_step=3", ["trainer.max_steps"]),
         ("+nothing=1", ["nothing"]),
-        ("trainer.max_steps=abc", ["trainer.max_steps", "'abc'"]),
+        ("trainer.max_steps=abc", ["trainer.max_steps", "'abc'", "type trainer.max_steps=-1 or more"]),
+        ("compile=maybe", ["type compile=true or compile=false"]),
+        ("dp=100000", ["cp.grid=2x2 with dp=100000", "at most 1024"]),
         ("model=nothing", ["quickstart", "boltz2"]),
         ("ckpt_path=nothing.ckpt", ["nothing.ckpt"]),
         ("data.train=[nothing/*.tar]", ["nothing/*.tar"]),
@@ -299,6 +311,31 @@ def test_leftovers_are_named_in_one_sentence(monkeypatch, capsys):
     assert "MASTER_ADDR, MASTER_PORT, NODE_RANK, RANK, LOCAL_RANK, WORLD_SIZE\nerror: crop_size" in told
 
 
+def test_leftovers_are_named_by_predict_too_and_on_one_machine_by_choice(monkeypatch, capsys):
+    for name, value in LEFT.items():
+        monkeypatch.setenv(name, value)
+    assert "LOCAL_RANK, WORLD_SIZE\nerror: crop_size" in refusal(
+        monkeypatch, capsys, "crop_size=0", "trainer.num_nodes=1"
+    )
+    for name, value in LEFT.items():
+        monkeypatch.setenv(name, value)
+    assert command(["predict", "none.ckpt", "none.tar", "--out", "none", "--accelerator", "cpu"]) == 2
+    assert "LOCAL_RANK, WORLD_SIZE\nerror: no shard matches none.tar" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_told_before_ranks_wait_for_it():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        env = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "NODE_RANK": "0"}
+        with pytest.raises(ConfigError, match=f"MASTER_PORT={port} .*type another"):
+            check_machines(2, env)
+        # The machine that joins does not listen.
+        check_machines(2, env | {"NODE_RANK": "1"})
+    check_machines(2, env)
+
+
 def test_one_rank_speaks():
     assert is_first_rank({}) and not is_first_rank({RANK_OF: str(os.getppid())})
     assert not is_first_rank({"RANK": "2", "LOCAL_RANK": "0"})
@@ -346,7 +383,7 @@ def test_rows_that_span_machines_are_told():
 def test_paths_of_the_quickstart_exist():
     config = compose()
     for pattern in (*config.data.train, *config.data.val):
-        assert list(CHECKOUT.glob(pattern))
+        assert glob.glob(pattern)
 
 
 def test_gpu_without_a_gpu_is_refused(monkeypatch):

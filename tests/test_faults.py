@@ -256,20 +256,6 @@ def test_a_sweep_that_is_to_end_ends_its_job_first(tmp_path):
 
 
 @pytest.mark.slow
-def test_interrupted_at_the_keyboard(tmp_path):
-    command = [sys.executable, "train.py", *SMALL, "cp.grid=1x2", "trainer.max_steps=1000", f"hydra.run.dir={tmp_path}"]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "checkpoints" / "last.ckpt").exists():
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert re.search(f"error: .*ckpt_path=last .*hydra.run.dir={re.escape(str(tmp_path))}", told)
-    assert "Traceback" not in told
-    assert result_of(tmp_path)["status"] == "interrupted"
-
-
-@pytest.mark.slow
 def test_out_of_memory_counts_against_the_limit(tmp_path):
     process = own_ranks("out_of_memory", tmp_path, "data.val=[]", "faults.max_skipped=0")
     _, told = process.communicate(timeout=200)

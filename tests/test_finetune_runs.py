@@ -159,6 +159,9 @@ def test_frozen_weights_stay_and_early_stop_ends_the_run(start, base, tmp_path):
     rows = rows_of(process, tmp_path)
     assert [row["step"] for row in rows] == ["0", "1", "2"]
     assert re.search("step 2: .*val/loss", process.stdout)
+    # One line a step, and nothing that only a terminal could draw over.
+    assert re.findall(r"^step (\d+)/", process.stdout, re.MULTILINE) == ["1", "2"]
+    assert not {"\r", "\x1b"} & {*process.stdout}
     assert json.loads((tmp_path / "result.json").read_text())["status"] == "completed"
     checkpoint = read(tmp_path / "checkpoints" / "last.ckpt")
     assert checkpoint["global_step"] == 2

@@ -33,7 +33,7 @@ def test_all_samples(shards, capsys):
 
 def test_one_sample(shards, tmp_path, capsys):
     lines = shown(capsys, shards / "train-000000.tar", "TINY", "--out", tmp_path / "new" / "t.png", "--crop", "3", "9")
-    assert ["A", "(xA)", "protein", "0", "0", "6", "4", "3", "protein:bare_xA"] in lines
+    assert ["A", "(xA)", "protein", "0", "0", "6", "4", "1-4", "(2-5)", "3", "protein:bare_xA"] in lines
     assert ["SEP", "11", "0", "1"] in lines and ["bonds:", "2", "other"] not in lines
     pixels = np.asarray(Image.open(tmp_path / "new" / "t.png").convert("RGB"))
     assert pixels.shape[1] > 1200 and pixels.std() > 20

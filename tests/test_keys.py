@@ -38,6 +38,7 @@ VALUES = {
 }
 """What keys are changed to where twice as much would not do."""
 NOT_NUMBERS = {
+    "model.features": "default of data.features: tests/test_feature_sets.py",
     "model.init_from": "a checkpoint: tests/test_boltz_checkpoint.py",
     "model.init_weights": "of a checkpoint: tests/test_boltz_checkpoint.py",
     "model.init_skip": "of a checkpoint: tests/test_boltz_checkpoint.py",

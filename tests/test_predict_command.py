@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from cpfold_train.__main__ import main
-from cpfold_train.checkpoints.load import load_model
+from cpfold_train.checkpoints.load import choose_weights, load_model
 from cpfold_train.data.inputs.inputs import find_queries, has_truth
 from cpfold_train.data.stream.shards import open_shards, read_sample
 from cpfold_train.data.structures.parse import read_structure
@@ -157,11 +157,13 @@ def test_the_grid_does_not_change_the_results(on_1x1, on_1x2, name):
         with np.load(path) as first, np.load(on_1x2 / name / path.name) as second:
             assert sorted(first) == sorted(second)
             assert all(np.array_equal(first[key], second[key]) for key in first)
-    assert (on_1x2 / name / f"{name}.json").read_text() == (on_1x1 / name / f"{name}.json").read_text()
+    one, two = (json.loads((out / name / f"{name}.json").read_text()) for out in (on_1x1, on_1x2))
+    assert (one.pop("grid"), two.pop("grid")) == ("1x1", "1x2")
+    assert one == two
 
 
 def test_what_is_there_is_skipped_and_what_is_half_there_is_not(predicted, on_1x1, folder):
-    options = ("model.ckpt", SHARD, folder, "--id", "4hhb", "--id", "job", "--samples", 2)
+    options = ("model.ckpt", SHARD, folder, "--id", "4hhb", "--id", "job", "--samples", 3, "--max-msa-rows", 8)
     hemoglobin = (on_1x1 / "4hhb" / "4hhb_model_0.cif").stat().st_mtime_ns
     kept = {path.name: path.read_bytes() for path in (on_1x1 / "job").iterdir()}
     (on_1x1 / "job" / "job.json").unlink()
@@ -170,11 +172,33 @@ def test_what_is_there_is_skipped_and_what_is_half_there_is_not(predicted, on_1x
         assert "1 of 2 are in" in process.stdout
         assert "1 of 1 predicted" in process.stdout
         assert (on_1x1 / "4hhb" / "4hhb_model_0.cif").stat().st_mtime_ns == hemoglobin
-        names = {"job.json", "job.png", *(f"job_model_{k}.{kind}" for k in range(2) for kind in ("cif", "npz"))}
+        names = {"job.json", "job.png", *(f"job_model_{k}.{kind}" for k in range(3) for kind in ("cif", "npz"))}
         assert {path.name for path in (on_1x1 / "job").iterdir()} == names
     finally:
         for name, data in kept.items():
             (on_1x1 / "job" / name).write_bytes(data)
+
+
+def test_predictions_name_their_weights_and_are_kept_apart(command, on_1x1, folder):
+    about = json.loads((on_1x1 / "job" / "job.json").read_text())
+    assert about["checkpoint"] == {"path": "model.ckpt", "step": 7, "weights": "raw", "fingerprint": "model.ckpt"}
+    assert (about["grid"], about["precision"]) == ("1x1", "32-true")
+    kept = {path: path.read_bytes() for path in (on_1x1 / "job").iterdir()}
+
+    def again(checkpoint, *options):
+        arguments = [checkpoint, folder, "--id", "job", "--accelerator", "cpu", "--out", on_1x1, "--max-msa-rows", 8]
+        process = command(1, "predict", *arguments, *(options or ("--samples", 3)))
+        assert {path: path.read_bytes() for path in (on_1x1 / "job").iterdir()} == kept
+        return process
+
+    for other, told in (
+        (again("other.ckpt"), "has job already, of model.ckpt, step 7, raw weights: type another --out"),
+        (again("model.ckpt", "--samples", 3, "--weights", "average"), "step 7, raw weights"),
+        (again("model.ckpt", "--samples", 2, "--seed", 1), "has job already, with --samples 3 --seed 0"),
+    ):
+        assert other.returncode == 2
+        assert told in other.stderr and other.stderr.count("\n") == 1
+    assert again("model.ckpt", "--samples", 3, "--crop", 8, "--grid", "1x1").returncode == 0
 
 
 def test_without_confidence_and_with_a_bad_input(command, tmp_path, folder):
@@ -273,17 +297,34 @@ def test_the_command_starts_its_ranks(checkpoint, folder, tmp_path):
     )
     assert process.returncode == 0, process.stderr[-3000:]
     assert "1 of 1 predicted" in process.stdout
-    assert "job (36 tokens)" in process.stdout
+    assert "input 1/1  job (36 tokens)\n" in process.stdout and "\r" not in process.stdout
     assert read_structure(tmp_path / "job" / "job_model_0.cif")[0].resolved.all()
 
 
-def test_the_averaged_weights_are_used(checkpoint, tmp_path):
+def test_average_and_raw_weights(checkpoint, tmp_path):
     """In a checkpoint of training, ``state_dict`` is the average, and the weights under training are another entry."""
     held = torch.load(checkpoint)
     path = tmp_path / "last.ckpt"
-    torch.save(held | {"current_model_state": {name: x + 1 for name, x in held["state_dict"].items()}}, path)
-    for name, value in load_model(path).state_dict().items():
-        assert torch.equal(value, held["state_dict"][f"model.{name}"])
+    raw = {name: x + 1 for name, x in held["state_dict"].items()}
+    torch.save(held | {"current_model_state": raw, "global_step": 5}, path)
+    for weights, expected in (("average", held["state_dict"]), ("raw", raw)):
+        for name, value in load_model(path, weights).state_dict().items():
+            assert torch.equal(value, expected[f"model.{name}"])
+    chosen = choose_weights(path, None)
+    assert (chosen.step, chosen.weights) == (5, "average")
+    assert choose_weights(checkpoint, None).weights == "raw"
+    with pytest.raises(ConfigError, match="--weights raw"):
+        choose_weights(checkpoint, "average")
+
+
+def test_a_fingerprint_is_of_the_content(checkpoint, tmp_path):
+    copy, other = tmp_path / "copy.ckpt", tmp_path / "last.ckpt"
+    copy.write_bytes(checkpoint.read_bytes())
+    held = torch.load(checkpoint)
+    next(iter(held["state_dict"].values())).view(-1)[0] += 1e-3
+    torch.save(held, other)
+    first, same, changed = (choose_weights(path, None).fingerprint for path in (checkpoint, copy, other))
+    assert first == same != changed
 
 
 def test_other_checkpoints_are_refused(checkpoint, tmp_path):
@@ -292,10 +333,10 @@ def test_other_checkpoints_are_refused(checkpoint, tmp_path):
     held["state_dict"].popitem()
     torch.save(held, path)
     with pytest.raises(ConfigError, match=r"other\.ckpt"):
-        load_model(path)
+        load_model(path, "raw")
     path.write_text("no checkpoint")
     with pytest.raises(ConfigError, match=r"other\.ckpt"):
-        load_model(path)
+        load_model(path, "raw")
 
 
 def test_evaluate(on_1x1, tmp_path, capsys):
@@ -303,7 +344,7 @@ def test_evaluate(on_1x1, tmp_path, capsys):
     assert main(["evaluate", str(on_1x1), SHARD, "--json", str(report), "--csv", str(table)]) == 0
     shown = capsys.readouterr().out
     assert "job" in shown
-    assert "mean of the first" in shown
+    assert "mean, first" in shown
     found = json.loads(report.read_text())
     lddt = [sample["lddt"] for sample in found["samples"]]
     assert len(lddt) == 3

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from cpfold_train.predict.results import is_done
+from cpfold_train.predict.results import completed
 
 COMPLETE = json.dumps({"samples": [{"file": "x_model_0.cif"}, {"file": "x_model_1.cif"}]})
 
@@ -31,4 +31,4 @@ def test_a_prediction_that_was_interrupted_is_made_again(tmp_path, told, structu
         (folder / f"x_model_{i}.cif").write_text(text)
     if told is not None:
         (folder / "x.json").write_text(told)
-    assert is_done(tmp_path, "x") is done
+    assert completed(tmp_path, "x") == (json.loads(COMPLETE) if done else None)

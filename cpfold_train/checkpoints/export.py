@@ -12,11 +12,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cpfold_train.checkpoints.boltz import boltz_name, read_checkpoint, weights_of
+from cpfold_train.checkpoints.features import features_of
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.atom_encoder import FEATURES
 from cpfold_train.model.cofolding import CoFolding
 from cpfold_train.model.config import WEIGHTS, MemoryConfig, ModelConfig, MSAConfig, PairformerConfig
 from cpfold_train.model.embedding import ContactConditioning
+from cpfold_train.vocabulary import BOLTZ2
 from cpfold_train.whole_file import whole_file
 
 LIGHTNING_VERSION = "2.5.0"
@@ -49,6 +51,11 @@ def run(args: argparse.Namespace) -> None:
     with whole_file(args.out, "wb") as file:
         torch.save(exported, file)
     print(f"{args.out}: {args.weights} weights of {source}, step {exported['global_step']}")
+    if config.features != BOLTZ2:
+        print(
+            f"note: it is trained with the features {config.features}, and the package makes {BOLTZ2}: fine-tune it "
+            f"with data.features={BOLTZ2}, or predict by python -m cpfold_train predict {args.out}"
+        )
     if predicts(config):
         print(f"Type: boltz predict INPUT --checkpoint {args.out}")
     else:
@@ -61,7 +68,8 @@ def model_config(checkpoint: dict[str, Any], path: Path) -> ModelConfig:
     if sizes is None:
         raise ConfigError(f"{path} does not say how large its model is: type a run, or a checkpoint, of this program")
     try:
-        return cast(ModelConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), sizes)))
+        merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), sizes, {"features": features_of(checkpoint)})
+        return cast(ModelConfig, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path} was written by another version of this program: {error}") from error
 
@@ -86,6 +94,8 @@ def boltz_checkpoint(config: ModelConfig, checkpoint: dict[str, Any], weights: s
     return {
         "state_dict": {name: x.float() if x.is_floating_point() else x for name, x in given.items()},
         "hyper_parameters": hyper_parameters(config),
+        # For predictions here; the package does not read it.
+        "features": config.features,
         "epoch": checkpoint.get("epoch", 0),
         "global_step": checkpoint.get("global_step", 0),
         "pytorch-lightning_version": LIGHTNING_VERSION,

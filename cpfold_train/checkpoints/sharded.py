@@ -116,7 +116,7 @@ def load_sharded(path: Path, mesh: DeviceMesh | None) -> dict[str, Any]:
     """
     import torch.distributed.checkpoint as dcp
 
-    index = torch.load(path / INDEX, map_location="cpu", weights_only=False)
+    index = read_index(path)
     wanted: dict[str, Tensor] = {}
     # Earlier versions wrote every tensor by its own name.
     same = index.get("same", {})
@@ -134,6 +134,11 @@ def load_sharded(path: Path, mesh: DeviceMesh | None) -> dict[str, Any]:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(wanted, storage_reader=dcp.FileSystemReader(path / index["shards"]), no_dist=mesh is None)
     return checkpoint
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """Everything of a checkpoint but its sharded tensors, which are empty."""
+    return torch.load(path / INDEX, map_location="cpu", weights_only=False)
 
 
 def _replaced(value: Any, function: Callable[[str, Any], Any], name: str = "") -> Any:

@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from cpfold_train.errors import ConfigError
+from cpfold_train.interrupts import before_spawning
 from cpfold_train.kernels.choice import INSTALL, KERNELS, PACKAGES, is_installed
 from cpfold_train.memory import return_large_tensors
 from cpfold_train.model.config import ModelConfig
@@ -116,6 +117,7 @@ def run(args: argparse.Namespace) -> None:
         job = {**vars(args), "sizes": sizes, "threads": threads, "folder": folder}
         # Ranks must not start with more threads than they get: OpenMP reads this once.
         os.environ["OMP_NUM_THREADS"] = str(threads)
+        before_spawning()
         mp.spawn(_rank, (grid.rows, grid.cols, job), grid.cp_size)
         ranks = [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(grid.cp_size)]
         result = _summary(ranks, args, grid, sizes) | {

@@ -19,6 +19,7 @@ from cpfold_train.data.stream.crop import CROPS
 from cpfold_train.data.stream.shards import open_shards, read_sample
 from cpfold_train.data.stream.transfer import pack
 from cpfold_train.errors import ConfigError
+from cpfold_train.interrupts import before_spawning
 from cpfold_train.memory import now_mib, peak_mib, reset_peak, return_large_tensors
 from cpfold_train.parallel.grid import Grid, parse_grid
 from cpfold_train.simulate.bench.measure import machine
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
     cases = []
     for crop, grid in itertools.product(crops, grids):
         # Memory that an earlier case leaves to the process would hide what a later one takes.
+        before_spawning()
         with mp.get_context("spawn").Pool(1) as pool:
             case = (args.shards, crop, grid, args.kind, args.max_msa_rows, args.samples)
             cases.append(pool.apply(measure_case, case))

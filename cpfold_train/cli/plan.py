@@ -12,6 +12,7 @@ from rich.console import Console
 from cpfold_train.config.compose import of_run, read_request
 from cpfold_train.config.memory_default import room_of, with_default_memory
 from cpfold_train.errors import ConfigError
+from cpfold_train.plan.command import command_of, write_config
 from cpfold_train.plan.estimate import ASSUMPTIONS, FLOOR
 from cpfold_train.plan.plan import GIB, Plan, plan, plan_prediction, validation_moment
 from cpfold_train.plan.propose import choose_memory, memory_presets, propose
@@ -34,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="KEY=VALUE",
         help="as for train.py; and device=NAME (default: h100-80gb), gpus=N, the most of a proposal (default: 256)",
+    )
+    parser.add_argument(
+        "--write",
+        type=Path,
+        metavar="FILE",
+        help="write the configuration of what is planned, of proposals the fastest, to FILE.yaml",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(
@@ -100,10 +107,12 @@ def run(args: argparse.Namespace) -> None:
         return
     if request.grid is None:
         found = propose(config, request.device, request.gpus, request.dp, request.choose)
+        command = _command(found[0], args) if found else ""
         if args.json:
-            print(json.dumps({"proposals": [p.as_dict() for p in found], "assumptions": ASSUMPTIONS}, indent=1))
+            several = [p.as_dict() | {"command": command_of(p, args.settings)} for p in found]
+            print(json.dumps({"proposals": several, "assumptions": ASSUMPTIONS}, indent=1))
         else:
-            show_proposals(found, request.device, config.crop_size, request.gpus)
+            show_proposals(found, request.device, config.crop_size, request.gpus, command)
         return
     with Console(stderr=True).status("planning"):
         if request.choose:
@@ -111,12 +120,18 @@ def run(args: argparse.Namespace) -> None:
         config = with_default_memory(config, request.grid, room_of(config, request.grid, request.device))
         found = plan(config, request.grid, request.device)
         validation = validation_moment(config, request.grid, request.device) if config.data.val else None
-    _show(found, validation, args.json)
+    _show(found, validation, args.json, _command(found, args))
 
 
-def _show(found: Plan, validation: Moment | None, as_json: bool) -> None:
+def _command(found: Plan, args: argparse.Namespace) -> str:
+    """What runs a plan, from the file that is written where one is asked for."""
+    return command_of(found, args.settings) if args.write is None else write_config(found, args.settings, args.write)
+
+
+def _show(found: Plan, validation: Moment | None, as_json: bool, command: str = "") -> None:
     if as_json:
         held = {} if validation is None else {"validation_peak_gib": sum(validation.values()) / GIB}
-        print(json.dumps({**found.as_dict(), **held, "assumptions": [*ASSUMPTIONS, FLOOR]}, indent=1))
+        typed = {"command": command} if command else {}
+        print(json.dumps({**found.as_dict(), **held, **typed, "assumptions": [*ASSUMPTIONS, FLOOR]}, indent=1))
     else:
-        show_plan(found, validation)
+        show_plan(found, validation, command)

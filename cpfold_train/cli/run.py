@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from cpfold_train.config.check_finetune import require_metric
@@ -15,20 +15,27 @@ from cpfold_train.config.check_precision import IN_BF16
 from cpfold_train.config.schema import TrainConfig, TrainerConfig
 from cpfold_train.config.world import World
 from cpfold_train.devices import DEVICES, called_alike, own_gpu_name
-from cpfold_train.errors import RunError
-from cpfold_train.faults.out_of_memory import MemorySnapshot
+from cpfold_train.errors import ConfigError, RunError, in_one_line
+from cpfold_train.faults.out_of_memory import MemorySnapshot, is_out_of_memory
 from cpfold_train.faults.reporter import FAULTS, FaultReporter, sentence_on
 from cpfold_train.faults.restart import AutoRestart
 from cpfold_train.faults.skip import SkipBadSteps
+from cpfold_train.parallel.anomaly import look_at_local_shards
+from cpfold_train.tables import on_terminal
 from cpfold_train.training.apply import make_strategy, prepare_module, set_up_process
 from cpfold_train.training.datamodule import TileData
 from cpfold_train.training.early_stop import EarlyStop
 from cpfold_train.training.ema import MovingAverage
+from cpfold_train.training.max_time import MaxTime
+from cpfold_train.training.module import CoFoldingModule
 from cpfold_train.training.precision import precision_arguments
+from cpfold_train.training.reporting.ending import EndBlock
 from cpfold_train.training.reporting.loggers import MetricsCSV, wandb_logger
 from cpfold_train.training.reporting.module_statistics import ModuleStatistics
 from cpfold_train.training.reporting.pictures import Pictures
+from cpfold_train.training.reporting.progress import Bar, Lines
 from cpfold_train.training.reporting.result import Result
+from cpfold_train.training.reporting.start import StartBlock
 from cpfold_train.training.reporting.step_metrics import StepMetrics
 from cpfold_train.training.reporting.trace_steps import TraceSteps
 from cpfold_train.training.save_last import SaveLast
@@ -52,8 +59,10 @@ def run(
         RunError: the run could not go on.
     """
     set_up_process(config.memory, config.compile)
+    if config.trainer.detect_anomaly:
+        look_at_local_shards()
     pl.seed_everything(config.seed, verbose=False)
-    module = prepare_module(config)
+    module = _module(config)
     require_metric(config.early_stop.monitor, module.trains_confidence)
     strategy = make_strategy(config, world.grid)
     strategy.again, strategy.faults = again, run_dir / FAULTS
@@ -61,7 +70,9 @@ def run(
     inference_mode = config.trainer.inference_mode and not config.parallel.fsdp
     trainer = pl.Trainer(
         **dataclasses.asdict(config.trainer)
-        | {"num_nodes": world.num_nodes, "inference_mode": inference_mode}
+        | {"num_nodes": world.num_nodes, "inference_mode": inference_mode, "max_time": None}
+        # How far the run is, a callback shows.
+        | {"enable_progress_bar": False}
         | precision_arguments(config.trainer),
         strategy=strategy,
         devices=world.devices,
@@ -95,12 +106,25 @@ def run(
             wandb.finish()
 
 
+def _module(config: TrainConfig) -> CoFoldingModule:
+    try:
+        return prepare_module(config)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"a model of these sizes finds no memory ({in_one_line(error)}): type smaller ones, by the keys of model"
+        ) from error
+
+
 def make_callbacks(config: TrainConfig, run_dir: Path, again: AutoRestart | None) -> list[Callback]:
     """The callbacks of a run, in the order in which Lightning calls them; the comments say why where it matters."""
     folder = run_dir / "checkpoints"
     last = SaveLast(folder / "last.ckpt", config.checkpoint.every_n_steps)
-    # First, so that the others see the average in validation. It holds the weights once more.
-    callbacks: list[Callback] = [MovingAverage(config.optim.ema_decay)] if config.optim.ema_decay else []
+    callbacks: list[Callback] = [StartBlock(config, run_dir)]
+    # Before the others, so that they see the average in validation. It holds the weights once more.
+    if config.optim.ema_decay:
+        callbacks.append(MovingAverage(config.optim.ema_decay))
     skip = SkipBadSteps(config.faults.max_skipped, run_dir)
     metrics = StepMetrics(skip, peak_flops(config.trainer))
     if config.faults.memory_snapshot:
@@ -123,12 +147,15 @@ def make_callbacks(config: TrainConfig, run_dir: Path, again: AutoRestart | None
         callbacks.append(ModelCheckpoint(folder, monitor="val/loss", mode="min", **naming))
     if config.early_stop.monitor:
         callbacks.append(EarlyStop(**dataclasses.asdict(config.early_stop)))
+    if config.trainer.max_time:
+        callbacks.append(MaxTime(config.trainer.max_time))
     if config.profile.steps:
         callbacks.append(TraceSteps(run_dir / "profile", *config.profile.steps))
     if (step := schedule_start(config, run_dir)) is not None:
         callbacks.append(StartSchedule(step))
-    if config.trainer.enable_progress_bar:
-        callbacks.append(TQDMProgressBar(leave=True))
+    show_progress = Bar if config.trainer.enable_progress_bar and on_terminal() else Lines
+    callbacks.append(show_progress(metrics, run_dir / "metrics.csv"))
+    callbacks.append(EndBlock(config, run_dir))
     return callbacks
 
 

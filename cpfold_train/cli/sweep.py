@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,18 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from cpfold_train.config.quoting import hydra_quoted
 from cpfold_train.config.world import OTHER_LAUNCHERS
+from cpfold_train.interrupts import answer_interrupts, leave_interrupts
+from cpfold_train.reports.jobs import best_job, jobs_table, read_job, write_jobs
 from cpfold_train.reports.result_file import read_result
+from cpfold_train.reports.shell import shown
+from cpfold_train.tables import make_console
 from cpfold_train.whole_file import whole_file
 
 _JOB = "job.json"
+TABLE = "sweep.csv"
+"""In the directory of the sweep: a row for each job."""
 
 
 def run_job(train: list[str], overrides: list[str], job_dir: Path) -> float:
@@ -39,19 +47,23 @@ def run_job(train: list[str], overrides: list[str], job_dir: Path) -> float:
     started = time.time()
     print(f"job {job_dir.name}: {' '.join(overrides)}", flush=True)
     # A recipe may itself ask for a sweep; the job must not start it again.
-    command = [*train, *overrides, "hydra.mode=RUN", f"hydra.run.dir='{job_dir}'"]
+    command = [*train, *overrides, "hydra.mode=RUN", f"hydra.run.dir={hydra_quoted(job_dir)}"]
     process = subprocess.Popen(command, env=env)
     asked: list[int] = []
 
-    def end(signum: int, frame: object) -> None:
+    def end(signum: int, frame: object = None) -> None:
         asked.append(signum)
-        process.send_signal(signum)
+        # A terminal sends Ctrl-C to the job as well, and a second one would end it without a checkpoint.
+        process.send_signal(signal.SIGTERM)
 
+    interrupt = partial(end, signal.SIGINT)
     before = signal.signal(signal.SIGTERM, end)
+    answer_interrupts(interrupt)
     try:
         code = process.wait()
     finally:
         signal.signal(signal.SIGTERM, before)
+        leave_interrupts(interrupt)
     if asked:
         # The job has saved, and there is no next one.
         sys.exit(128 + asked[0])
@@ -64,7 +76,7 @@ def run_job(train: list[str], overrides: list[str], job_dir: Path) -> float:
 
 
 class Summary(Callback):
-    """Hydra callback: a table of all jobs at the end of a sweep, and a failing exit code where one of them failed."""
+    """Hydra callback: a table and a file of all jobs at the end of a sweep; it fails where one of them did."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if "${run_stamp:" in OmegaConf.to_container(config.hydra.sweep, resolve=False)["dir"]:
@@ -74,32 +86,19 @@ class Summary(Callback):
             job.unlink()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        from rich.console import Console
-        from rich.markup import escape
-        from rich.table import Table
-
         folder = Path(config.hydra.sweep.dir)
         dirs = sorted((path.parent for path in _jobs(config)), key=lambda path: (len(path.name), str(path)))
-        jobs = [json.loads((job_dir / _JOB).read_text()) for job_dir in dirs]
-        shared = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
-        table = Table("job", "overrides", "status", "loss", "seconds", "peak MiB a rank", title=escape(str(folder)))
-        failed = 0
-        for job_dir, job in zip(dirs, jobs):
-            result = read_result(job_dir)
-            good = job["exit_code"] == 0
-            failed += not good
-            loss, peaks = result.get("train/loss"), result.get("peak_memory_mib")
-            table.add_row(
-                escape(str(job_dir.relative_to(folder))),
-                escape(" ".join(override for override in job["overrides"] if override not in shared)),
-                "[green]completed" if good else f"[red]failed ({job['exit_code']})",
-                "" if loss is None else f"{loss:.4f}",
-                f"{job['seconds']:.0f}",
-                f"{max(peaks):.0f}" if peaks else "",
-            )
-        Console().print(table)
+        ended = [json.loads((job_dir / _JOB).read_text()) for job_dir in dirs]
+        jobs = [read_job(job_dir, str(job_dir.relative_to(folder)), job) for job_dir, job in zip(dirs, ended)]
+        console = make_console()
+        console.print(jobs_table(jobs, shown(folder)))
+        if told := best_job(jobs):
+            console.print(told, highlight=False, markup=False)
+        write_jobs(folder / TABLE, jobs)
+        console.print(shown(folder / TABLE), soft_wrap=True, highlight=False, markup=False)
+        failed = sum(job.exit_code != 0 for job in jobs)
         if failed:
-            print(f"{failed} of {len(dirs)} jobs failed", file=sys.stderr)
+            print(f"{failed} of {len(jobs)} jobs failed", file=sys.stderr)
             sys.exit(1)
 
 

@@ -22,15 +22,26 @@ from rich.console import Console
 from cpfold_train import VERSION
 from cpfold_train.cli import sweep
 from cpfold_train.cli.run_dir import claimed, remove_metrics
-from cpfold_train.config.check import check
+from cpfold_train.config.check import check, count_samples, wandb_switched_off
+from cpfold_train.config.check_batches import check_batches
 from cpfold_train.config.check_checkpoint import checkpoint_to_resume, is_below
 from cpfold_train.config.composition import explain, register, typed_config
+from cpfold_train.config.effects import differences_table
 from cpfold_train.config.memory_default import room_of, with_default_memory
+from cpfold_train.config.recorded import (
+    damaged_checkpoints,
+    differences,
+    recorded_beside,
+    step_of,
+    with_record,
+    write_record,
+)
 from cpfold_train.config.schema import TrainConfig
 from cpfold_train.config.world import (
     IGNORED,
     RUN_DIR,
     World,
+    check_machines,
     device_here,
     ignore_other_launchers,
     is_first_rank,
@@ -42,6 +53,8 @@ from cpfold_train.errors import ConfigError, DataError, RunError
 from cpfold_train.faults.restart import AutoRestart
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.paths import CONF, train_command
+from cpfold_train.tables import make_console, print_whole
+from cpfold_train.vocabulary import FEATURES_TOLD
 
 CHOSEN_MEMORY = "CPFOLD_TRAIN_MEMORY"
 """Variable of the environment with what ``memory=auto`` has come to, for ranks that this process starts."""
@@ -55,8 +68,15 @@ def main() -> None:
         # Hydra would tell its own.
         print(VERSION)
         return
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        from cpfold_train.config.help import train_help
+
+        print(train_help())
+        return
+    _use_directory_of_resumed_run()
     # Several machines without torchrun or SLURM are told of each other by these variables.
-    if not any(word.startswith("trainer.num_nodes=") for word in sys.argv) and (left := ignore_other_launchers()):
+    several = any(word.startswith("trainer.num_nodes=") and word != "trainer.num_nodes=1" for word in sys.argv)
+    if not several and (left := ignore_other_launchers()):
         print(f"note: {IGNORED}: {', '.join(left)}", file=sys.stderr)
     register()
     try:
@@ -71,11 +91,14 @@ def main() -> None:
 def _composed(config: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     if hydra_config.mode is RunMode.MULTIRUN:
+        if config.resume:
+            _refuse("resume goes on with one run in its directory: type config_from and ckpt_path for a sweep from it")
         if "TORCHELASTIC_RUN_ID" in os.environ or (started_by_slurm() and int(os.environ["SLURM_NTASKS"]) > 1):
             _refuse("each rank would run the whole sweep: type python train.py -m alone, which starts the ranks")
         job_dir = Path(hydra_config.runtime.output_dir)
         return sweep.run_job(train_command(), list(hydra_config.overrides.task), job_dir)
     try:
+        config = with_record(config, hydra_config.overrides.task)
         start(config, Path(hydra_config.runtime.output_dir), may_vary=_is_named_by_time(hydra_config))
     except (ConfigError, DataError) as error:
         _refuse(str(error))
@@ -105,7 +128,10 @@ def start(config: DictConfig, run_dir: Path, may_vary: bool = False) -> None:
     typed = typed_config(config)
     typed.ckpt_path = checkpoint_to_resume(config.ckpt_path, run_dir)
     check(typed)
+    samples = count_samples(typed)
     world = plan_world(typed.cp.grid, typed.dp, typed.trainer.num_nodes, typed.trainer.accelerator)
+    check_machines(typed.trainer.num_nodes)
+    check_batches(typed, *samples, world.grid.dp)
     device = device_here(typed.trainer.accelerator)
     if device == "gpu":
         from cpfold_train.training.gpus import set_up_gpus
@@ -117,9 +143,20 @@ def start(config: DictConfig, run_dir: Path, may_vary: bool = False) -> None:
         typed.memory = _chosen_memory(typed, world, device)
     typed.memory = with_default_memory(typed, world.grid, room).memory
     config.memory = OmegaConf.structured(typed.memory)
-    if is_first_rank() and (note := world.note()):
-        print(f"note: {note}", file=sys.stderr)
+    off = wandb_switched_off() if typed.wandb.enabled else None
+    typed.wandb.enabled &= off is None
+    offline = typed.wandb.enabled and os.environ.get("WANDB_MODE") == "offline"
+    for note in (
+        world.note(),
+        off and f"wandb.enabled=true is switched off by {off}",
+        offline and "W&B is offline, as WANDB_MODE=offline says; wandb sync uploads what the run directory has",
+    ):
+        if note and is_first_rank():
+            print(f"note: {note}", file=sys.stderr)
     goes_on = config.ckpt_path == "last" or is_below(typed.ckpt_path, run_dir)
+    if '"' in str(run_dir):
+        # The ranks get it on their command line, between such.
+        raise ConfigError(f"hydra.run.dir={run_dir} has a double quote: type another hydra.run.dir")
     with claimed(run_dir, may_vary, goes_on) as run_dir:
         # Of the directory that it has got.
         typed.ckpt_path = checkpoint_to_resume(config.ckpt_path, run_dir)
@@ -130,12 +167,15 @@ def _run(typed: TrainConfig, config: DictConfig, world: World, run_dir: Path) ->
     if is_first_rank():
         if typed.ckpt_path is None:
             remove_metrics(run_dir)
+        else:
+            _tell_resume(config, typed.ckpt_path)
         try:
-            OmegaConf.save(config, run_dir / "resolved.yaml", resolve=True)
+            write_record(config, run_dir)
         except OSError as error:
             raise ConfigError(
                 f"hydra.run.dir={run_dir} cannot be written ({error.strerror}): type another hydra.run.dir"
             ) from error
+        print(f"features: {FEATURES_TOLD[typed.data.features]}", file=sys.stderr)
     again = AutoRestart(run_dir) if starts_ranks(world) else None
     os.environ[RUN_DIR] = str(run_dir)
     # Lightning takes seconds to import; a wrong key is to be told at once.
@@ -147,6 +187,24 @@ def _run(typed: TrainConfig, config: DictConfig, world: World, run_dir: Path) ->
         if again is not None:
             again.after_out_of_memory()
         raise
+
+
+def _use_directory_of_resumed_run() -> None:
+    """Let Hydra take the directory of ``resume=RUN`` for that of the run, where no other is typed."""
+    given = [word.partition("=")[2] for word in sys.argv[1:] if word.startswith("resume=")]
+    if given and not any(word.startswith("hydra.run.dir=") for word in sys.argv):
+        sys.argv.append(f"hydra.run.dir={given[-1]}")
+
+
+def _tell_resume(config: DictConfig, ckpt_path: str) -> None:
+    """Where the run goes on from, what is passed over, and which keys have other values than there."""
+    checkpoint = Path(ckpt_path)
+    for path in damaged_checkpoints(checkpoint.absolute().parents[1]):
+        print(f"note: {path} is not complete, and is passed over", file=sys.stderr)
+    print(f"resuming from {checkpoint}, step {step_of(checkpoint)}", file=sys.stderr)
+    if changed := differences(recorded_beside(ckpt_path) or {}, config):
+        print("these keys have other values than its run had:", file=sys.stderr)
+        print_whole(make_console(stderr=True), differences_table(changed))
 
 
 def _chosen_memory(config: TrainConfig, world: World, device: str) -> MemoryConfig:
@@ -172,7 +230,3 @@ def _refuse(sentence: str, code: int = 2) -> NoReturn:
     if is_first_rank():
         print(f"error: {sentence}", file=sys.stderr)
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,13 +16,13 @@ from cpfold_train.config.schema import TrainConfig
 from cpfold_train.config.sources import training_sources, validation_source
 from cpfold_train.config.world import device_here
 from cpfold_train.data.features.tokens import NUM_BINS
-from cpfold_train.data.stream.sampling import open_source
+from cpfold_train.data.stream.sampling import Source, open_source
 from cpfold_train.errors import ConfigError
 from cpfold_train.kernels.choice import INSTALL, PACKAGES, is_installed
 
 
 def check(config: TrainConfig) -> None:
-    """Raise ConfigError or DataError, one sentence that says what to type instead."""
+    """Raise ConfigError or DataError, one sentence that says what to type instead. Shards are not looked for."""
     check_checkpoints(config.ckpt_path, config.model.init_from, config.parallel.fsdp)
     check_bounds(config)
     if config.memory.keep_attention and not config.memory.recompute:
@@ -39,7 +40,6 @@ def check(config: TrainConfig) -> None:
     if config.compile:
         _require_compiler(config)
     check_precision(config.trainer)
-    _validation_interval(config)
     if config.model.num_bins != NUM_BINS:
         raise ConfigError(f"model.num_bins={config.model.num_bins} is not supported: type model.num_bins={NUM_BINS}")
     atoms = config.model.atoms
@@ -61,27 +61,35 @@ def check(config: TrainConfig) -> None:
     check_finetune(config)
     _crop_schedule(config.data.crop_schedule)
     _profiled_steps(config.profile.steps)
-    for source in training_sources(config.data):
-        open_source(source)
-    if config.data.val:
-        open_source(validation_source(config.data))
-    if config.wandb.enabled:
+    if config.wandb.enabled and wandb_switched_off() is None:
         _require_wandb()
+
+
+def count_samples(config: TrainConfig) -> tuple[int, int]:
+    """Samples of all training sets and of validation, for :func:`cpfold_train.config.check_batches.check_batches`.
+
+    Raises:
+        ConfigError, DataError: there are no such shards, or they are damaged.
+    """
+    training = sum(_samples(source) for source in training_sources(config.data))
+    return training, _samples(validation_source(config.data)) if config.data.val else 0
+
+
+def _samples(source: Source) -> int:
+    return int(open_source(source).first[-1])
+
+
+def wandb_switched_off(env: Mapping[str, str] = os.environ) -> str | None:
+    """The variable of W&B that switches it off, as it is set."""
+    if env.get("WANDB_MODE") == "disabled":
+        return "WANDB_MODE=disabled"
+    value = env.get("WANDB_DISABLED", "")
+    return f"WANDB_DISABLED={value}" if value.lower() in ("1", "true", "yes", "on", "y", "t") else None
 
 
 def _require_wandb() -> None:
     if find_spec("wandb") is None:
         raise ConfigError("wandb.enabled=true needs the wandb package: type pip install -e '.[wandb]'")
-
-
-def _validation_interval(config: TrainConfig) -> None:
-    """Raise ConfigError for a part of an epoch between validations where batches are counted across epochs."""
-    trainer = config.trainer
-    if isinstance(trainer.val_check_interval, float) and trainer.check_val_every_n_epoch is None and config.data.val:
-        raise ConfigError(
-            f"trainer.val_check_interval={trainer.val_check_interval} is a part of an epoch, and batches are counted "
-            "across epochs: type trainer.check_val_every_n_epoch=1, or a whole number of batches"
-        )
 
 
 def _crop_schedule(schedule: object) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from cpfold_train.checkpoints.boltz import CONSOLIDATE
 from cpfold_train.checkpoints.sharded import is_sharded_checkpoint
 from cpfold_train.errors import ConfigError
+from cpfold_train.paths import looked_for
 
 
 def checkpoint_to_resume(ckpt_path: str | None, run_dir: Path) -> str | None:
@@ -55,4 +56,4 @@ def _require_file(given: str, path: Path, without: str, after: str) -> None:
         raise ConfigError(
             f"{given} is a directory that holds no complete checkpoint: type the path of another, or {without}"
         )
-    raise ConfigError(f"{given} does not exist: type the path of a .ckpt file, or {without}")
+    raise ConfigError(f"{given} does not exist{looked_for(path)}: type the path of a .ckpt file, or {without}")

@@ -79,7 +79,7 @@ def of_run(settings: list[str]) -> list[str]:
 
 def compose(settings: list[str]) -> TrainConfig:
     """The configuration of ``python train.py SETTINGS`` with its largest crops. Checkpoints to start from need not be
-    there, nor GPUs, nor their kernels.
+    there, nor shards, GPUs and their kernels.
 
     Raises:
         ConfigError: in the words of ``train.py``.

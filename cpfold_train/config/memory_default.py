@@ -91,18 +91,21 @@ def between_blocks_bytes(config: TrainConfig, grid: Grid) -> float:
 
 def attention_bytes(config: TrainConfig, grid: Grid) -> float:
     """Bytes of the results of triangle attention that a rank keeps with ``memory.keep_attention``."""
-    model, width = config.model, {"64-true": 8, "32-true": 4}.get(str(config.trainer.precision), 2)
+    model = config.model
     stacks: list[tuple[Any, int]] = [
         (model.template, model.template.template_blocks * config.data.max_templates),
         (model.msa, model.msa.msa_blocks),
         *((stack, stack.num_blocks) for stack in (model.pairformer, _confidence(config))),
     ]
-    pairs = tile_elements(config, grid, config.largest_crop) / model.token_z
+    return sum(attention_bytes_of(config, grid, stack, blocks) for stack, blocks in stacks)
+
+
+def attention_bytes_of(config: TrainConfig, grid: Grid, stack: Any, blocks: int) -> float:
+    """Of so many blocks of one stack."""
+    width = {"64-true": 8, "32-true": 4}.get(str(config.trainer.precision), 2)
+    pairs = tile_elements(config, grid, config.largest_crop) / config.model.token_z
     # Two attentions a block; of each its result, and the log-sum-exp in fp32.
-    return sum(
-        2 * blocks * pairs * stack.pairwise_num_heads * (stack.pairwise_head_width * width + 4)
-        for stack, blocks in stacks
-    )
+    return 2 * blocks * pairs * stack.pairwise_num_heads * (stack.pairwise_head_width * width + 4)
 
 
 def _confidence(config: TrainConfig) -> PairformerConfig:

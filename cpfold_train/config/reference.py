@@ -104,15 +104,15 @@ def _table(found: list[DocumentedKey], files: dict[str, Path], prefix: tuple[str
                 rows.append((f"**`{key}`**", *[""] * len(files), "", entry.text))
             continue
         allowed = bounds[key]
-        values = [_shown(preset[entry.path]).replace("*", "\\*") for preset in presets]
+        values = [as_typed(preset[entry.path]).replace("*", "\\*") for preset in presets]
         rows.append((f"`{key}`", *values, "" if allowed is None else allowed.text, entry.text or ""))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _shown(value: Any) -> str:
+def as_typed(value: Any) -> str:
     """A value as it is typed."""
     if isinstance(value, list):
-        return f"[{', '.join(map(_shown, value))}]"
+        return f"[{', '.join(map(as_typed, value))}]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return f"{value:g}" if isinstance(value, float) else str(value)

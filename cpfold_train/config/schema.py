@@ -7,11 +7,25 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from cpfold_train.bounds import above, at_least, below, from_to, key, one_of, pair, up_to
+from cpfold_train.bounds import (
+    above,
+    at_least,
+    batches,
+    below,
+    duration,
+    from_to,
+    key,
+    one_of,
+    pair,
+    switch,
+    switch_or_count,
+    up_to,
+)
 from cpfold_train.data.stream.sampling import SAMPLINGS
 from cpfold_train.kernels.choice import KERNELS
 from cpfold_train.model.config import MemoryConfig, ModelConfig
 from cpfold_train.parallel.cost import ALGORITHMS
+from cpfold_train.vocabulary import FEATURE_SETS
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "transformer-engine", "64-true")
 """Not fp16: its range ends at 65,504."""
@@ -57,10 +71,11 @@ class DataConfig:
     max_atoms: int | None = key(at_least(1))
     max_msa_rows: int = key(at_least(1))
     max_templates: int = key(at_least(0))
+    features: str = key(one_of(*FEATURE_SETS))
     buckets: int | None = key(at_least(1))
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     max_bad_share: float = key(from_to(0, 1))
-    num_workers: int = key(at_least(0))
+    num_workers: int = key(from_to(0, 256))
 
 
 CONFIDENCE = ("plddt", "resolved", "pde", "pae")
@@ -190,19 +205,19 @@ class WandbConfig:
 class TrainerConfig:
     """Arguments of ``lightning.Trainer`` under their own names; ``Any`` where Lightning takes several types."""
 
-    accelerator: str = MISSING
+    accelerator: str = key(one_of("cpu", "gpu", "cuda", "auto"))
     num_nodes: int = key(at_least(1))
-    precision: Any = key(one_of(*PRECISIONS))
-    fast_dev_run: Any = MISSING
+    precision: str = key(one_of(*PRECISIONS))
+    fast_dev_run: Any = key(switch_or_count())
     max_epochs: int | None = key(at_least(-1))
-    min_epochs: int | None = MISSING
+    min_epochs: int | None = key(at_least(0))
     max_steps: int = key(at_least(-1))
-    min_steps: int | None = MISSING
-    max_time: Any = MISSING
-    limit_train_batches: Any = MISSING
-    limit_val_batches: Any = MISSING
-    val_check_interval: Any = MISSING
-    check_val_every_n_epoch: int | None = MISSING
+    min_steps: int | None = key(at_least(0))
+    max_time: Any = key(duration())
+    limit_train_batches: Any = key(batches(1, "100"))
+    limit_val_batches: Any = key(batches(0, "10"))
+    val_check_interval: Any = key(batches(1, "50"))
+    check_val_every_n_epoch: int | None = key(at_least(1))
     num_sanity_val_steps: int | None = key(at_least(-1))
     log_every_n_steps: int = key(at_least(1))
     enable_progress_bar: bool = MISSING
@@ -210,10 +225,10 @@ class TrainerConfig:
     accumulate_grad_batches: int = key(at_least(1))
     gradient_clip_val: float | None = key(at_least(0))
     gradient_clip_algorithm: str | None = key(one_of("norm", "value"))
-    deterministic: Any = MISSING
+    deterministic: Any = key(switch("warn"))
     benchmark: bool | None = MISSING
     inference_mode: bool = MISSING
-    profiler: str | None = MISSING
+    profiler: str | None = key(one_of("simple", "advanced", "pytorch"))
     detect_anomaly: bool = MISSING
 
 
@@ -234,6 +249,8 @@ class TrainConfig:
     dp: Any = MISSING
     seed: int = key(at_least(0))
     ckpt_path: str | None = MISSING
+    resume: str | None = MISSING
+    config_from: str | None = MISSING
     kernels: str = key(one_of(*KERNELS))
     compile: bool = MISSING
     tf32: bool = MISSING

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
@@ -29,6 +30,8 @@ OTHER_LAUNCHERS = (
 """Variables that make a process believe that it is a rank of a launcher's world."""
 IGNORED = "ignored, as no launcher has started this process"
 """What is said of them where there is none."""
+MOST_PROCESSES = 1024
+"""That a run starts on the CPU of one machine."""
 _PARENT = os.getppid()
 """As it was at the start: who loses its parent gets another."""
 
@@ -92,7 +95,33 @@ def plan_world(
             f"cp.grid={rows}x{cols} with dp={replicas} needs {devices} GPUs a node and there are {gpus}: "
             f"type cp.grid={fits} dp=1 or trainer.accelerator=cpu"
         )
+    if not started and not gpus and devices > MOST_PROCESSES:
+        raise ConfigError(
+            f"cp.grid={rows}x{cols} with dp={replicas} would start {devices} processes on this machine: type a cp.grid "
+            f"and dp of at most {MOST_PROCESSES}, or trainer.accelerator=gpu where there are GPUs"
+        )
     return World(Grid(rows, cols, replicas), nodes, devices)
+
+
+def check_machines(num_nodes: int, env: Mapping[str, str] = os.environ) -> None:
+    """Raise ConfigError where a run on several machines has no launcher, and does not say where its machines meet."""
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in env]
+    if num_nodes > 1 and _started_ranks(env) == (None, None) and missing:
+        raise ConfigError(
+            f"trainer.num_nodes={num_nodes} without torchrun or SLURM lacks {', '.join(missing)}: type NODE_RANK=0 "
+            "MASTER_ADDR=HOST MASTER_PORT=29500 before the command on the first machine, of this name, NODE_RANK=1 on "
+            "the next, or trainer.num_nodes=1"
+        )
+    if num_nodes > 1 and _started_ranks(env) == (None, None) and is_first_rank(env):
+        with socket.socket() as meeting_point:
+            meeting_point.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                meeting_point.bind(("", int(env["MASTER_PORT"])))
+            except OSError as error:
+                raise ConfigError(
+                    f"MASTER_PORT={env['MASTER_PORT']} cannot be used here ({error.strerror}): type another one on all "
+                    "machines, such as MASTER_PORT=29501"
+                ) from error
 
 
 def _started_ranks(env: Mapping[str, str]) -> tuple[int | None, int | None]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from cpfold_train.errors import ConfigError, DataError, RunError, in_one_line
+from cpfold_train.faults.anomaly import anomaly_sentence
 from cpfold_train.faults.out_of_memory import is_out_of_memory, out_of_memory_sentence
 from cpfold_train.faults.restart import AutoRestart
 from cpfold_train.parallel.flight_recorder import keep_dumps_in
@@ -84,4 +85,4 @@ def describe(error: BaseException) -> str:
         return out_of_memory_sentence(error)
     if is_disk_full(error):
         return "the disk is full"
-    return in_one_line(error)
+    return anomaly_sentence(error) or in_one_line(error)

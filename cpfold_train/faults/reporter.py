@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from cpfold_train.checkpoints.sharded import remove_unfinished
 from cpfold_train.errors import RunError
+from cpfold_train.faults.anomaly import anomaly_sentence
 from cpfold_train.faults.out_of_memory import is_out_of_memory, out_of_memory_sentence
 from cpfold_train.whole_file import disk_full_sentence, is_disk_full, remove_partial_files
 
@@ -48,4 +49,4 @@ def sentence_on(error: Exception, run_dir: Path) -> str | None:
         return disk_full_sentence(run_dir / "metrics.csv")
     if is_out_of_memory(error):
         return out_of_memory_sentence(error)
-    return None
+    return anomaly_sentence(error)

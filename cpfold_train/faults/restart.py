@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from cpfold_train.checkpoints.sharded import INDEX
+from cpfold_train.config.quoting import hydra_quoted
 
 OUT_OF_MEMORY_FILE = "out_of_memory.txt"
 """In the run directory: the steps for which a rank had no memory, one a line, counted from 1."""
@@ -57,10 +58,10 @@ class AutoRestart:
         new = steps_out_of_memory(self._run_dir) - self._known
         if not new or not self.allowed:
             return
-        overrides, start = [f"hydra.run.dir={_quoted(self._run_dir)}"], "where it began"
+        overrides, start = [f"hydra.run.dir={hydra_quoted(self._run_dir)}"], "where it began"
         if self._written() != self._before:
             # Not what another run has left in the directory, which this one was not told to go on from.
-            overrides.append(f"ckpt_path={_quoted(self._last)}")
+            overrides.append(f"ckpt_path={hydra_quoted(self._last)}")
             start = str(self._last)
         steps = ", ".join(map(str, sorted(new)))
         print(
@@ -95,12 +96,6 @@ class AutoRestart:
 
 def _open_files() -> set[int]:
     return {int(name) for name in os.listdir("/dev/fd")}
-
-
-def _quoted(path: Path) -> str:
-    """A path as a value that Hydra takes as it is."""
-    escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def _typed_again(command: list[str], overrides: list[str]) -> list[str]:

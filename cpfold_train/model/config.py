@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cpfold_train.bounds import above, at_least, below, key, one_of
+from cpfold_train.vocabulary import BOLTZ2, FEATURE_SETS
 
 RESIDUALS = ("fp32", "bf16")
 """Precision of z between blocks; fp32 is that of the weights."""
@@ -157,6 +158,7 @@ class ModelConfig:
         diffusion: the diffusion module and its process.
         template: the template module.
         confidence: the confidence module.
+        features: those that its weights are trained with, one of :data:`~cpfold_train.vocabulary.FEATURE_SETS`.
         init_from: checkpoint of the boltz package or of a run, from which a new run takes its weights; None draws them.
         init_weights: ``raw``, or ``ema`` for their moving average.
         init_skip: modules, under Boltz-2's names, that start from fresh weights all the same.
@@ -172,6 +174,7 @@ class ModelConfig:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     confidence: ConfidenceConfig = field(default_factory=ConfidenceConfig)
+    features: str = key(one_of(*FEATURE_SETS), BOLTZ2)
     init_from: str | None = None
     init_weights: str = key(one_of(*WEIGHTS), "raw")
     init_skip: list[str] = field(default_factory=list)

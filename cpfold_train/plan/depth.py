@@ -40,6 +40,19 @@ def shallow(config: TrainConfig, groups: int) -> TrainConfig:
     return replace(config, model=model, data=replace(config.data, max_templates=templates))
 
 
+def smallest(config: TrainConfig) -> TrainConfig:
+    """The same run with one group of blocks in each stack, one template, two steps of sampling and no recycling. Its
+    step holds no more than that of the whole model, but for weights."""
+    least, model = shallow(config, 1), config.model
+    msa = replace(model.msa, msa_blocks=min(1, model.msa.msa_blocks))
+    return replace(
+        least,
+        model=replace(least.model, msa=msa, recycling_steps=0),
+        data=replace(config.data, max_templates=min(1, config.data.max_templates)),
+        diffusion=replace(config.diffusion, sampling_steps=min(2, config.diffusion.sampling_steps)),
+    )
+
+
 def groups_of(config: TrainConfig) -> dict[str, int] | None:
     """Groups of blocks of each stack, or None where the model has to run in full: it is shallow, blocks do not divide
     into groups, or not all of them are trained alike."""
@@ -72,8 +85,7 @@ def extrapolated(
 
     def moment(a: Moment, b: Moment) -> Moment:
         held = {key: a.get(key, 0) + steps(key[1]) * (b.get(key, 0) - a.get(key, 0)) for key in a | b}
-        held |= {(name, STEP): size for name, size in known.items() if (name, STEP) in held}
-        return {key: size for key, size in held.items() if size}
+        return {key: size for key, size in with_known(held, known).items() if size}
 
     def counters(a: WorkCounters, b: WorkCounters) -> WorkCounters:
         added = combined(b, a, -1)
@@ -91,6 +103,11 @@ def extrapolated(
         cycle=counters(shallower.cycle, deeper.cycle),
         sampling_step=counters(shallower.sampling_step, deeper.sampling_step),
     )
+
+
+def with_known(held: Moment, known: dict[str, float]) -> Moment:
+    """A moment with what weights and features of the whole model take instead of those of a shallow one."""
+    return held | {(name, STEP): size for name, size in known.items() if (name, STEP) in held}
 
 
 def by_category(moment: Moment) -> Counter[str]:

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from cpfold_train.errors import ConfigError
-from cpfold_train.paths import CHECKOUT, train_command
+from cpfold_train.paths import train_command
 from cpfold_train.reports.metrics_csv import read_metrics
 
 GIVEN_BACK_BYTES = 1 << 18
@@ -34,7 +34,7 @@ def run_once(settings: list[str], give_back: bool) -> dict:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         if give_back:
             environment["MALLOC_MMAP_THRESHOLD_"] = str(GIVEN_BACK_BYTES)
-        done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             *_, reason = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
             raise ConfigError(f"the run of {' '.join(settings)} failed: {reason}")

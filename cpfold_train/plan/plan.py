@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 
+import psutil
 from torch import Tensor, nn
 
 from cpfold_train.config.schema import TrainConfig
@@ -15,7 +17,16 @@ from cpfold_train.errors import ConfigError
 from cpfold_train.kernels.choice import Choice
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.parallel.grid import Grid
-from cpfold_train.plan.depth import FEWEST, by_category, by_module, extrapolated, groups_of, shallow
+from cpfold_train.plan.depth import (
+    FEWEST,
+    by_category,
+    by_module,
+    extrapolated,
+    groups_of,
+    shallow,
+    smallest,
+    with_known,
+)
 from cpfold_train.plan.estimate import MEMORY_MARGIN, Costs, estimate, estimate_forward, speed_of
 from cpfold_train.plan.forward import trace_prediction, trace_validation
 from cpfold_train.plan.step import Trace, build, trace_step
@@ -24,6 +35,8 @@ from cpfold_train.simulate.batch import assumed_batch, feature_bytes
 from cpfold_train.simulate.trace import CATEGORIES, STEP, Moment
 
 GIB, MIB = 2**30, 2**20
+FIRST_USE = 64 * MIB
+"""What a process on CPU takes in its first step whatever the size: pages of libraries, threads, sockets. Measured."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,7 @@ class Plan:
         memory: bytes of the device.
         kernels: those that are planned with, and why.
         what: is planned.
+        process: bytes that the process takes beside tensors, of the same memory: on CPU.
     """
 
     config: TrainConfig
@@ -53,6 +67,7 @@ class Plan:
     memory: float
     kernels: Choice
     what: str = "one optimizer step"
+    process: float = 0
 
     @property
     def peak(self) -> float:
@@ -62,7 +77,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether that leaves a margin."""
-        return self.peak <= (1 - MEMORY_MARGIN) * self.memory
+        return self.peak + self.process <= (1 - MEMORY_MARGIN) * self.memory
 
     @property
     def host_memory(self) -> float:
@@ -83,6 +98,7 @@ class Plan:
             "memory": asdict(self.config.memory),
             "parameters": self.parameters,
             "peak_memory_gib": self.peak / GIB,
+            "process_memory_gib": self.process / GIB,
             "device_memory_gib": self.memory / GIB,
             "host_memory_gib": self.host_memory / GIB,
             "fits": self.fits,
@@ -131,14 +147,15 @@ def plan(config: TrainConfig, grid: Grid, device: str) -> Plan:
     Raises:
         ConfigError: there is no such device.
     """
+    process = process_bytes() if device == "cpu" else 0
     found = find_device(device, grid.world_size)
     config, kernels = _with_kernels(config, found, device)
     module = build(config)
-    traced = _traced(trace_step, config, grid, found, device)
+    traced = _traced(trace_step, config, module, grid, found, device)
     phase, held = peak_moment(traced)
     trained_bytes = sum(x.nbytes for x in module.parameters() if x.requires_grad)
     costs = estimate(traced, config, grid, found, trained_bytes)
-    return Plan(config, grid, device, _parameters(module), held, phase, costs, found.memory, kernels)
+    return Plan(config, grid, device, _parameters(module), held, phase, costs, found.memory, kernels, process=process)
 
 
 def plan_prediction(config: TrainConfig, grid: Grid, device: str) -> Plan:
@@ -160,17 +177,18 @@ def plan_prediction(config: TrainConfig, grid: Grid, device: str) -> Plan:
     found = find_device(device, grid.world_size)
     config = replace(config, memory=MemoryConfig(), parallel=replace(config.parallel, fsdp=False))
     config, kernels = _with_kernels(config, found, device)
-    traced = _traced(trace_prediction, config, grid, found, device)
+    module = build(config)
+    traced = _traced(trace_prediction, config, module, grid, found, device)
     phase, held = peak_moment(traced)
     costs, what = estimate_forward(traced, config, grid, found), "the prediction of one query"
-    return Plan(config, grid, device, _parameters(build(config)), held, phase, costs, found.memory, kernels, what)
+    return Plan(config, grid, device, _parameters(module), held, phase, costs, found.memory, kernels, what)
 
 
 def validation_moment(config: TrainConfig, grid: Grid, device: str) -> Moment:
     """What is held at the peak of validation, beside what the run keeps between its steps."""
     found = find_device(device, grid.world_size)
     config, _ = _with_kernels(config, found, device)
-    return peak_moment(_traced(trace_validation, config, grid, found, device))[1]
+    return peak_moment(_traced(trace_validation, config, build(config), grid, found, device))[1]
 
 
 def _with_kernels(config: TrainConfig, found: Device, device: str) -> tuple[TrainConfig, Choice]:
@@ -178,21 +196,48 @@ def _with_kernels(config: TrainConfig, found: Device, device: str) -> tuple[Trai
     return replace(config, kernels=kernels.name), kernels
 
 
-def _traced(trace: Callable[..., Trace], config: TrainConfig, grid: Grid, found: Device, device: str) -> Trace:
-    """The trace of a deep model from those of two shallow ones, where that can be."""
+def _traced(
+    trace: Callable[..., Trace], config: TrainConfig, module: nn.Module, grid: Grid, found: Device, device: str
+) -> Trace:
+    """The trace of a deep model, ``module``, from those of two shallow ones, where that can be."""
     speed, on_host = speed_of(found, grid, config.tf32), device == "cpu"
-    side = 1 if on_host else GPU_MULTIPLE
 
     def traced(config: TrainConfig) -> Trace:
-        return trace(config, grid, assumed_batch(config, grid, side), speed, on_host)
+        return trace(config, grid, assumed_batch(config, grid, 1 if on_host else GPU_MULTIPLE), speed, on_host)
 
     # What malloc keeps does not grow block by block: on CPU, where models are small, all blocks run.
     groups = None if on_host else groups_of(config)
     if groups is None:
         return traced(config)
     runs = (traced(shallow(config, n)) for n in (FEWEST, FEWEST + 1))
-    known = weight_bytes(build(config), config, grid) | {"features": feature_bytes(assumed_batch(config, grid, side))}
-    return extrapolated(*runs, groups, config.data.max_templates, known)
+    return extrapolated(*runs, groups, config.data.max_templates, _known_bytes(module, config, grid))
+
+
+def least_held(config: TrainConfig, grid: Grid, device: str) -> float:
+    """Bytes that a training step holds at its peak at the least, from a model of one block of each kind; 0 where a
+    plan of the whole model takes hardly longer than that, or all its blocks have to run. Arguments as of :func:`plan`.
+    """
+    if device == "cpu" or groups_of(config) is None:
+        return 0
+    found = find_device(device, grid.world_size)
+    config, _ = _with_kernels(config, found, device)
+    one = smallest(config)
+    trace = trace_step(one, grid, assumed_batch(one, grid, GPU_MULTIPLE), speed_of(found, grid), on_host=False)
+    known = _known_bytes(build(config), config, grid)
+    return max(sum(with_known(moment, known).values()) for moment in trace.moments.values())
+
+
+def _known_bytes(module: nn.Module, config: TrainConfig, grid: Grid) -> dict[str, float]:
+    """What weights and features of the whole model take on a GPU, by category."""
+    features = {"features": feature_bytes(assumed_batch(config, grid, GPU_MULTIPLE))}
+    return weight_bytes(module, config, grid) | features
+
+
+@cache
+def process_bytes() -> float:
+    """What a rank of a run on CPU takes beside tensors: as much as this process before it plans, which has imported
+    what a run does, and ``FIRST_USE``."""
+    return psutil.Process().memory_info().rss + FIRST_USE
 
 
 def _parameters(module: nn.Module) -> int:

@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cpfold_train.config.memory_default import Room, keeps_on_host, room_of, tile_elements, z_width
+from cpfold_train.config.memory_default import Room, attention_bytes_of, keeps_on_host, room_of, tile_elements, z_width
 from cpfold_train.config.schema import TrainConfig
 from cpfold_train.devices import find_device
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.config import MemoryConfig
 from cpfold_train.parallel.grid import Grid, squarest
 from cpfold_train.plan.estimate import MEMORY_MARGIN
-from cpfold_train.plan.plan import Plan, plan
+from cpfold_train.plan.plan import Plan, least_held, plan
 
 LEAST_SIDE = 32
 """Tokens that a rank should have of a tile's side at least: below, a grid costs more than it helps."""
@@ -59,12 +59,17 @@ def propose(config: TrainConfig, device: str, gpus: int, dp: int, choose: bool) 
     Raises:
         ConfigError: there is no such device.
     """
-    found = []
-    for grid in track(list(grids(config.crop_size, gpus, dp=dp)), "planning", console=Console(stderr=True)):
-        if choose:
-            found.append(first_that_fits(config, grid, device))
-        elif may_fit(config, grid, device):
-            found.append(plan(config, grid, device))
+    found, wanted = [], list(grids(config.crop_size, gpus, dp=dp))
+    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True)
+    with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("planning", total=len(wanted))
+        for grid in wanted:
+            progress.update(task, description=f"planning cp.grid={grid}")
+            if choose:
+                found.append(first_that_fits(config, grid, device))
+            elif may_fit(config, grid, device):
+                found.append(plan(config, grid, device))
+            progress.advance(task)
     return sorted((p for p in found if p and p.fits), key=lambda p: p.costs.step_s)
 
 
@@ -116,13 +121,26 @@ def first_that_fits(
 ) -> Plan | None:
     """The plan with the first of ``presets`` that fits, by default those of :func:`memory_presets`, or None."""
     room = room_of(config, grid, device)
-    for memory in memory_presets(config, device) if presets is None else presets:
-        tried = replace(config, memory=memory)
-        if not (_is_worth_it(tried, grid, room) and may_fit(tried, grid, device)):
-            continue
-        if (found := plan(tried, grid, device)).fits:
+    runs = [replace(config, memory=memory) for memory in presets or memory_presets(config, device)]
+    runs = [run for run in runs if _is_worth_it(run, grid, room) and may_fit(run, grid, device)]
+    for i, run in enumerate(runs):
+        if i == 1 and not _may_any_fit(runs[1:], grid, device):
+            return None
+        if (found := plan(run, grid, device)).fits:
             return found
     return None
+
+
+def _may_any_fit(runs: list[TrainConfig], grid: Grid, device: str) -> bool:
+    """False where a model of few blocks does not fit with all that these runs do to save memory: that one trace tells
+    it of all of them. A group of blocks holds more while it is at work than a block does."""
+    least = replace(runs[-1], memory=replace(runs[-1].memory, blocks_at_once=1))
+    return least_held(least, grid, device) <= _limit(grid, device)
+
+
+def _limit(grid: Grid, device: str) -> float:
+    """The most bytes that a rank may hold."""
+    return (1 - MEMORY_MARGIN) * find_device(device, grid.world_size).memory
 
 
 def _is_worth_it(config: TrainConfig, grid: Grid, room: Room | None) -> bool:
@@ -147,7 +165,8 @@ def may_fit(config: TrainConfig, grid: Grid, device: str) -> bool:
     finetune = config.finetune
     if finetune.train or finetune.freeze or finetune.lora.patterns:
         return True
-    blocks, memory, item = config.model.pairformer.num_blocks, config.memory, z_width(config)
+    model, memory, item = config.model, config.memory, z_width(config)
+    blocks = model.pairformer.num_blocks
     tile = item * tile_elements(config, grid, config.crop_size)
     held = HELD_BETWEEN_UPDATES if memory.recompute_updates else HELD_TILES
     if not memory.recompute:
@@ -156,4 +175,7 @@ def may_fit(config: TrainConfig, grid: Grid, device: str) -> bool:
         kept = 0
     else:
         kept = blocks / memory.blocks_at_once * (2 / item if memory.residual == "bf16" else 1)
-    return (kept + held) * tile <= (1 - MEMORY_MARGIN) * find_device(device, grid.world_size).memory
+    least = (kept + held) * tile
+    if memory.recompute and memory.keep_attention and not memory.offload:
+        least += attention_bytes_of(config, grid, model.pairformer, blocks)
+    return least <= _limit(grid, device)

@@ -22,6 +22,7 @@ from cpfold_train.parallel.context import Axis, ContextParallel
 from cpfold_train.parallel.gather import gather_tensor, gather_to_first
 from cpfold_train.parallel.grid import join_tiles
 from cpfold_train.parallel.random import RandomStreams
+from cpfold_train.vocabulary import CORRECTED
 
 RANKING = "confidence_score"
 """Figure of a sample that ranks the samples, if the model gives it."""
@@ -38,6 +39,7 @@ class Settings:
         max_msa_rows: most rows of the MSA.
         crop_size: most tokens, None for no limit.
         seed: of everything random.
+        features: one of :data:`~cpfold_train.vocabulary.FEATURE_SETS`.
     """
 
     samples: int
@@ -46,6 +48,7 @@ class Settings:
     max_msa_rows: int
     crop_size: int | None
     seed: int
+    features: str = CORRECTED
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class Queries(Dataset):
     def __getitem__(self, number: int) -> PreparedQuery:
         query, s = self._queries[number], self._settings
         try:
-            crop = crop_of(query.read(), s.crop_size, s.max_msa_rows, s.seed)
+            crop = crop_of(query.read(), s.crop_size, s.max_msa_rows, s.seed, s.features)
         except DataError as error:
             # All ranks read the same bytes and come to the same answer.
             return PreparedQuery(query, None, {}, str(error))

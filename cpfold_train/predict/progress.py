@@ -1,8 +1,8 @@
-"""The progress bar of a prediction."""
+"""How far a prediction is: a bar on a terminal, a line for each input elsewhere."""
 
 from __future__ import annotations
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
@@ -26,5 +26,24 @@ class QueryBar(TQDMProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         super().on_predict_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
-        size = "unusable" if batch.crop is None else f"{len(batch.crop.tokens):,} tokens"
-        self.predict_progress_bar.set_description(f"{batch.query.id} ({size})")
+        self.predict_progress_bar.set_description(_named(batch))
+
+
+class QueryLines(Callback):
+    """Names each input before it is sampled, on the first rank."""
+
+    def on_predict_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: PreparedQuery,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if trainer.is_global_zero:
+            print(f"input {batch_idx + 1}/{sum(trainer.num_predict_batches)}  {_named(batch)}", flush=True)
+
+
+def _named(batch: PreparedQuery) -> str:
+    size = "unusable" if batch.crop is None else f"{len(batch.crop.tokens):,} tokens"
+    return f"{batch.query.id} ({size})"

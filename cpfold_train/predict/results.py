@@ -7,29 +7,84 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+from rich.table import Table
+
+from cpfold_train.checkpoints.load import Weights
 from cpfold_train.data.inputs.inputs import Query, has_truth
 from cpfold_train.data.stream.batch import Crop
 from cpfold_train.predict.picture import draw_prediction
 from cpfold_train.predict.predictor import Prediction, Settings
 from cpfold_train.predict.write import write_arrays, write_structure
+from cpfold_train.tables import make_table
 from cpfold_train.whole_file import whole_file
 
-_TOLD = ("confidence_score", "complex_plddt", "ptm", "iptm")
-"""Scores in the title of the picture."""
+_TOLD = {"confidence_score": "confidence", "complex_plddt": "pLDDT", "ptm": "pTM", "iptm": "ipTM"}
+"""Scores in the title of the picture and in the table, with the header of each."""
 
 
-def is_done(out: Path, name: str) -> bool:
-    """Whether the results of a query are complete: what is written last is there, and all that it lists."""
+@dataclass(frozen=True)
+class Origin:
+    """What predictions are made with.
+
+    Attributes:
+        weights: and the checkpoint that has them.
+        settings: how is sampled.
+        precision: of the model.
+        grid: which does not change what is predicted.
+    """
+
+    weights: Weights
+    settings: Settings
+    precision: str
+    grid: str
+
+    def __str__(self) -> str:
+        return f"{self.weights}, grid {self.grid}"
+
+    def as_json(self) -> dict[str, Any]:
+        """As it stands beside the scores."""
+        return {
+            "checkpoint": asdict(self.weights),
+            "precision": self.precision,
+            "grid": self.grid,
+            "settings": asdict(self.settings),
+        }
+
+    def difference(self, about: dict[str, Any]) -> str | None:
+        """In words, what of a prediction that is there was made otherwise; None where it need not be made again.
+
+        One that was made whole stays where only a crop is asked for: ``--crop`` is for what finds no memory.
+        """
+        there, wanted = about.get("checkpoint"), self.as_json()
+        if there is None:
+            return "of a checkpoint that it does not name"
+        if (there["fingerprint"], there["weights"]) != (self.weights.fingerprint, self.weights.weights):
+            return f"of {Weights(**there)}"
+        made = about["settings"] | {"precision": about["precision"]}
+        asked = wanted["settings"] | {"precision": self.precision}
+        if made["crop_size"] is None:
+            asked["crop_size"] = None
+        options = {"crop_size": "crop"}
+        other = [name for name, value in asked.items() if made.get(name) != value]
+        told = (f"--{options.get(name, name).replace('_', '-')} {made.get(name)}" for name in other)
+        return f"with {' '.join(told)}" if other else None
+
+
+def completed(out: Path, name: str) -> dict[str, Any] | None:
+    """What is told of the results of a query, if they are complete: what is written last is there, and all that it
+    lists."""
     folder = out / name
     try:
-        files = [sample["file"] for sample in json.loads((folder / f"{name}.json").read_text())["samples"]]
-        return bool(files) and all((folder / file).stat().st_size for file in files)
+        about = json.loads((folder / f"{name}.json").read_text())
+        files = [sample["file"] for sample in about["samples"]]
+        return about if files and all((folder / file).stat().st_size for file in files) else None
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
 
 
 class PredictionFolder:
@@ -37,16 +92,18 @@ class PredictionFolder:
 
     Args:
         out: the folder.
-        settings: which are noted beside the scores.
+        origin: which is noted beside the scores.
 
     Attributes:
+        rows: id, tokens and scores of the best sample of each query that was predicted.
         failures: reason by id of the queries that could not be used.
     """
 
-    def __init__(self, out: Path, settings: Settings) -> None:
-        self._out, self._settings = out, settings
+    def __init__(self, out: Path, origin: Origin) -> None:
+        self._out, self._origin = out, origin
         self._samples: list[dict[str, Any]] = []
         self._best: Prediction | None = None
+        self.rows: list[tuple[str, int, dict[str, Any]]] = []
         self.failures: dict[str, str] = {}
 
     def write(self, query: Query, crop: Crop, rank: int, prediction: Prediction) -> None:
@@ -58,7 +115,7 @@ class PredictionFolder:
                 old.unlink(missing_ok=True)
             self._samples, self._best = [], prediction
         path = folder / f"{query.id}_model_{rank}.cif"
-        title = f"{query.id}, predicted, sample {rank} of {self._settings.samples}"
+        title = f"{query.id}, predicted, sample {rank} of {self._origin.settings.samples}"
         plddt = prediction.arrays.get("plddt")
         write_structure(path, crop.structure, crop.tokens, crop.atoms, prediction.coords, plddt, title)
         if prediction.arrays:
@@ -78,11 +135,19 @@ class PredictionFolder:
             "source": query.source,
             **size,
             "truth_known": has_truth(crop.structure),
-            "settings": asdict(self._settings),
+            **self._origin.as_json(),
             "samples": self._samples,
         }
         with whole_file(folder / f"{query.id}.json") as file:
             file.write(json.dumps(about, indent=1) + "\n")
+        self.rows.append((query.id, size["tokens"], best.scores))
+
+    def table(self) -> Table:
+        """A row for each query that was predicted, with the scores of its best sample."""
+        table = make_table(", ".join(("id", "tokens", *_TOLD.values())), text="id", title=escape(str(self._origin)))
+        for name, tokens, scores in self.rows:
+            table.add_row(name, f"{tokens:,}", *(f"{scores[key]:.3f}" if key in scores else "" for key in _TOLD))
+        return table
 
     def fail(self, query: Query, reason: str) -> None:
         """Note a query that cannot be used."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -9,6 +10,9 @@ from matplotlib.figure import Figure
 
 from cpfold_train.reports.metrics import METRICS, charts
 from cpfold_train.reports.metrics_csv import read_metrics
+
+_ACROSS = 3
+"""Charts side by side."""
 
 
 def draw_curves(metrics: Path, path: Path) -> None:
@@ -24,16 +28,30 @@ def draw_curves(metrics: Path, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def draw_runs(runs: list[Path], path: Path) -> None:
-    """The metrics that several runs are compared by, against the step."""
-    names = [name for name, metric in METRICS.items() if metric.compared]
-    figure = Figure(figsize=(3.5 * len(names), 4), layout="constrained")
-    for axis, name in zip(figure.subplots(1, len(names)), names):
-        for run in runs:
-            _draw_column(axis, read_metrics(run / "metrics.csv"), name, str(run))
-        axis.set_title(name)
+def draw_runs(runs: Mapping[str, list[dict[str, str]]], path: Path) -> None:
+    """Losses and scores of several runs against the step, a chart for each metric that any of them has.
+
+    Args:
+        runs: rows of ``metrics.csv``, by what the run is called.
+        path: of the picture.
+    """
+    names = [name for name, metric in METRICS.items() if metric.compared and _has(runs.values(), name)]
+    across = min(len(names), _ACROSS)
+    down = -(-len(names) // max(across, 1))
+    figure = Figure(figsize=(4.5 * max(across, 1), 3.5 * max(down, 1)), layout="constrained")
+    charts = figure.subplots(down, across, squeeze=False).ravel() if names else []
+    for chart in charts[len(names) :]:
+        chart.set_axis_off()
+    for chart, name in zip(charts, names):
+        for label, rows in runs.items():
+            _draw_column(chart, rows, name, label)
+        chart.set_title(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+def _has(runs: Iterable[list[dict[str, str]]], name: str) -> bool:
+    return any(row.get(name) for rows in runs for row in rows)
 
 
 def _draw_column(axis: Axes, rows: list[dict[str, str]], name: str, label: str) -> None:

@@ -40,6 +40,7 @@ METRICS = {
         better="min",
         bar="loss",
         chart="loss",
+        compared=True,
         summarised=True,
     ),
     "train/diffusion": Metric("squared error of the denoised atoms, not weighted", better="min", summarised=True),
@@ -66,7 +67,9 @@ METRICS = {
     "tokens_per_s": Metric("tokens by step_s and number of ranks", "1/s", "max", bar="tok/s"),
     "tflops": Metric("model FLOPs by step_s and number of ranks, in 10^12", "TFLOP/s", "max"),
     "mfu": Metric("tflops by the peak of the GPU; not on CPU", better="max", bar="mfu"),
-    "val/loss": Metric("weighted sum of the losses, mean over samples", better="min", chart="loss", summarised=True),
+    "val/loss": Metric(
+        "weighted sum of the losses, mean over samples", better="min", chart="loss", compared=True, summarised=True
+    ),
     "val/distogram": Metric(
         "cross entropy of the distogram, not weighted", better="min", compared=True, summarised=True
     ),
@@ -85,7 +88,11 @@ METRICS = {
         summarised=True,
     ),
     "val/structure_lddt": Metric(
-        "lDDT of the representative atoms of a sampled structure", better="max", summarised=True, needs="structures"
+        "lDDT of the representative atoms of a sampled structure",
+        better="max",
+        compared=True,
+        summarised=True,
+        needs="structures",
     ),
     "val/plddt": Metric("as train/plddt", better="min", summarised=True, needs="confidence"),
     "val/resolved": Metric("as train/resolved", better="min", summarised=True, needs="confidence"),
@@ -138,6 +145,7 @@ RESULT = {
     "seed": Metric("of the run"),
     "quarantined": METRICS["quarantined"],
     "skipped": METRICS["skipped"],
+    "left_out": Metric("crops of the last validation that had no pair to score, by metric"),
     **PER_RANK,
 }
 """Keys of ``result.json``; those that have no value yet are left out."""

@@ -14,13 +14,17 @@ Within a step autocast goes around the model, and with fp8 Transformer Engine ar
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 
-from cpfold_train.checkpoints.boltz import initialise
+from cpfold_train.checkpoints.boltz import initialise, read_checkpoint
+from cpfold_train.checkpoints.features import told_features
 from cpfold_train.config.schema import TrainConfig
+from cpfold_train.config.world import is_first_rank
 from cpfold_train.kernels.by_rows import set_block_bytes
 from cpfold_train.kernels.regions import compile_regions, compiled_by
 from cpfold_train.memory import return_large_tensors
@@ -59,14 +63,20 @@ def prepare_module(config: TrainConfig) -> CoFoldingModule:
         ConfigError: weights to start from do not fit, patterns name nothing, or nothing is left that has a loss.
     """
     # 1. Fresh weights. ``memory`` says what blocks recompute and offload: each wraps itself where it is called.
+    features = config.data.features
+    model = replace(config.model, features=features)
     module = CoFoldingModule(
-        config.model, config.memory, config.optim, config.loss, config.diffusion, config.seed, config.finetune
+        model, config.memory, config.optim, config.loss, config.diffusion, config.seed, config.finetune
     )
     # 2. Precision of the weights, before any are read: those of fp64 would be rounded.
     set_width(module.model, str(config.trainer.precision))
     # 3. Weights to start from. A run that resumes gets its own, with optimizer and loops, when the ranks are up.
     if config.model.init_from and not config.ckpt_path:
-        initialise(module.model, Path(config.model.init_from), config.model.init_weights, config.model.init_skip)
+        start = Path(config.model.init_from)
+        initialise(module.model, start, config.model.init_weights, config.model.init_skip)
+        note = told_features(features, read_checkpoint(start), start, "data.features=")
+        if note and is_first_rank():
+            print(f"note: {note}", file=sys.stderr)
     # 4. LoRA and what is frozen, after the weights: a checkpoint to start from has no LoRA.
     module.trains_confidence = choose_trained(module.model, config.finetune, module.trains_confidence)
     # 5. What has no loss is no business of DistributedDataParallel.

@@ -49,7 +49,7 @@ class TileData(LightningDataModule):
             samples_per_epoch=self._data.samples_per_epoch,
             crop_schedule=self._data.crop_schedule,
             accumulate=self._accumulate,
-            augmentation=Augmentation(**vars(self._data.augmentation)),
+            augmentation=Augmentation(random_rows=True, **vars(self._data.augmentation)),
         )
 
     def val_dataloader(self) -> TileLoader | list:
@@ -63,6 +63,7 @@ class TileData(LightningDataModule):
             max_atoms=self._data.max_atoms,
             max_msa_rows=self._data.max_msa_rows,
             max_templates=self._data.max_templates,
+            features=self._data.features,
             max_bad_share=self._data.max_bad_share,
             num_workers=self._data.num_workers,
             side=GPU_MULTIPLE if on_gpu else 1,

@@ -12,7 +12,7 @@ from cpfold_train.reports.metrics import METRICS
 
 
 class EarlyStop(EarlyStopping):
-    """Ends the run after ``patience`` validations without improvement, or one that is not finite, and says so.
+    """Ends the run after ``patience`` validations without improvement, or one that is not finite.
 
     The metrics of validation are equal on all ranks, and so is the decision. The count is part of checkpoints, and so a
     run that has ended like this and is started again makes no step, unless it is given more patience.
@@ -53,10 +53,8 @@ class EarlyStop(EarlyStopping):
         self.ended_before = f"no step was made: early stop had ended this run, because {self.monitor} {why}"
         trainer.should_stop = True
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
+    def reason(self, step: int) -> str:
+        """Why the run ends, or has ended before; empty where it is not for this. ``step`` is the last one."""
         if self.ended_before:
-            print(self.ended_before)
-        elif self.stopping_reason_message:
-            print(f"stopped at step {trainer.global_step}: {self.stopping_reason_message}")
+            return self.ended_before
+        return f"stopped at step {step}: {self.stopping_reason_message}" if self.stopping_reason_message else ""

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from cpfold_train.checkpoints.features import told_features
 from cpfold_train.config.schema import CONFIDENCE, DiffusionRunConfig, FinetuneConfig, LossConfig, OptimConfig
 from cpfold_train.losses.total import confidence_losses, structure_losses
 from cpfold_train.model.cofolding import CoFolding
@@ -51,6 +52,7 @@ class CoFoldingModule(LightningModule):
         too_large: whether the step at hand is to be skipped on all ranks, because one has no memory for it.
         validation: means of the last validation by metric name, of those that any crop had pairs for; equal on all
             ranks.
+        left_out: crops of the last validation that had no pair to score, by metric; only of those where there are any.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class CoFoldingModule(LightningModule):
         self.bad_losses = torch.zeros((), dtype=torch.int64)
         self.too_large = False
         self._sums = torch.zeros(2, len(VALIDATION), dtype=torch.float64)
-        self._left_out: dict[str, int] = {}
+        self.left_out: dict[str, int] = {}
 
     @property
     def cp(self) -> ContextParallel:
@@ -108,7 +110,9 @@ class CoFoldingModule(LightningModule):
     def backward(self, loss: Tensor) -> None:
         """The gradient of a step is the mean over its micro-batches. Lightning has divided the loss by
         ``accumulate_grad_batches``, of which the last step of an epoch may have fewer."""
-        super().backward(loss * (self.trainer.accumulate_grad_batches / micro_batches(self.trainer)))
+        # The NaN of a step that is skipped for want of memory is no anomaly.
+        with torch.autograd.set_detect_anomaly(torch.is_anomaly_enabled() and not self.too_large):
+            super().backward(loss * (self.trainer.accumulate_grad_batches / micro_batches(self.trainer)))
 
     def _flops(self, batch: Batch, recycling: int) -> float:
         """Operations of a micro-batch on all ranks of a replica, from the global shapes of its features."""
@@ -181,11 +185,11 @@ class CoFoldingModule(LightningModule):
         self.validation = {name: total / count for name, (total, count) in found.items() if count}
         crops = int(counts[0])
         left_out = {name: crops - int(count) for name, (_, count) in found.items() if count < crops}
-        if left_out and left_out != self._left_out and self.trainer.is_global_zero:
+        if left_out and left_out != self.left_out and self.trainer.is_global_zero:
             which = ", ".join(f"{count} of {name}" for name, count in left_out.items())
             print(f"of {crops} crops of validation some have no pair to score and are left out of means: {which}",
                   file=sys.stderr)  # fmt: skip
-        self._left_out = left_out
+        self.left_out = left_out
         # For the callbacks that watch a metric. The values are equal on all ranks, and so is their mean.
         self.log_dict(self.validation, logger=False, sync_dist=True)
 
@@ -203,6 +207,9 @@ class CoFoldingModule(LightningModule):
         other groups."""
         require_same(self._finetune, checkpoint)
         require_fit(self.state_dict(), checkpoint["state_dict"])
+        note = told_features(self._sizes.features, checkpoint, "the checkpoint", "data.features=")
+        if note and self.trainer.is_global_zero:
+            print(f"note: {note}", file=sys.stderr)
         averages = any(isinstance(callback, MovingAverage) for callback in self.trainer.callbacks)
         if "current_model_state" in checkpoint and not averages:
             # Without an average of its own the run goes on from the weights under training.

@@ -1,11 +1,14 @@
 """Featurize samples with the stock ``boltz`` package; needs only that package.
 
-    python boltz_features.py IN.npz OUT.npz
+    python boltz_features.py IN.npz OUT.npz [IN.npz OUT.npz ...]
 
 IN.npz holds the arrays of a structure in this project's format, ``meta`` (its JSON), ``tokens`` (of the crop),
 ``templates`` (JSON, a list of [query chain, template chain] of one template that is the structure itself) and, for each
 entity E with an alignment, ``tokens_E``, ``deletions_E`` and ``keys_E``. OUT.npz gets the features of the crop, one-hot
 ones as indices.
+
+What the package draws may be given: ``max_rows`` of an alignment; with ``drawn``, the rows of the alignment but the
+first, it makes features for training; ``turns`` (residues, 3, 3) and ``shifts`` (residues, 3) move the conformers.
 """
 
 import json
@@ -13,6 +16,9 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import torch
+from boltz.data import const
+from boltz.data.feature import featurizerv2
 from boltz.data.feature.featurizerv2 import Boltz2Featurizer
 from boltz.data.tokenize.boltz2 import Boltz2Tokenizer
 from boltz.data.types import (
@@ -33,6 +39,7 @@ from boltz.data.types import (
     StructureV2,
     TemplateInfo,
 )
+from boltz.model.modules.utils import center_random_augmentation
 from rdkit import Chem
 from rdkit.Geometry import Point3D
 
@@ -44,18 +51,23 @@ token_to_center_atom r_set_to_rep_atom template_restype
 
 
 def structure_of(given, meta):
-    """The package's tables of a whole structure."""
+    """The package's tables of a whole structure.
+
+    Of a modified residue they say what its parsers do (``parse_ccd_residue``): an unknown amino acid, even in a nucleic
+    acid, with its first atom as center and representative atom.
+    """
     asym_id, res_index, start = given["asym_id"], given["res_index"], given["atom_start"]
     ligand = np.array([chain["type"] == "nonpolymer" for chain in meta["chains"]])[asym_id]
     first = np.flatnonzero((np.diff(asym_id, prepend=-1) != 0) | (np.diff(res_index, prepend=-1) != 0))
     stop = np.append(first[1:], len(asym_id))
     residues = []
     for a, b in zip(first, stop):
-        atom, end = start[a], start[b]
+        atom, end, modified = start[a], start[b], given["modified"][a]
+        center, disto = (0, 0) if modified else (given["center_atom"][a], given["disto_atom"][a])
         residues.append((
-            given["comp_name"][given["component"][a]].decode(), given["res_type"][a], res_index[a], atom, end - atom,
-            atom + max(0, given["center_atom"][a]), atom + max(0, given["disto_atom"][a]),
-            not (ligand[a] or given["modified"][a]), given["resolved"][atom:end].any(),
+            given["comp_name"][given["component"][a]].decode(),
+            const.token_ids["UNK"] if modified else given["res_type"][a], res_index[a], atom, end - atom,
+            atom + center, atom + disto, not (ligand[a] or modified), given["resolved"][atom:end].any(),
         ))  # fmt: skip
     chains = []
     for number, chain in enumerate(meta["chains"]):
@@ -120,8 +132,47 @@ def alignments_of(given, meta):
     return {i: found[chain["entity"]] for i, chain in enumerate(meta["chains"]) if chain["entity"] in found}
 
 
+class Draws:
+    """In place of a generator: the first conformer, the number of rows that is given, and those rows."""
+
+    def __init__(self, drawn):
+        self.drawn = drawn
+
+    def random(self):
+        return 1.0
+
+    def integers(self, low, high):
+        assert low <= 1 + len(self.drawn) < high
+        return 1 + len(self.drawn)
+
+    def choice(self, candidates, size=None, replace=True):
+        if size is None:
+            return candidates[0]
+        assert size == len(self.drawn) and not replace and np.isin(self.drawn, candidates).all()
+        return self.drawn
+
+
+def move_conformers(given):
+    """Let the package move the conformers as it is told; it does so residue by residue, and centres them itself."""
+    tokens, start = given["tokens"], given["atom_start"]
+    asym_id, res_index = given["asym_id"][tokens], given["res_index"][tokens]
+    residue = np.cumsum((np.diff(asym_id, prepend=-1) != 0) | (np.diff(res_index, prepend=-1) != 0)) - 1
+    known = np.array([given["resolved"][start[token] : start[token + 1]].any() for token in tokens])
+    moved = iter([number for number in range(residue[-1]) if known[residue == number].any()])
+
+    def move(coords, mask, centering):
+        number = next(moved)
+        turn, shift = (torch.from_numpy(given[name][number]).to(coords) for name in ("turns", "shifts"))
+        centred = center_random_augmentation(coords, mask, augmentation=False, centering=centering)
+        return centred @ turn.T + shift
+
+    featurizerv2.center_random_augmentation = move
+
+
 def main(source, target):
     given = dict(np.load(source))
+    if "turns" in given:
+        move_conformers(given)
     meta, covered = json.loads(str(given["meta"])), json.loads(str(given["templates"]))
     structure = structure_of(given, meta)
     names = [chain["name"] for chain in meta["chains"]]
@@ -133,10 +184,11 @@ def main(source, target):
     bonds = data.bonds[np.isin(data.bonds["token_1"], kept) & np.isin(data.bonds["token_2"], kept)]
     features = Boltz2Featurizer().process(
         replace(data, tokens=data.tokens[kept], bonds=bonds),
-        np.random.default_rng(0),
+        Draws(given["drawn"]) if "drawn" in given else np.random.default_rng(0),
         molecules_of(given),
-        training=False,
-        max_seqs=16384,
+        training="drawn" in given,
+        msa_sampling="drawn" in given,
+        max_seqs=int(given.get("max_rows", 16384)),
         compute_frames=True,
     )
     out = {name: value.numpy() for name, value in features.items()}
@@ -145,4 +197,5 @@ def main(source, target):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for pair in zip(sys.argv[1::2], sys.argv[2::2]):
+        main(*pair)

@@ -28,13 +28,16 @@ SUFFIXES = (".a3m", ".csv")
 MIN_IDENTITY = 0.9
 _SAME_BASE = {RNA: str.maketrans("T", "U"), DNA: str.maketrans("U", "T")}
 """Databases write RNA with the letters of DNA."""
-_SPECIES = (
-    re.compile(r"\bOX=(\d+)"),
-    re.compile(r"\bTaxID=(\d+)"),
-    re.compile(r"^UniRef\w+?_\w+_(\d+)/"),
-    re.compile(r"^(?:sp|tr)\|\w+\|\w+_([A-Z0-9]+)"),
-)
-_PAIRED_FILE = re.compile(r"(^|[_.-])pair(ed|ing)?([_.-]|$)")
+_SPECIES = {
+    "OX=": re.compile(r"\bOX=(\d+)"),
+    "TaxID=": re.compile(r"\bTaxID=(\d+)"),
+    "the organism in UniRef's names": re.compile(r"^UniRef\w+?_\w+_(\d+)/"),
+    "the organism in UniProt's names": re.compile(r"^(?:sp|tr)\|\w+\|\w+_([A-Z0-9]+)"),
+}
+ROW, COLUMN = "the number of the row", "the file's keys"
+_PAIRED_FILE = re.compile(r"(^|(?<!non)(?<!un)[_.-])pair(ed|ing)?([_.-]|$)")
+_JOINED = re.compile(rb"#\d+(,\d+)+\t")
+"""First line of ColabFold's a3m of several chains: their lengths, and their copies."""
 
 
 def chains_of(path: Path, entries: Collection[str] = ()) -> tuple[str, str, str]:
@@ -54,21 +57,30 @@ def chains_of(path: Path, entries: Collection[str] = ()) -> tuple[str, str, str]
     return prefix + entry.lower(), chains, label
 
 
-def read_rows(path: Path) -> tuple[list[str], np.ndarray]:
-    """Sequences of a plain or gzipped a3m or csv file, the query first, and their keys (D,) int64."""
+def is_joined(path: Path) -> bool:
+    """Whether a file is ColabFold's a3m of several chains, whose sequences stand one behind the other in a row."""
+    with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
+        return _JOINED.match(file.readline()) is not None
+
+
+def read_rows(path: Path) -> tuple[list[str], np.ndarray, dict[int, str]]:
+    """Sequences of a plain or gzipped a3m or csv file, the query first, their keys (D,) int64, and what those are."""
     data = path.read_bytes()
     text = (gzip.decompress(data) if path.name.endswith(".gz") else data).decode().replace("\0", "")
     if path.name.removesuffix(".gz").endswith(".csv"):
         sequences, keys = _csv_rows(path, text)
+        kinds = dict.fromkeys(keys, COLUMN)
     else:
         headers, sequences = _a3m_rows(text)
-        keys = [species_key(header) for header in headers]
+        species = [_species(header) for header in headers]
+        keys, kinds = [key for key, _ in species], dict(species)
         if _PAIRED_FILE.search(chains_of(path)[2]) and set(keys[1:]) == {UNPAIRED}:
             # Such files of one entry correspond row by row and name no organism.
             keys = [abs(key_of("row", row)) for row in range(len(keys))]
+            kinds = dict.fromkeys(keys, ROW)
     if not sequences:
         raise DataError(f"{path.name} holds no sequence")
-    return sequences, np.array([UNPAIRED, *keys[1:]], dtype=np.int64)
+    return sequences, np.array([UNPAIRED, *keys[1:]], dtype=np.int64), kinds
 
 
 def _a3m_rows(text: str) -> tuple[list[str], list[str]]:
@@ -97,11 +109,14 @@ def file_key(text: str | None) -> int:
 
 def species_key(header: str) -> int:
     """Key of the organism that a header names (UniProt, UniRef or taxonomy id), ``UNPAIRED`` where it names none."""
-    for pattern in _SPECIES:
-        match = pattern.search(header)
-        if match:
-            return abs(key_of("species", match[1]))
-    return UNPAIRED
+    return _species(header)[0]
+
+
+def _species(header: str) -> tuple[int, str]:
+    for kind, pattern in _SPECIES.items():
+        if match := pattern.search(header):
+            return abs(key_of("species", match[1])), kind
+    return UNPAIRED, ""
 
 
 def read_alignment(path: Path, mol_type: int, letters: str) -> Alignment:
@@ -115,7 +130,7 @@ def read_alignment(path: Path, mol_type: int, letters: str) -> Alignment:
     Raises:
         DataError: the file's query is another sequence, or a row has another number of columns.
     """
-    sequences, keys = read_rows(path)
+    sequences, keys, kinds = read_rows(path)
     # Some programs end sequences with a stop, or write a query in lower case.
     sequences = [sequence.rstrip("*") for sequence in sequences]
     if sequences[0].islower():
@@ -135,7 +150,7 @@ def read_alignment(path: Path, mol_type: int, letters: str) -> Alignment:
     tokens, deletions = _encode(path, sequences, table)
     tokens, deletions = _on_entity(tokens, deletions, query_columns, position, len(letters))
     tokens[0], deletions[0] = table[np.frombuffer(letters.encode(), np.uint8)], 0
-    return Alignment(tokens, deletions, keys)
+    return Alignment(tokens, deletions, keys, kinds)
 
 
 def _columns(sequence: str) -> bytes:
@@ -183,6 +198,8 @@ def merge(alignments: list[Alignment], max_depth: int) -> Alignment:
     most half of the depth where there are others to fill the rest.
     """
     joined = Alignment(*(np.concatenate([getattr(a, f) for a in alignments]) for f in ("tokens", "deletions", "keys")))
+    for alignment in alignments:
+        joined.key_kinds.update(alignment.key_kinds)
     keyed = joined.keys != UNPAIRED
     order = np.concatenate([[0], np.flatnonzero(keyed), 1 + np.flatnonzero(~keyed[1:])])
     seen: set[bytes] = set()

@@ -13,6 +13,7 @@ import numpy as np
 from cpfold_train.data.structures.structure import Structure
 from cpfold_train.parallel.grid import Interval
 from cpfold_train.spatial import rotation_rows
+from cpfold_train.vocabulary import BOLTZ2, CORRECTED
 
 
 class CropAtoms(NamedTuple):
@@ -55,17 +56,21 @@ def positions_of(structure: Structure, tokens: np.ndarray, atoms: CropAtoms, whi
     return (atoms.start[:-1] + np.maximum(which[tokens], 0)).astype(np.int32)
 
 
-def atom_features(structure: Structure, atoms: CropAtoms, motions: np.ndarray, part: Interval) -> dict[str, np.ndarray]:
+def atom_features(
+    structure: Structure, atoms: CropAtoms, motions: np.ndarray, part: Interval, features: str = CORRECTED
+) -> dict[str, np.ndarray]:
     """Features of the atoms in ``part``, which may reach past the last one.
 
     Args:
         motions: (residues, 7) normal deviates, from which each residue's conformer is turned and shifted.
+        features: one of :data:`~cpfold_train.vocabulary.FEATURE_SETS`.
 
     Returns:
         ``ref_pos`` (A, 3) in Angstrom, ``ref_charge``, ``atom_pad_mask``, ``atom_resolved_mask`` and ``bfactor`` (A,)
         float32; ``ref_element`` (A,) atomic number and ``ref_atom_name_chars`` (A, 4) code of the character less 32,
         uint8; ``ref_space_uid`` and ``atom_to_token`` (A,) int32; ``coords`` (A, 3) in Angstrom from the centre of the
-        crop's resolved atoms, zero where unresolved (the one conformation of the package's (K, A, 3)).
+        crop's resolved atoms (the one conformation of the package's (K, A, 3)). Unresolved ones are zero, or with
+        ``boltz2`` minus that centre, from where they are noised like all others.
     """
     own = slice(*part)
     atom = atoms.atom[own]
@@ -73,8 +78,9 @@ def atom_features(structure: Structure, atoms: CropAtoms, motions: np.ndarray, p
     characters = structure.comp_atom_name.view(np.uint8).reshape(-1, 4)[reference]
     known = atoms.atom[structure.resolved[atoms.atom]]
     middle = structure.coords[known].mean(axis=0, dtype=np.float64) if len(known) else 0.0
+    placed = resolved | (features == BOLTZ2)
     return {
-        "ref_pos": _moved_conformers(structure, atoms, motions, own),
+        "ref_pos": _moved_conformers(structure, atoms, motions, own, features),
         "ref_charge": structure.comp_charge[reference].astype(np.float32),
         "ref_element": structure.comp_element[reference],
         "ref_atom_name_chars": np.where(characters > 0, characters - 32, 0).astype(np.uint8),
@@ -82,22 +88,35 @@ def atom_features(structure: Structure, atoms: CropAtoms, motions: np.ndarray, p
         "atom_to_token": atoms.token[own].astype(np.int32),
         "atom_pad_mask": np.ones(len(atom), dtype=np.float32),
         "atom_resolved_mask": resolved.astype(np.float32),
-        "coords": np.where(resolved[:, None], structure.coords[atom] - middle, 0).astype(np.float32),
+        "coords": np.where(placed[:, None], structure.coords[atom] - middle, 0).astype(np.float32),
         "bfactor": structure.b_factor[atom],
     }
 
 
-def _moved_conformers(structure: Structure, atoms: CropAtoms, motions: np.ndarray, own: slice) -> np.ndarray:
+def _moved_conformers(
+    structure: Structure, atoms: CropAtoms, motions: np.ndarray, own: slice, features: str
+) -> np.ndarray:
     """Reference conformers, each centred on its atoms in the crop, rotated at random and shifted by N(0, 1) Angstrom.
 
     AlphaFold 3, supplement 2.8 and Algorithm 19. The mean is over all of the residue's atoms, as it is in inference.
+    With ``boltz2`` it is over the resolved ones, or over all in a complex without any, which is one to predict; and the
+    last residue of the crop, and those without a resolved atom, are left as they are.
     """
     pos, residue = structure.comp_pos[structure.ref_atom[atoms.atom]], atoms.residue
-    middle = np.stack([np.bincount(residue, pos[:, x]) for x in range(3)], axis=1) / np.bincount(residue)[:, None]
+    known = np.ones(len(residue), bool)
+    if features == BOLTZ2 and structure.resolved.any():
+        known = structure.resolved[atoms.atom]
+    count = np.bincount(residue, known)
+    middle = np.stack([np.bincount(residue, pos[:, x] * known) for x in range(3)], axis=1)
+    middle /= np.maximum(count, 1)[:, None]
     centred, rotation, shift = pos[own] - middle[residue[own]], rotation_matrices(motions[:, :4]), motions[:, 4:]
     # Component by component, so that an atom's number does not depend on which others the rank has.
     turned = sum(rotation[residue[own], :, x] * centred[:, x, None] for x in range(3))
-    return (turned + shift[residue[own]]).astype(np.float32)
+    moved = turned + shift[residue[own]]
+    if features == BOLTZ2:
+        stays = (count == 0) | (np.arange(len(count)) == len(count) - 1)
+        moved = np.where(stays[residue[own], None], pos[own], moved)
+    return moved.astype(np.float32)
 
 
 def rotation_matrices(quaternions: np.ndarray) -> np.ndarray:

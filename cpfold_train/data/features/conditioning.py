@@ -2,8 +2,8 @@
 
 As Boltz-2's training does it (``boltz/data/feature/featurizerv2.py``, ``process_token_features``): with some
 probability a binder is chosen and some residues of its pocket are named, and with some probability a pair of tokens in
-contact, each with the distance below which they are; again and again, until a draw says no. A contact's threshold is
-told here and forgotten there.
+contact, each with the distance below which they are; again and again, until a draw says no. There, and here with the
+features ``boltz2``, a contact's threshold is forgotten, and a pocket has only residues whose center atom is resolved.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from cpfold_train.data.features.atoms import CropAtoms
 from cpfold_train.data.structures.structure import Structure
 from cpfold_train.parallel.grid import Interval
+from cpfold_train.vocabulary import BOLTZ2, CORRECTED
 
 UNSPECIFIED, UNSELECTED, POCKET_TO_BINDER, BINDER_TO_POCKET, CONTACT = range(5)
 """Classes of ``contact_conditioning``: unspecified where a sample says nothing, unselected where it says nothing of a
@@ -77,12 +78,14 @@ def draw_conditions(
     pocket: float,
     contact: float,
     rng: np.random.Generator,
+    features: str = CORRECTED,
 ) -> list[Condition]:
     """Draw the pockets and contacts of a crop.
 
     Args:
         pocket: probability of a pocket, and of another one after each.
         contact: the same for contacts.
+        features: one of :data:`~cpfold_train.vocabulary.FEATURE_SETS`.
 
     Returns:
         Conditions; of two about the same pair the later one counts.
@@ -90,9 +93,11 @@ def draw_conditions(
     resolved = structure.resolved[atoms.atom]
     points = _Points(structure.coords[atoms.atom[resolved]], atoms.token[resolved])
     asym_id, polymer = structure.asym_id[tokens], structure.polymer[tokens]
-    conditions = _pockets(points, asym_id, polymer, pocket, rng)
+    named = polymer & structure.center[1][tokens] if features == BOLTZ2 else polymer
+    conditions = _pockets(points, asym_id, polymer, named, pocket, rng)
     while rng.random() < contact:
-        conditions += _contact(points, asym_id, structure.res_index[tokens], rng)
+        drawn = _contact(points, asym_id, structure.res_index[tokens], rng)
+        conditions += [c._replace(threshold=0.0) for c in drawn] if features == BOLTZ2 else drawn
     return conditions
 
 
@@ -102,9 +107,15 @@ def _cutoff(rng: np.random.Generator) -> float:
 
 
 def _pockets(
-    points: _Points, asym_id: np.ndarray, polymer: np.ndarray, probability: float, rng: np.random.Generator
+    points: _Points,
+    asym_id: np.ndarray,
+    polymer: np.ndarray,
+    named: np.ndarray,
+    probability: float,
+    rng: np.random.Generator,
 ) -> list[Condition]:
-    """Binders are ligands, or chains where there is no ligand; a pocket is of residues of other chains."""
+    """Binders are ligands, or chains where there is no ligand; a pocket is of tokens of other chains that may be
+    ``named``."""
     ligands = np.unique(asym_id[~polymer])
     conditions = []
     for binder in rng.permutation(ligands if len(ligands) else np.unique(asym_id)):
@@ -112,12 +123,12 @@ def _pockets(
             break
         cutoff = _cutoff(rng)
         chain = asym_id[points.token]
-        pocket = points.where((chain != binder) & polymer[points.token]).near(points.where(chain == binder), cutoff)
+        pocket = points.where((chain != binder) & named[points.token]).near(points.where(chain == binder), cutoff)
         if len(pocket):
             size = min(len(pocket), 1 + rng.geometric(_POCKET_STOP))
-            named, of_binder = rng.choice(pocket, size, replace=False), np.flatnonzero(asym_id == binder)
-            conditions.append(Condition(of_binder, named, BINDER_TO_POCKET, cutoff))
-            conditions.append(Condition(named, of_binder, POCKET_TO_BINDER, cutoff))
+            some, of_binder = rng.choice(pocket, size, replace=False), np.flatnonzero(asym_id == binder)
+            conditions.append(Condition(of_binder, some, BINDER_TO_POCKET, cutoff))
+            conditions.append(Condition(some, of_binder, POCKET_TO_BINDER, cutoff))
     return conditions
 
 

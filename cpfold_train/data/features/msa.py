@@ -9,8 +9,12 @@ The rule, chain by chain over the chains of the crop:
 3. Unpaired rows: the sequences that are left, side by side. A chain that has run out of sequences has gaps.
 
 At most ``MAX_PAIRED`` rows are paired and ``MAX_ROWS`` kept; profiles are over all of these, while the model sees
-a random choice of ``max_msa_rows`` of them, always with the query. Boltz-2 assembles rows by the same steps, except
-that there sequences used in step 2 come again in step 3, and that a single chain pairs with itself.
+a random choice of ``max_msa_rows`` of them, always with the query.
+
+With the features ``boltz2`` (:data:`~cpfold_train.vocabulary.FEATURE_SETS`) rows are those of
+``boltz/data/feature/featurizerv2.py`` (``construct_paired_msa``): sequences of step 2 come again in step 3 and fill the
+chains without the organism, an organism with several sequences in one chain alone is paired too, there are no
+deletions, and profiles are over the rows that the model sees.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from cpfold_train.data.alignments.alignment import UNPAIRED, Alignment
 from cpfold_train.data.schema import FEATURES
 from cpfold_train.data.structures.structure import Structure
 from cpfold_train.parallel.grid import Interval
-from cpfold_train.vocabulary import GAP, NUM_TOKENS
+from cpfold_train.vocabulary import BOLTZ2, CORRECTED, GAP, NUM_TOKENS, PROTEIN, TOKEN_IDS, UNKNOWN
 
 MAX_ROWS = 16384
 MAX_PAIRED = 8192
@@ -47,7 +51,7 @@ class Rows:
 
     Attributes:
         segments: one for each chain.
-        all: (S_all, K) int32 which sequence of the chain's alignment each row shows, -1 for gaps.
+        all: (S_all, K) int32 which sequence of the chain's alignment each row shows, -1 for gaps; those of profiles.
         sampled: (S, K) the rows drawn for the model, the query first.
         paired: (S, K) bool, for the sampled rows.
     """
@@ -59,37 +63,70 @@ class Rows:
 
 
 def assemble(
-    structure: Structure, tokens: np.ndarray, alignments: dict[int, Alignment], max_rows: int, rng: np.random.Generator
+    structure: Structure,
+    tokens: np.ndarray,
+    alignments: dict[int, Alignment],
+    max_rows: int,
+    rng: np.random.Generator | None,
+    features: str = CORRECTED,
 ) -> Rows:
-    """Assemble the rows of a crop and draw ``max_rows`` of them.
+    """Assemble the rows of a crop and choose ``max_rows`` of them.
 
     Args:
         tokens: (n,) ascending tokens of the crop.
         alignments: by entity.
+        rng: draws the rows; None takes the first ones.
+        features: one of :data:`~cpfold_train.vocabulary.FEATURE_SETS`.
     """
     asym_id = structure.asym_id[tokens]
     starts = np.flatnonzero(np.diff(asym_id, prepend=-1))
     segments = []
+    known: dict[int, Alignment] = {}
     for start, stop in zip(starts, [*starts[1:], len(tokens)]):
         entity = int(structure.chains["entity"][asym_id[start]])
         positions = structure.res_index[tokens[start:stop]]
-        alignment = alignments.get(entity)
-        if alignment is None:
-            alignment = _query_only(structure.res_type[structure.asym_id == asym_id[start]])
-        segments.append(Segment(int(start), int(stop), positions, alignment))
-    rows, paired = pair([segment.alignment.keys for segment in segments])
-    drawn = np.arange(len(rows))
-    if len(rows) > max_rows:
-        drawn = np.concatenate([[0], 1 + np.sort(rng.choice(len(rows) - 1, max_rows - 1, replace=False))])
-    return Rows(segments, rows, rows[drawn], paired[drawn])
+        if entity not in known:
+            chain = structure.asym_id == asym_id[start]
+            given = alignments.get(entity, _query_only(structure.res_type[chain]))
+            if features == BOLTZ2:
+                res_type = np.where(structure.modified[chain], UNKNOWN[PROTEIN], structure.res_type[chain])
+                given = _as_in_boltz2(given, res_type.astype(given.tokens.dtype))
+            known[entity] = given
+        segments.append(Segment(int(start), int(stop), positions, known[entity]))
+    rows, paired = pair([segment.alignment.keys for segment in segments], features)
+    drawn = np.arange(min(len(rows), max_rows))
+    if rng is not None and len(rows) > max_rows:
+        drawn[1:] = 1 + np.sort(rng.choice(len(rows) - 1, max_rows - 1, replace=False))
+    sampled = rows[drawn]
+    return Rows(segments, sampled if features == BOLTZ2 else rows, sampled, paired[drawn])
 
 
 def _query_only(res_type: np.ndarray) -> Alignment:
     return Alignment(res_type[None], np.zeros((1, len(res_type)), np.uint8), np.array([UNPAIRED]))
 
 
-def pair(keys: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _as_in_boltz2(alignment: Alignment, res_type: np.ndarray) -> Alignment:
+    """What the package shows of an alignment: deletions of the first row only, and as that row the chain's residues.
+
+    Of an alignment whose first row differs from them elsewhere than in unknown residues, it shows nothing else.
+    """
+    query, unknown = alignment.tokens[0], UNKNOWN[PROTEIN]
+    other = query != res_type
+    methionine = (res_type == TOKEN_IDS["MET"]) & (query == unknown)
+    if not ((res_type == unknown)[other].all() or methionine[other].all()):
+        return _query_only(res_type)
+    deletions = np.zeros_like(alignment.deletions)
+    deletions[0] = alignment.deletions[0]
+    tokens = np.concatenate([res_type[None], alignment.tokens[1:]]) if other.any() else alignment.tokens
+    return Alignment(tokens, deletions, alignment.keys)
+
+
+def pair(keys: list[np.ndarray], features: str = CORRECTED) -> tuple[np.ndarray, np.ndarray]:
     """Combine sequences of K chains to rows by their keys.
+
+    Args:
+        keys: of each chain's sequences.
+        features: one of :data:`~cpfold_train.vocabulary.FEATURE_SETS`.
 
     Returns:
         (S, K) int32 sequence shown by each row, -1 for gaps; and (S, K) bool, whether it is paired.
@@ -98,7 +135,12 @@ def pair(keys: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     for chain, chain_keys in enumerate(keys):
         for row in np.flatnonzero(chain_keys != UNPAIRED).tolist():
             by_key[int(chain_keys[row])].setdefault(chain, []).append(row)
-    shared = sorted((chains for chains in by_key.values() if len(chains) > 1), key=len, reverse=True)
+    found = by_key.values()
+    if features == BOLTZ2:
+        several = [chains for chains in found if sum(map(len, chains.values())) > 1]
+    else:
+        several = [chains for chains in found if len(chains) > 1]
+    shared = sorted(several, key=len, reverse=True)
     unused = [np.ones(len(chain_keys), dtype=bool) for chain_keys in keys]
     for chain_unused in unused:
         chain_unused[0] = False
@@ -110,11 +152,11 @@ def pair(keys: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
             row = [-1] * len(keys)
             for chain, sequences in chains.items():
                 row[chain] = sequences[turn % len(sequences)]
-                unused[chain][row[chain]] = False
+                unused[chain][row[chain]] &= features == BOLTZ2
             rows.append(row)
             paired.append([chain in chains for chain in range(len(keys))])
     shown, is_paired = np.array(rows, dtype=np.int32), np.array(paired)
-    # Where a paired row has no sequence of a chain, it shows the chain's next one that no pair has used.
+    # Where a paired row has no sequence of a chain, it shows the chain's next one that is left.
     left = [np.flatnonzero(chain_unused) for chain_unused in unused]
     holes = [np.flatnonzero(shown[:, chain] < 0) for chain in range(len(keys))]
     for chain, hole in enumerate(holes):
@@ -128,7 +170,7 @@ def pair(keys: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def profile(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over all rows of the crop, not only the sampled ones.
+    """Mean over ``rows.all``.
 
     Returns:
         (n, 33) float32 frequency of each token, gaps included, and (n,) float32 mean deletion value.

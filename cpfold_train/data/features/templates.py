@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from cpfold_train.data.structures.structure import Structure
+from cpfold_train.vocabulary import BOLTZ2, CORRECTED, PROTEIN, UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,11 @@ def draw_templates(templates: list[Template], most: int, rng: np.random.Generato
 
 
 def template_features(
-    templates: list[Template], structure: Structure, tokens: np.ndarray, t: int
+    templates: list[Template], structure: Structure, tokens: np.ndarray, t: int, features: str = CORRECTED
 ) -> dict[str, np.ndarray]:
     """Features of a crop's tokens in ``t`` templates, of which those past the given ones are empty.
+
+    With the features ``boltz2``, a modified residue of a template has no frame.
 
     Returns:
         ``template_restype`` (t, n) uint8, which the package has one-hot; ``template_frame_rot`` (t, n, 3, 3), with the
@@ -69,33 +72,36 @@ def template_features(
     """
     n = len(tokens)
     shapes = {"frame_rot": (3, 3), "frame_t": (3,), "cb": (3,), "ca": (3,), "mask_cb": (), "mask_frame": (), "mask": ()}
-    features = {f"template_{name}": np.zeros((t, n, *shape), np.float32) for name, shape in shapes.items()}
-    features["template_restype"] = np.zeros((t, n), np.uint8)
-    features["visibility_ids"] = np.zeros((t, n), np.int32)
+    made = {f"template_{name}": np.zeros((t, n, *shape), np.float32) for name, shape in shapes.items()}
+    made["template_restype"] = np.zeros((t, n), np.uint8)
+    made["visibility_ids"] = np.zeros((t, n), np.int32)
     asym_id = structure.asym_id[tokens].astype(np.int32)
     position = np.full(len(structure), -1)
     position[tokens] = np.arange(n)
     for number, template in enumerate(templates):
         inside = position[template.token] >= 0
         own = position[template.token[inside]]
-        known = template.frame_known[inside]
+        framed = template.frame_known
+        if features == BOLTZ2:
+            framed = framed & (template.res_type != UNKNOWN[PROTEIN])
+        known = framed[inside]
         values = {
             "template_restype": template.res_type,
             "template_cb": template.disto_center,
             "template_ca": template.center,
             "template_mask_cb": template.disto_known,
-            "template_mask_frame": template.frame_known,
+            "template_mask_frame": framed,
         }
         for name, value in values.items():
-            features[name][number, own] = value[inside]
-        features["template_frame_rot"][number, own] = np.where(
+            made[name][number, own] = value[inside]
+        made["template_frame_rot"][number, own] = np.where(
             known[:, None, None], _axes(template.backbone[inside]), np.eye(3, dtype=np.float32)
         )
-        features["template_frame_t"][number, own] = np.where(known[:, None], template.backbone[inside, 1], 0)
-        features["template_mask"][number, own] = 1
+        made["template_frame_t"][number, own] = np.where(known[:, None], template.backbone[inside, 1], 0)
+        made["template_mask"][number, own] = 1
         covered = np.isin(asym_id, structure.asym_id[template.token])
-        features["visibility_ids"][number] = np.where(covered, number, -1 - asym_id)
-    return features
+        made["visibility_ids"][number] = np.where(covered, number, -1 - asym_id)
+    return made
 
 
 def _axes(backbone: np.ndarray) -> np.ndarray:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from cpfold_train.data.structures.residues import method_id
 from cpfold_train.data.structures.structure import Structure
 from cpfold_train.parallel.grid import Interval
-from cpfold_train.vocabulary import NUM_TOKENS
+from cpfold_train.vocabulary import BOND_TYPES, NUM_TOKENS
 
 DISTO_BOUNDARIES = np.linspace(2.0, 22.0, 63, dtype=np.float32)
 """Angstrom between the bins of the distogram; bin 0 is everything nearer than the first."""
@@ -46,6 +48,39 @@ def token_features(structure: Structure, tokens: np.ndarray) -> dict[str, np.nda
         "res_type": np.eye(NUM_TOKENS, dtype=np.float32)[structure.res_type[tokens]],
         "disto_center": disto_center[tokens],
     }
+
+
+def as_in_boltz2(structure: Structure) -> Structure:
+    """A structure with its modified residues as the package's parsers have them (``boltz/data/parse/mmcif.py``).
+
+    The first atom of each is its center and its representative atom. Bonds with its neighbours in sequence are listed,
+    as entries of the wwPDB list those between resolved atoms.
+    """
+    if not structure.modified.any():
+        return structure
+    center, disto = (np.where(structure.modified, 0, x) for x in (structure.center_atom, structure.disto_atom))
+    links = _links_of_modified(structure)
+    return replace(
+        structure,
+        center_atom=center,
+        disto_atom=disto,
+        bond_atoms=np.concatenate([structure.bond_atoms, links.astype(structure.bond_atoms.dtype)]),
+        bond_type=np.append(structure.bond_type, np.full(len(links), BOND_TYPES.index("covalent"), np.uint8)),
+    )
+
+
+def _links_of_modified(structure: Structure) -> np.ndarray:
+    """(K, 2) resolved atoms, C and N or O3' and P, that join a modified residue to the one before or after it."""
+    names, token = structure.comp_atom_name[structure.ref_atom], structure.atom_token
+    usable = structure.polymer[token] & structure.resolved
+    found = np.full((4, len(structure)), -1)
+    for row, name in enumerate((b"C", b"N", b"O3'", b"P")):
+        atoms = np.flatnonzero(usable & (names == name))
+        found[row, token[atoms]] = atoms
+    modified, chain, position = structure.modified, structure.asym_id, structure.res_index
+    joined = (chain[1:] == chain[:-1]) & (position[1:] == position[:-1] + 1) & (modified[1:] | modified[:-1])
+    pairs = np.concatenate([np.stack([found[row, :-1], found[row + 1, 1:]], axis=1)[joined] for row in (0, 2)])
+    return pairs[(pairs >= 0).all(axis=1)]
 
 
 def _cyclic_periods(structure: Structure) -> np.ndarray:

@@ -12,6 +12,7 @@ from cpfold_train.data.features.templates import Template
 from cpfold_train.data.stream.batch import Crop, make_crop
 from cpfold_train.data.structures.structure import Structure
 from cpfold_train.parallel.random import key_of
+from cpfold_train.vocabulary import CORRECTED
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,14 @@ class Complex:
     conditions: list[Condition] = field(default_factory=list)
 
 
-def crop_of(given: Complex, crop_size: int | None, max_msa_rows: int, seed: int) -> Crop:
+def crop_of(given: Complex, crop_size: int | None, max_msa_rows: int, seed: int, features: str = CORRECTED) -> Crop:
     """The whole complex, or a crop of it: around a token where the truth is known, else a stretch of each chain.
 
     What is random about it depends on the seed and on the complex's id, not on which others are predicted.
 
     Args:
         crop_size: most tokens, None for no limit.
+        features: one of :data:`~cpfold_train.vocabulary.FEATURE_SETS`.
     """
     structure = given.structure
     crop = make_crop(
@@ -46,6 +48,7 @@ def crop_of(given: Complex, crop_size: int | None, max_msa_rows: int, seed: int)
         given.templates,
         crop_size=len(structure) if crop_size is None else crop_size,
         max_msa_rows=max_msa_rows,
+        features=features,
         crop={"spatial" if structure.center[1].any() else "contiguous": 1.0},
         draw=(key_of(seed, "predict", structure.meta["id"]), 0, 0),
     )

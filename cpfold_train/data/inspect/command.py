@@ -12,11 +12,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from cpfold_train.data.alignments.alignment import Alignment
+from cpfold_train.data.alignments.pairing import chain_label, told_pairing
 from cpfold_train.data.inspect.picture import draw_sample
 from cpfold_train.data.stream.shards import StoredSample, open_shards, read_sample
 from cpfold_train.data.structures.structure import Structure
 from cpfold_train.errors import ConfigError
-from cpfold_train.tables import make_console, make_table
+from cpfold_train.tables import make_console, make_table, print_whole
 from cpfold_train.vocabulary import BOND_TYPES
 
 LONGEST_TABLE = 100
@@ -45,14 +46,17 @@ def run(args: argparse.Namespace) -> None:
     entries = open_shards([f"{glob.escape(args.shards)}/*.tar" if Path(args.shards).is_dir() else args.shards])
     console = make_console()
     if args.id is None:
-        console.print(samples_table(entries))
+        print_whole(console, samples_table(entries))
         return
     entry = next((entry for entry in entries if entry.key == args.id.lower()), None)
     if entry is None:
         raise ConfigError(f"no sample {args.id} in {args.shards}: leave the id out to see which there are")
     structure, alignments, _ = read_sample(entry)
     for table in (chains_table(entry.key, structure, alignments), components_table(structure)):
-        console.print(table)
+        print_whole(console, table)
+    # Shards from before have the numbers, but not what the keys are.
+    for sentence in structure.meta.get("pairing") or told_pairing(structure.meta["chains"], alignments):
+        console.print(escape(sentence), soft_wrap=True)
     out = args.out or Path(f"{entry.key}.png")
     draw_sample(out, structure, alignments, args.crop)
     console.print(f"picture in {out}")
@@ -65,6 +69,7 @@ def samples_table(entries: list[StoredSample]) -> Table:
     table = make_table(
         "id, tokens, chains, residues, resolved, ligands, MSA rows, Å, released, clusters",
         text="id, released",
+        whole="id",
         title=f"{len(entries):,} samples, {sum(entry.tokens for entry in entries):,} tokens, "
         f"{len(polymers):,} polymer chains, {len(chains) - len(polymers):,} ligands, "
         f"{len({chain['cluster'] for chain in chains}):,} clusters",
@@ -92,33 +97,44 @@ def samples_table(entries: list[StoredSample]) -> Table:
 def chains_table(key: str, structure: Structure, alignments: dict[int, Alignment]) -> Table:
     """A row for each polymer chain, and one for the ligands of each kind."""
     meta = structure.meta
-    resolution = "" if meta["resolution"] is None else f", {meta['resolution']:g} Å"
+    resolution = None if meta["resolution"] is None else f"{meta['resolution']:g} Å"
+    released = None if meta["release_date"] is None else f"released {meta['release_date']}"
     table = make_table(
-        "chain, type, entity, copy, residues, resolved, MSA rows, cluster",
+        "chain, type, entity, copy, residues, resolved, numbers, MSA rows, cluster",
         text="chain, type, cluster",
+        whole="chain, numbers",
         title=escape(f"{key}: {meta['title'] or ''}"),
-        caption=escape(f"{meta['method']}{resolution}, released {meta['release_date']}"),
+        caption=escape(", ".join(filter(None, (meta["method"], resolution, released)))),
     )
     ligands: dict[int, list[dict]] = {}
     for chain in meta["chains"]:
         if chain["type"] == "nonpolymer":
             ligands.setdefault(chain["entity"], []).append(chain)
             continue
-        name = chain["name"] if chain["name"] == chain["auth_name"] else f"{chain['name']} ({chain['auth_name']})"
         rows = len(alignments[chain["entity"]]) if chain["entity"] in alignments else 0
         cells = (
             str(chain["entity"]),
             str(chain["sym"]),
             f"{chain['length']:,}",
             f"{chain['observed']:,}",
+            _numbers(chain),
             f"{rows:,}" if rows else "",
         )
-        table.add_row(name, chain["type"], *cells, escape(chain["cluster"]))
+        table.add_row(chain_label(chain), chain["type"], *cells, escape(chain["cluster"]))
     for entity, chains in ligands.items():
-        name = chains[0]["name"] if len(chains) == 1 else f"{chains[0]['name']} and {len(chains) - 1} more"
-        cells = (str(entity), "", str(chains[0]["length"]), str(chains[0]["observed"]), "")
+        first = chain_label(chains[0])
+        name = first if len(chains) == 1 else f"{first} and {len(chains) - 1} more"
+        cells = (str(entity), "", str(chains[0]["length"]), str(chains[0]["observed"]), "", "")
         table.add_row(name, "ligand", *cells, escape(chains[0]["cluster"]))
     return table
+
+
+def _numbers(chain: dict) -> str:
+    """First and last resolved residue, from 0, and the author's numbers of these, which older shards lack."""
+    if "auth_numbers" not in chain:
+        return ""
+    (first, author_first), (last, author_last) = chain["auth_numbers"]
+    return f"{first}-{last} ({author_first}-{author_last})"
 
 
 def components_table(structure: Structure) -> Table:

@@ -15,7 +15,7 @@ from typing import Any
 import biotite.structure as struc
 import numpy as np
 
-from cpfold_train.data.alignments.a3m import file_key
+from cpfold_train.data.alignments.a3m import COLUMN, file_key
 from cpfold_train.data.alignments.alignment import Alignment
 from cpfold_train.data.structures.components import component
 from cpfold_train.data.structures.entry import Chain, Entry, Site, is_backbone
@@ -76,7 +76,8 @@ def read_boltz_alignment(path: Path, length: int) -> Alignment:
         counts[row, listed["res_idx"]] = np.clip(listed["deletion"], 0, 255)
     keys = np.array([file_key(str(key)) for key in rows["taxonomy"].tolist()], dtype=np.int64)
     keys[0] = file_key(None)
-    return Alignment(residues["res_type"][columns].astype(np.int8), counts, keys)
+    kinds = dict.fromkeys(keys.tolist(), COLUMN)
+    return Alignment(residues["res_type"][columns].astype(np.int8), counts, keys, kinds)
 
 
 def _entry(arrays: Any, record: dict[str, Any]) -> Entry:

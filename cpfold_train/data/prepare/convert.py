@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cpfold_train.data.alignments.a3m import is_joined
 from cpfold_train.data.alignments.alignment import Alignment, pack_alignments
+from cpfold_train.data.alignments.pairing import told_pairing
 from cpfold_train.data.features.contacts import interfaces
 from cpfold_train.data.features.templates import pack_templates
 from cpfold_train.data.prepare.boltz_format import read_boltz
@@ -50,6 +52,7 @@ class Conversion:
         entities: type, sequence (letters, or the names of a ligand's residues) and chains of each entity.
         left_out: residues that were not read, by reason.
         removed: chains that were not fit, by reason.
+        pairing: sentences on the rows of its alignments that pair.
     """
 
     key: str
@@ -62,6 +65,7 @@ class Conversion:
     left_out: dict[str, int] = field(default_factory=dict)
     removed: dict[str, int] = field(default_factory=dict)
     msa_depth: dict[str, int] = field(default_factory=dict)
+    pairing: list[str] = field(default_factory=list)
     templates: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -105,9 +109,18 @@ def _members(job: Job, options: Options, result: Conversion) -> dict[str, bytes]
         return {}
     alignments = align(structure)
     result.msa_depth = {str(entity): len(alignment) for entity, alignment in alignments.items()}
+    result.pairing = told_pairing(meta["chains"], alignments)
+    result.pairing += [
+        f"{file.name} is ColabFold's alignment of several chains behind each other, and its pairs are lost: "
+        "give an a3m for each chain, with labels that say paired"
+        for file, _ in job.alignments
+        if is_joined(file)
+    ]
     result.entities = _entities(structure)
     meta["id"] = job.source.key
     meta["msa_depth"] = result.msa_depth
+    if result.pairing:
+        meta["pairing"] = result.pairing
     meta["interfaces"] = interfaces(structure)
     templates = align_templates(structure, list(job.templates), result.problems)
     result.templates = len(templates)

@@ -12,8 +12,9 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
+from cpfold_train.data.alignments.pairing import REMEDY
 from cpfold_train.data.prepare.convert import Conversion
-from cpfold_train.tables import make_console, make_table
+from cpfold_train.tables import make_console, make_table, print_whole
 from cpfold_train.whole_file import whole_file
 
 LONGEST_TABLE = 100
@@ -61,7 +62,13 @@ def write_report(
     if kept:
         draw(out / "report.png", kept)
     console = make_console()
-    console.print(_summary(results) if len(results) > LONGEST_TABLE else _table(results, chosen))
+    if len(results) > LONGEST_TABLE:
+        print_whole(console, _summary(results))
+    else:
+        print_whole(console, _table(results, chosen))
+        for result in kept:
+            for sentence in result.pairing:
+                console.print(escape(f"{result.key}: {sentence}"), soft_wrap=True)
     console.print(_headline(report))
     if unused:
         console.print(f"alignments or templates without an entry: {escape(_some(unused))}")
@@ -96,7 +103,7 @@ def _headline(report: dict) -> str:
 
 
 def _table(results: list[Conversion], chosen: dict[str, str]) -> Table:
-    table = make_table("entry, tokens, residues, chains, ligands, MSA, notes", text="entry, notes")
+    table = make_table("entry, tokens, residues, chains, ligands, MSA, notes", text="entry, notes", whole="entry")
     for result in results:
         counts = [result.counts.get(name) for name in ("tokens", "residues", "chains", "ligands")]
         cells = ["" if number is None else f"{number:,}" for number in counts]
@@ -122,6 +129,9 @@ def _summary(results: list[Conversion]) -> Table:
             for reason, count in by_reason.items():
                 counts[f"{kind}: {reason}"] += count
                 firsts.setdefault(f"{kind}: {reason}", result.key)
+        if result.dropped is None and any(REMEDY in sentence for sentence in result.pairing):
+            counts["alignments of different chains cannot pair"] += 1
+            firsts.setdefault("alignments of different chains cannot pair", f"{result.key}: {REMEDY}")
         for problem in result.problems:
             counts["problems with alignments or templates"] += 1
             firsts.setdefault("problems with alignments or templates", problem)

@@ -21,13 +21,14 @@ from cpfold_train.data.features.conditioning import Condition, conditioning_tile
 from cpfold_train.data.features.frames import frame_features
 from cpfold_train.data.features.symmetry import Symmetry, find_symmetry, symmetry_features
 from cpfold_train.data.features.templates import Template, draw_templates, template_features
-from cpfold_train.data.features.tokens import bond_tile, distogram_tile, token_features
+from cpfold_train.data.features.tokens import as_in_boltz2, bond_tile, distogram_tile, token_features
 from cpfold_train.data.schema import FEATURES, HOST
 from cpfold_train.data.stream.crop import SPATIAL, Focus, crop_tokens
 from cpfold_train.data.stream.padding import Padding
 from cpfold_train.data.structures.structure import Structure
 from cpfold_train.parallel.grid import Grid
 from cpfold_train.parallel.random import key_of, numpy_generator
+from cpfold_train.vocabulary import BOLTZ2, CORRECTED
 
 NO_PADDING = Padding()
 
@@ -39,6 +40,7 @@ class Augmentation:
     Attributes:
         single_sequence: probability that it comes without its alignments.
         random_depth: the number of its MSA rows is drawn from 1 ... ``max_msa_rows``.
+        random_rows: which rows is drawn, as it always is with the features ``corrected``; else they are the first ones.
         random_templates: how many and which of its templates are drawn; else they are the first ones.
         pocket: probability that residues of a pocket are given away, and again of another one after each.
         contact: the same for pairs of tokens in contact.
@@ -46,6 +48,7 @@ class Augmentation:
 
     single_sequence: float = 0.0
     random_depth: bool = False
+    random_rows: bool = False
     random_templates: bool = False
     pocket: float = 0.0
     contact: float = 0.0
@@ -64,6 +67,7 @@ class Crop:
         motions: (residues, 7) normal deviates that turn and shift the reference conformers.
         symmetry: chains and atoms that the ground truth could exchange.
         sample_key: key of this draw, from which the model draws its own randomness.
+        features: one of :data:`~cpfold_train.vocabulary.FEATURE_SETS`.
     """
 
     structure: Structure
@@ -75,6 +79,7 @@ class Crop:
     motions: np.ndarray
     symmetry: Symmetry
     sample_key: int
+    features: str
 
 
 def make_crop(
@@ -89,18 +94,26 @@ def make_crop(
     max_atoms: int | None = None,
     focus: Focus = (),
     augmentation: Augmentation = Augmentation(),
+    features: str = CORRECTED,
     draw: tuple[int, int, int],
 ) -> Crop:
-    """Draw a crop and its features: a pure function of the sample and of ``draw``, (seed, epoch, position)."""
+    """Draw a crop and its features: a pure function of the sample and of ``draw``, (seed, epoch, position).
+
+    ``features`` is one of :data:`~cpfold_train.vocabulary.FEATURE_SETS`.
+    """
     seed, epoch, position = draw
     rng = numpy_generator(seed, "crop", epoch, position)
     tokens = crop_tokens(structure, rng, max_tokens=crop_size, max_atoms=max_atoms, kinds=crop, focus=focus)
     atoms = crop_atoms(structure, tokens)
+    symmetry = find_symmetry(structure, tokens, atoms)
+    if features == BOLTZ2:
+        structure = as_in_boltz2(structure)
 
     rng = numpy_generator(seed, "msa", epoch, position)
     alone = rng.random() < augmentation.single_sequence
     depth = int(rng.integers(1, max_msa_rows + 1)) if augmentation.random_depth else max_msa_rows
-    rows = msa.assemble(structure, tokens, {} if alone else alignments, depth, rng)
+    drawn = augmentation.random_rows or features == CORRECTED
+    rows = msa.assemble(structure, tokens, {} if alone else alignments, depth, rng if drawn else None, features)
 
     rng = numpy_generator(seed, "templates", epoch, position)
     if augmentation.random_templates:
@@ -109,11 +122,11 @@ def make_crop(
         seen = list(templates[:max_templates])
 
     rng = numpy_generator(seed, "conditions", epoch, position)
-    conditions = draw_conditions(structure, tokens, atoms, augmentation.pocket, augmentation.contact, rng)
+    conditions = draw_conditions(structure, tokens, atoms, augmentation.pocket, augmentation.contact, rng, features)
     residues = int(atoms.residue.max(initial=-1)) + 1
     motions = numpy_generator(seed, "conformers", epoch, position).normal(size=(residues, 7))
-    symmetry = find_symmetry(structure, tokens, atoms)
-    return Crop(structure, tokens, atoms, rows, seen, conditions, motions, symmetry, key_of(seed, epoch, position))
+    key = key_of(seed, epoch, position)
+    return Crop(structure, tokens, atoms, rows, seen, conditions, motions, symmetry, key, features)
 
 
 def tile_features(
@@ -146,7 +159,7 @@ def tile_features(
     profile, deletion_mean = msa.profile(crop.rows)
     token = padded({
         **token_features(structure, tokens),
-        **frame_features(structure, tokens, atoms),
+        **frame_features(structure, tokens, atoms, crop.features),
         "token_to_rep_atom": positions_of(structure, tokens, atoms, structure.disto_atom),
         "token_to_center_atom": positions_of(structure, tokens, atoms, structure.center_atom),
         "profile": profile,
@@ -155,18 +168,20 @@ def tile_features(
         "atoms_per_token": np.diff(atoms.start).astype(np.int32),
     })  # fmt: skip
     other = padded({
-        **atom_features(structure, atoms, crop.motions, own_atoms),
-        **template_features(crop.templates, structure, tokens, t),
+        **atom_features(structure, atoms, crop.motions, own_atoms, crop.features),
+        **template_features(crop.templates, structure, tokens, t, crop.features),
         **symmetry_features(structure, atoms, crop.symmetry, own_atoms),
         "chain_copies": crop.symmetry.chain_copies,
     })  # fmt: skip
+    # The loss masks distances of what is unresolved, which the package takes from the origin.
+    has_distance = token["token_pad_mask" if crop.features == BOLTZ2 else "token_disto_mask"]
     # Tiles are made at their whole size.
     return {
         **token,
         **other,
         **bond_tile(structure, tokens, rows, columns),
         **conditioning_tile(crop.conditions, len(tokens), rows, columns),
-        "disto_target": distogram_tile(token["disto_center"], token["token_disto_mask"], rows, columns),
+        "disto_target": distogram_tile(token["disto_center"], has_distance, rows, columns),
         **msa.tile(crop.rows, grid.msa_rows(s), columns),
         "sample_key": np.int64(crop.sample_key),
         "num_tokens": np.int64(len(tokens)),

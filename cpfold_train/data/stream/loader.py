@@ -35,6 +35,7 @@ from cpfold_train.data.stream.shards import read_sample
 from cpfold_train.data.stream.transfer import PackedTensors, pack, unpack
 from cpfold_train.errors import ConfigError, DataError
 from cpfold_train.parallel.grid import Grid
+from cpfold_train.vocabulary import CORRECTED
 
 NO_AUGMENTATION = Augmentation()
 
@@ -81,6 +82,7 @@ class TileLoader:
         max_msa_rows: most MSA rows of a sample.
         max_templates: most templates of a sample.
         augmentation: what else is drawn.
+        features: one of :data:`~cpfold_train.vocabulary.FEATURE_SETS`.
         batch_size: samples a batch and replica.
         num_workers: processes that prepare batches, 0 for none.
         shuffle: draw other samples and crops in each epoch; without it every epoch is the same.
@@ -115,6 +117,7 @@ class TileLoader:
         max_msa_rows: int = 256,
         max_templates: int = 4,
         augmentation: Augmentation = NO_AUGMENTATION,
+        features: str = CORRECTED,
         batch_size: int = 1,
         num_workers: int = 0,
         shuffle: bool = True,
@@ -135,7 +138,7 @@ class TileLoader:
         self.batches = -(-samples // (grid.dp * batch_size))
         self.sizes = {0: crop_size, **(crop_schedule or {})}
         settings = {"max_atoms": max_atoms, "max_msa_rows": max_msa_rows, "max_templates": max_templates}
-        settings["augmentation"] = augmentation
+        settings |= {"augmentation": augmentation, "features": features}
         max_bad = int(max_bad_share * self.batches * batch_size)
         stream = Stream(pools, samples, seed, shuffle)
         self._sample_spec = SampleSpec(stream, grid, settings, max_bad, quarantine, side, buckets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,5 +32,9 @@ def note(path: Path, location: SampleLocation, reason: str, epoch: int, position
 
 
 def read_quarantine(path: Path) -> list[dict[str, Any]]:
-    """The lines of the file; none without a file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The lines of the file that are whole; none without a file."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found

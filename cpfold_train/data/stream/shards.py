@@ -32,6 +32,7 @@ from cpfold_train.data.structures.structure import (
     unpack_structure,
 )
 from cpfold_train.errors import ConfigError, DataError, in_one_line
+from cpfold_train.paths import looked_for
 from cpfold_train.vocabulary import MOL_TYPES
 from cpfold_train.whole_file import whole_file
 
@@ -177,12 +178,14 @@ def read_indices(patterns: Sequence[str]) -> list[tuple[str, dict[str, np.ndarra
     found = []
     for pattern in patterns:
         # A path may have brackets in it.
-        matching = [pattern] if Path(pattern).is_file() else glob.glob(pattern)
+        matching = (
+            [pattern] if Path(pattern).is_file() else glob.glob(pattern) or glob.glob(pattern.replace("[", "[[]"))
+        )
         tars = sorted(path for path in matching if path.endswith(".tar"))
         if not tars:
             raise ConfigError(
-                f"no shard matches {pattern}: type the path of existing .tar shards, or make them with "
-                f"python -m cpfold_train prepare STRUCTURES {Path(pattern).parent}"
+                f"no shard matches {pattern}{looked_for(pattern)}: type the path of existing .tar shards, or make them "
+                f"with python -m cpfold_train prepare STRUCTURES {Path(pattern).parent}"
             )
         found.extend((tar, _index(Path(tar))) for tar in tars)
     return found

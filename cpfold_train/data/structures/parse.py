@@ -230,6 +230,19 @@ def _bonds(residue: _Residue, first_atom: int) -> np.ndarray:
     return np.column_stack([ends[there], residue.component.bond_types[there]]).astype(np.int32)
 
 
+def _author_numbers(chain: Chain) -> dict[str, list]:
+    """``auth_numbers`` of a polymer: position and author's number of its first and of its last resolved residue.
+
+    None of Boltz's format, which numbers no residues.
+    """
+    atoms = chain.atoms
+    numbers = atoms.auth_seq_id if "auth_seq_id" in atoms.get_annotation_categories() else atoms.res_id
+    if chain.mol_type == NONPOLYMER or not numbers.any():
+        return {}
+    ends = int(chain.position.argmin()), int(chain.position.argmax())
+    return {"auth_numbers": [[int(chain.position[i]), f"{numbers[i]}{atoms.ins_code[i]}"] for i in ends]}
+
+
 def _meta(
     entry: Entry,
     chains: list[tuple[Chain, list[_Residue]]],
@@ -251,6 +264,7 @@ def _meta(
                 "type": MOL_TYPES[chain.mol_type],
                 "length": len(chain.sequence),
                 "observed": sum(bool(residue.resolved.any()) for residue in residues),
+                **_author_numbers(chain),
             }
         )
         copies[entity] += 1

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
-from rich.table import Table
 
 from cpfold_train.errors import DiskFullError
 from cpfold_train.faults.skip import SkipBadSteps
 from cpfold_train.memory import now_mib, peak_mib, reset_peak
 from cpfold_train.parallel.gather import gather_numbers
-from cpfold_train.reports.metrics import METRICS, PER_RANK, VALIDATION
+from cpfold_train.reports.metrics import PER_RANK, VALIDATION
 from cpfold_train.reports.metrics_csv import read_metrics
 from cpfold_train.reports.result_file import write_result
 from cpfold_train.training.reporting.step_metrics import StepMetrics
@@ -71,21 +69,16 @@ class Result(Callback):
         self._quarantined = round(sum(quarantined[:: cp.grid.cp_size]))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write(trainer, {"status": "completed"})
-        if trainer.is_global_zero:
-            _print_summary(self._run_dir)
-            if not self._worked and not trainer.should_stop:
-                limits = "trainer.max_steps, max_epochs or max_time"
-                print(f"no step was made: step {trainer.global_step} is at a limit; type a larger {limits} to go on")
+        self._write(trainer, pl_module, {"status": "completed"})
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         status = "interrupted" if isinstance(exception, (KeyboardInterrupt, SystemExit)) else "failed"
         error = trainer.strategy.fault or f"{type(exception).__name__}: {exception}"
         # There may be no room for it. What is told then is why the run ended.
         with suppress(DiskFullError):
-            self._write(trainer, {"status": status, "error": error})
+            self._write(trainer, pl_module, {"status": status, "error": error})
 
-    def _write(self, trainer: Trainer, outcome: dict[str, str]) -> None:
+    def _write(self, trainer: Trainer, pl_module: LightningModule, outcome: dict[str, str]) -> None:
         if not trainer.is_global_zero:
             return
         grid = trainer.strategy.grid
@@ -100,6 +93,7 @@ class Result(Callback):
             "seed": self._seed,
             "quarantined": self._quarantined,
             "skipped": self._skip.skipped,
+            "left_out": pl_module.left_out,
             **self._per_rank,
         }
         write_result(self._run_dir, result)
@@ -112,18 +106,3 @@ def _last_metrics(path: Path) -> dict[str, Any]:
     losses = [loss for row in rows if row["train/loss"] and isfinite(loss := float(row["train/loss"]))]
     validation = {name: float(row[name]) for row in rows for name in row if name in VALIDATION and row[name]}
     return {"train/loss": losses[-1] if losses else None, "last_losses": losses[-10:], **validation}
-
-
-def _print_summary(run_dir: Path) -> None:
-    """What the run did, from its first to its last metrics, and where to look further."""
-    rows = read_metrics(run_dir / "metrics.csv")
-    table = Table("metric", "first", "last", title="training")
-    for name in (name for name, metric in METRICS.items() if metric.summarised):
-        if values := [float(row[name]) for row in rows if row.get(name)]:
-            table.add_row(name, f"{values[0]:.4f}", f"{values[-1]:.4f}")
-    console = Console()
-    if rows:
-        console.print(table)
-    for name in ("checkpoints/last.ckpt", "metrics.csv", "result.json", "quarantine.jsonl", "pictures"):
-        if (run_dir / name).exists():
-            console.print(str(run_dir / name), soft_wrap=True, highlight=False)

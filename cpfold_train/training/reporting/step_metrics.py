@@ -1,4 +1,4 @@
-"""The metrics of each step: measured on every rank, combined, sent to the loggers and the progress bar."""
+"""The metrics of each step: measured on every rank, combined, sent to the loggers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from cpfold_train.faults.skip import SkipBadSteps
 from cpfold_train.memory import peak_mib
 from cpfold_train.parallel.gather import gather_numbers
-from cpfold_train.reports.metrics import COMMUNICATION, progress_bar
+from cpfold_train.reports.metrics import COMMUNICATION
 from cpfold_train.training.optim import base_rate
 from cpfold_train.training.reporting.stopwatch import Stopwatch
 
@@ -33,12 +33,14 @@ class StepMetrics(Callback):
 
     Attributes:
         watch: time spent on training steps since the start.
+        row: of the last step that was logged; empty before the first.
     """
 
     watch: Stopwatch
 
     def __init__(self, skip: SkipBadSteps, peak_flops: float | None = None) -> None:
         self._skip, self._peak_flops = skip, peak_flops
+        self.row: dict[str, float] = {}
         self._in_validation = torch.zeros(2, dtype=torch.float64)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -126,7 +128,7 @@ class StepMetrics(Callback):
             row["mfu"] = mean[7] / mean[1] / self._peak_flops
         for logger in trainer.loggers:
             logger.log_metrics(row | _by_op(trainer), step=trainer.global_step)
-        self.log_dict(progress_bar(row), prog_bar=True, logger=False)
+        self.row = row
 
 
 def _by_op(trainer: Trainer) -> dict[str, float]:

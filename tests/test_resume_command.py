@@ -1,0 +1,195 @@
+"""A run goes on by its own configuration, from its newest checkpoint that is complete."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from cpfold_train.checkpoints.sharded import INDEX
+from cpfold_train.cli.resume import keys
+from cpfold_train.config.effects import EFFECTS, effect
+from cpfold_train.config.quoting import hydra_quoted
+from cpfold_train.config.recorded import (
+    damaged_checkpoints,
+    differences,
+    newest_checkpoint,
+    recorded_beside,
+    with_record,
+    write_record,
+)
+from cpfold_train.config.schema import TrainConfig
+from cpfold_train.errors import ConfigError
+from cpfold_train.reports.metrics_csv import read_metrics
+from cpfold_train.reports.record import flattened
+from tests.test_config import compose
+from tests.test_training_runs import TINY, assert_same_curve, rows_of
+
+CURVES = ("train/loss", "grad_norm", "lr")
+STATE = {"state_dict": {}, "optimizer_states": []}
+
+
+def saved(folder: Path, **steps: int) -> Path:
+    """A run directory with checkpoints of so many steps."""
+    (folder / "checkpoints").mkdir(parents=True)
+    for name, step in steps.items():
+        torch.save({**STATE, "global_step": step}, folder / "checkpoints" / f"{name.replace('_', '-')}.ckpt")
+    return folder
+
+
+@pytest.fixture
+def run_dir(tmp_path) -> Path:
+    """Of a run with other values than the defaults."""
+    folder = saved(tmp_path / "a run", last=4)
+    write_record(compose("crop_size=48", "optim=af3", "data.crop={spatial: 1.0}", "data.train=[own/*.tar]"), folder)
+    return folder
+
+
+def resumed(run: Path, *typed: str) -> DictConfig:
+    words = [f"resume='{run}'", *typed]
+    return with_record(compose(*words), words)
+
+
+def test_the_record_holds_but_for_what_is_typed(run_dir):
+    plain = resumed(run_dir)
+    assert (plain.crop_size, plain.optim, plain.data.crop) == (48, compose("optim=af3").optim, {"spatial": 1.0})
+    assert (plain.ckpt_path, plain.resume) == (str(run_dir / "checkpoints" / "last.ckpt"), None)
+    assert differences(recorded_beside(plain.ckpt_path), plain) == {}
+    # The default itself, a whole group, and a mapping of which nothing of the record is left.
+    other = resumed(run_dir, "crop_size=96", "optim=quickstart", "optim.lr=0.5", "data.crop={contiguous: 1.0}")
+    assert (other.crop_size, other.data.crop, other.optim.lr) == (96, {"contiguous": 1.0}, 0.5)
+    assert other.optim == compose("optim.lr=0.5").optim
+    changed = differences(recorded_beside(other.ckpt_path), other)
+    assert changed["crop_size"] == (48, 96) and changed["data.crop.spatial"] == (1.0, "absent")
+    assert set(changed) > {"optim.lr", "data.crop.contiguous"} and "ckpt_path" not in changed
+
+
+def test_a_configuration_starts_again(run_dir):
+    typed = [f"config_from='{run_dir}/resolved.yaml'", "seed=3"]
+    config = with_record(compose(*typed), typed)
+    assert (config.crop_size, config.seed, config.ckpt_path, config.config_from) == (48, 3, None, None)
+
+
+def test_a_plain_configuration_stays():
+    config = compose("crop_size=48")
+    assert with_record(config, ["crop_size=48"]) is config
+
+
+def test_the_newest_complete_checkpoint(tmp_path):
+    run = saved(tmp_path, last=4, best_step_6=6, best_step_2=2)
+    folder = run / "checkpoints"
+    assert newest_checkpoint(run) == folder / "best-step-6.ckpt"
+    whole = (folder / "best-step-6.ckpt").read_bytes()
+    (folder / "best-step-6.ckpt").write_bytes(whole[: len(whole) // 2])
+    assert newest_checkpoint(run) == folder / "last.ckpt"
+    assert damaged_checkpoints(run) == [folder / "best-step-6.ckpt"]
+    # One of a run with FSDP, which was killed as it exchanged the file for it.
+    (folder / "last.ckpt.new").mkdir()
+    torch.save({"global_step": 5}, folder / "last.ckpt.new" / INDEX)
+    assert newest_checkpoint(run) == folder / "last.ckpt.new"
+    (folder / "last.ckpt.new" / INDEX).unlink()
+    assert newest_checkpoint(run) == folder / "last.ckpt"
+
+
+def test_of_equally_many_steps_the_last_is_taken(tmp_path):
+    assert newest_checkpoint(saved(tmp_path, best_step_4=4, last=4)).name == "last.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (["recipe=overfit"], "recipe=overfit"),
+        (["~data.crop"], "~data.crop"),
+        (["config_from=x.yaml"], "config_from"),
+    ],
+)
+def test_what_has_no_meaning_beside_a_record_is_refused(run_dir, typed, told):
+    config = compose(*[word for word in typed if word.startswith("config_from")])
+    config.resume = str(run_dir)
+    with pytest.raises(ConfigError, match=told):
+        with_record(config, typed)
+
+
+def test_records_that_cannot_be_used_are_told(run_dir, tmp_path):
+    with pytest.raises(ConfigError, match=r"resolved.yaml does not exist"):
+        resumed(tmp_path / "gone")
+    (run_dir / "checkpoints" / "last.ckpt").unlink()
+    with pytest.raises(ConfigError, match=r"no complete checkpoint.*config_from="):
+        resumed(run_dir)
+    (run_dir / "resolved.yaml").write_text("crop: 3\n")
+    with pytest.raises(ConfigError, match="has crop, which is no key"):
+        resumed(run_dir)
+    (run_dir / "resolved.yaml").write_text("crop: [\n")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        resumed(run_dir)
+
+
+def test_the_configuration_of_each_start_is_kept(run_dir):
+    first = (run_dir / "resolved.yaml").read_text()
+    write_record(compose("crop_size=48"), run_dir)
+    write_record(compose("crop_size=48"), run_dir)
+    write_record(compose("crop_size=64"), run_dir)
+    assert sorted(path.name for path in run_dir.glob("resolved*")) == [
+        "resolved.1.yaml", "resolved.2.yaml", "resolved.yaml",
+    ]  # fmt: skip
+    assert (run_dir / "resolved.1.yaml").read_text() == first
+    assert OmegaConf.load(run_dir / "resolved.yaml").crop_size == 64
+
+
+def test_effects_are_of_keys_that_there_are():
+    names = {
+        name for key in flattened(OmegaConf.to_container(OmegaConf.structured(TrainConfig))) for name in parents(key)
+    }
+    assert EFFECTS.keys() <= names
+    assert effect("optim.lr").startswith("from the next step on; Adam's") and effect("wandb.name") == "from now on"
+    assert effect("finetune.lora.rank").startswith("must be")
+
+
+def parents(key: str) -> list[str]:
+    parts = key.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "a run", "lr=1e-4", "a,b", "it's", "[x]", "{y: 1}", "a\\b", "a\\", "a\\'b", "100%"]
+)
+def test_names_of_directories_survive(tmp_path, name):
+    run = saved(tmp_path / name, last=1)
+    parser = OverridesParser.create()
+    values = {parsed.key_or_group: parsed.value() for parsed in map(parser.parse_override, keys(run, None))}
+    assert values == {"resume": str(run)}
+    forked_run = {parsed.key_or_group: parsed.value() for parsed in map(parser.parse_override, keys(run, name))}
+    assert forked_run["ckpt_path"] == str(run / "checkpoints" / "last.ckpt")
+    assert (forked_run["config_from"], forked_run["hydra.run.dir"]) == (str(run / "resolved.yaml"), name)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_and_is_repeated(forked_runs, tmp_path):
+    """A resumed run has the curve of the whole one, on another grid, past a damaged checkpoint; so has a fork, and one
+    by the record alone."""
+
+    def run(ranks: int, run_dir: Path, *words: str) -> list[dict[str, str]]:
+        return rows_of(forked_runs.run(ranks, list(words)), run_dir)
+
+    whole = run(1, tmp_path / "whole", *TINY, "cp.grid=1x1", f"hydra.run.dir='{tmp_path}/whole'")
+    stopped = tmp_path / "it's a=run"
+    of_it = f"hydra.run.dir={hydra_quoted(stopped)}"
+    run(1, stopped, *TINY, "cp.grid=1x1", "trainer.max_steps=2", of_it)
+    shutil.copytree(stopped, tmp_path / "other")
+    newer = stopped / "checkpoints" / "best-step-3.ckpt"
+    newer.write_bytes((stopped / "checkpoints" / "last.ckpt").read_bytes()[:1000])
+    assert not zipfile.is_zipfile(newer)
+    rows = run(2, stopped, *keys(stopped, None), "cp.grid=1x2", "trainer.max_steps=4")
+    assert_same_curve(rows, whole, *CURVES)
+    assert OmegaConf.load(stopped / "resolved.1.yaml").trainer.max_steps == 2
+    assert OmegaConf.load(stopped / "resolved.yaml").cp.grid == "1x2"
+    fork = run(1, tmp_path / "fork", *keys(tmp_path / "other", str(tmp_path / "fork")), "trainer.max_steps=4")
+    assert_same_curve(fork, whole[-len(fork) :], *CURVES)
+    assert read_metrics(tmp_path / "other" / "metrics.csv")[-1]["step"] == "2"
+    again = f"config_from='{tmp_path}/whole/resolved.yaml'", f"hydra.run.dir='{tmp_path}/again'"
+    assert_same_curve(run(1, tmp_path / "again", *again), whole, *CURVES)
