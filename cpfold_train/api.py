@@ -6,8 +6,9 @@
     run.result["val/loss"], run.metrics("train/loss"), run.checkpoint
 
 Settings are written as on the command line of ``train.py``, and options are those of each command, with underscores.
-What takes ranks or workers (:func:`train`, :func:`predict`, :func:`prepare`) runs in processes of its own, whose output is
-printed as it comes; everything else is computed here. Nothing differs from the commands but the way the results arrive.
+What takes ranks or workers (:func:`train`, :func:`resume`, :func:`predict`, :func:`prepare`) runs in processes of its
+own, whose output is printed as it comes; everything else is computed here. Nothing differs from the commands but the
+way the results arrive.
 """
 
 from __future__ import annotations
@@ -20,18 +21,26 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cpfold_train.cli.evaluate import Row, find_predictions, score_all, summaries
+from cpfold_train.cli.evaluate import summaries
+from cpfold_train.cli.resume import keys as resume_keys
 from cpfold_train.config.check import check
 from cpfold_train.config.compose import compose_run, read_request
+from cpfold_train.config.composition import run_stamp
+from cpfold_train.config.quoting import hydra_quoted
 from cpfold_train.config.schema import TrainConfig
 from cpfold_train.data.inputs.inputs import find_queries
 from cpfold_train.data.stream.shards import StoredSample, open_shards
 from cpfold_train.errors import ConfigError, RunError
+from cpfold_train.evaluate.differences import Change, changes
+from cpfold_train.evaluate.predictions import Row, find_predictions, score_all
 from cpfold_train.paths import train_command
 from cpfold_train.reports.metrics_csv import read_metrics
 from cpfold_train.reports.result_file import read_result
+
+if TYPE_CHECKING:
+    from cpfold_train.plan.plan import Plan
 
 PathLike = str | Path
 
@@ -150,50 +159,59 @@ def samples(shards: PathLike) -> list[StoredSample]:
     return open_shards([f"{shards}/*.tar" if Path(shards).is_dir() else str(shards)])
 
 
-def train(*settings: str, run_dir: PathLike) -> Run:
+def train(*settings: str, run_dir: PathLike | None = None) -> Run:
     """Train, as ``python train.py SETTINGS``, on ranks that are processes of their own.
 
     Args:
         settings: ``KEY=VALUE``.
-        run_dir: of the run.
+        run_dir: of the run; by default a new one, ``runs/DATE/TIME``.
 
     Raises:
         ConfigError: the settings cannot work.
         RunError: the run failed, with the reason.
         KeyboardInterrupt: it was interrupted, and has saved a checkpoint.
     """
-    run_dir = Path(run_dir)
-    _stream([*train_command(), *settings, f"hydra.run.dir={_quoted(run_dir)}"])
+    run_dir = Path("runs", run_stamp()) if run_dir is None else Path(run_dir)
+    _stream([*train_command(), *settings, f"hydra.run.dir={hydra_quoted(run_dir)}"])
     return Run(run_dir)
 
 
-def plan(*settings: str) -> Any:
+def resume(run: Run | PathLike, *settings: str, fork: PathLike | None = None) -> Run:
+    """Go on with a run from its newest complete checkpoint, as ``cpfold-train resume``.
+
+    Args:
+        run: the run, or its directory.
+        settings: what is to have other values than in the run, such as ``trainer.max_steps=300``.
+        fork: leave the run as it is, and go on in this new directory.
+
+    Raises:
+        ConfigError: there is nothing to go on from, or the settings cannot work.
+        RunError: the run failed, with the reason.
+        KeyboardInterrupt: it was interrupted, and has saved a checkpoint.
+    """
+    run_dir = run.dir if isinstance(run, Run) else Path(run)
+    _stream([*train_command(), *resume_keys(run_dir, None if fork is None else str(fork)), *settings])
+    return Run(run_dir if fork is None else Path(fork))
+
+
+def plan(*settings: str) -> Plan:
     """Memory, communication and time of a step on one rank of ``cp.grid``, as ``cpfold-train plan``.
 
     Args:
-        settings: those of the run, with ``cp.grid``, and ``device=NAME``.
-
-    Returns:
-        A :class:`cpfold_train.plan.plan.Plan`.
+        settings: those of the run, with ``cp.grid``; ``device=NAME`` (default: h100-80gb).
 
     Raises:
-        ConfigError: the settings cannot be planned, or have no grid: see :func:`propose`.
+        ConfigError: the settings cannot be planned, or have no grid.
     """
-    from cpfold_train.plan.plan import plan as plan_grid
-    from cpfold_train.plan.propose import choose_memory
-    from cpfold_train.config.memory_default import room_of, with_default_memory
+    from cpfold_train.plan.propose import plan_run
 
     request = read_request(list(settings))
     if request.grid is None:
         raise ConfigError("a plan is of one grid: type cp.grid=2x2, for example, or ask api.propose for grids")
-    config = request.config
-    if request.choose:
-        config = replace(config, memory=choose_memory(config, request.grid, request.device))
-    config = with_default_memory(config, request.grid, room_of(config, request.grid, request.device))
-    return plan_grid(config, request.grid, request.device)
+    return plan_run(request.config, request.grid, request.device, request.choose)
 
 
-def propose(*settings: str) -> list[Any]:
+def propose(*settings: str) -> list[Plan]:
     """Plans of the grids on up to ``gpus=N`` GPUs that fit, fastest first, as ``cpfold-train plan`` without a grid.
 
     Args:
@@ -248,6 +266,15 @@ def evaluate(predictions: PathLike, *truth: PathLike) -> Evaluation:
     if not rows:
         raise ConfigError(f"nothing in {predictions} could be scored: {'; '.join(problems) or 'ids must agree'}")
     return Evaluation(rows, summaries(rows), problems)
+
+
+def compare_predictions(before: Evaluation, after: Evaluation) -> list[Change]:
+    """Each score of each entry, interface and ligand, before and after, as ``cpfold-train evaluate BEFORE AFTER``.
+
+    Args:
+        before, after: of predictions of the same inputs.
+    """
+    return changes(before.rows, after.rows)
 
 
 def _prediction(folder: Path, name: str) -> Prediction:
