@@ -20,7 +20,7 @@ def test_compose():
     assert (config.crop_size, config.cp.grid, config.ckpt_path) == (48, "1x2", "last")
     with pytest.raises(ConfigError, match="did you mean crop_size"):
         api.compose("crop_sise=48")
-    with pytest.raises(ConfigError, match="optim.lr"):
+    with pytest.raises(ConfigError, match=r"optim\.lr"):
         api.compose("optim.lr=-1")
 
 
@@ -49,9 +49,9 @@ def test_exit_codes_are_exceptions(capfd):
 
     api._stream(ends(0, "fine"))
     assert capfd.readouterr().out == "fine\n"
-    with pytest.raises(ConfigError, match="^crop_size=0: type 1$"):
+    with pytest.raises(ConfigError, match=r"^crop_size=0: type 1$"):
         api._stream(ends(2, "note: x", "error: crop_size=0: type 1"))
-    with pytest.raises(RunError, match="^rank 1 failed$"):
+    with pytest.raises(RunError, match=r"^rank 1 failed$"):
         api._stream(ends(1, "error: rank 1 failed"))
     with pytest.raises(RunError, match="exit code 7"):
         api._stream(ends(7))
