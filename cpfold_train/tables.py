@@ -8,12 +8,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 _WIDTH_OF_FILES = 120
+_NARROW = 6
+"""Least width of a column that may be folded."""
 
 
 def on_terminal() -> bool:
@@ -31,7 +33,8 @@ def make_console(stderr: bool = False) -> Console:
 
 def print_whole(console: Console, table: Table) -> None:
     """Print a table with its ``whole`` columns complete, however narrow the terminal is."""
-    least = Measurement.get(console, console.options.update(max_width=10**4), table).minimum
+    cells = [[str(column.header), *map(str, column.cells)] for column in table.columns]
+    least = sum(max(map(cell_len, own)) + 2 if column.no_wrap else _NARROW for column, own in zip(table.columns, cells))
     width, console.width = console.width, max(console.width, least)
     console.print(table, crop=False)
     console.width = width
@@ -49,7 +52,9 @@ def make_table(columns: str, text: str = "", whole: str = "", **settings: Any) -
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), **settings)
     left, unbroken = text.split(", "), whole.split(", ")
     for column in columns.split(", "):
-        table.add_column(column, justify="left" if column in left else "right", no_wrap=column in unbroken)
+        justify = "left" if column in left else "right"
+        # What does not fit goes on in the next line: rich would cut it.
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=column in unbroken)
     return table
 
 

@@ -205,3 +205,17 @@ def test_modified_residues_have_no_frame_in_boltz2():
     assert theirs["token_to_rep_atom"][3] == theirs["token_to_center_atom"][3] == start
     assert ours["frames_idx"][3].tolist() == [start, start + 1, start + 2]
     assert (theirs["frames_idx"] != ours["frames_idx"]).any(axis=1)[structure.polymer].sum() == 1
+
+
+def test_what_a_sample_gives_away():
+    """Contacts are told without their distance; pockets are of residues whose center atom is resolved."""
+    structure, alignments = sample("4hhb")
+    hints = Augmentation(pocket=0.9, contact=0.9)
+    found = {}
+    for features in (BOLTZ2, CORRECTED):
+        given = {"crop_size": 150, "max_msa_rows": 1, "augmentation": hints, "features": features}
+        crops = [make_crop(structure, alignments, **given, draw=(0, 0, i)) for i in range(6)]
+        conditions = [condition for crop in crops for condition in crop.conditions]
+        found[features] = {(c.kind, c.threshold > 0) for c in conditions}
+    assert found[BOLTZ2] == {(2, True), (3, True), (4, False)}
+    assert found[CORRECTED] == {(2, True), (3, True), (4, True)}

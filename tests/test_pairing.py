@@ -124,10 +124,12 @@ def test_an_alignment_of_chains_behind_each_other(two_chains, tmp_path, capsys):
 def test_ids_are_whole_in_a_narrow_terminal(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "40")
     name = "x" * 60
-    table = make_table("id, notes", text="id, notes", whole="id")
-    table.add_row(name, "a long note " * 8)
+    table = make_table("id, notes, cluster", text="id, notes", whole="id")
+    table.add_row(name, "a long note " * 8, "c" * 30)
     for narrow in (40, None):
         console = make_console()
         console.width = narrow or console.width
         print_whole(console, table)
-        assert name in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert name in shown
+        assert shown.count("c") == 30 + len("cluster"[:1])

@@ -114,8 +114,15 @@ FEATURES: dict[str, Feature] = {
         "int32", "token", _POSITION, "its representative atom (C-beta, of glycine C-alpha, ...)"
     ),
     "token_to_center_atom": Feature("int32", "token", _POSITION, "its center atom (C-alpha, C1', the ligand's atom)"),
-    "profile": Feature("float32", f"token {NUM_TOKENS}", _PROFILE, "frequency of residue tokens in the whole MSA"),
-    "deletion_mean": Feature("float32", "token", _PROFILE, "mean deletion value in the whole MSA"),
+    "profile": Feature(
+        "float32",
+        f"token {NUM_TOKENS}",
+        _PROFILE,
+        "frequency of residue tokens in the whole MSA; boltz2: in its rows here",
+    ),
+    "deletion_mean": Feature(
+        "float32", "token", _PROFILE, "mean deletion value in the whole MSA; boltz2: in its rows here"
+    ),
     "token_atom_start": Feature(
         "int32", "token+1", _BATCH, "first atom of each token, and the end of the last", "edge"
     ),
@@ -131,8 +138,10 @@ FEATURES: dict[str, Feature] = {
     "disto_target": Feature("uint8", "token token 1", "features.tokens.distogram_tile", "bin of the true distance"),
     "msa": Feature("int64", "sequence token", _MSA, "residue token", GAP),
     "msa_mask": Feature("float32", "sequence token", _MSA, "1 where there is a sequence and a token"),
-    "has_deletion": Feature("float32", "sequence token", _MSA, "1 where residues are inserted before the column"),
-    "deletion_value": Feature("float32", "sequence token", _MSA, "π/2 atan(inserted residues / 3)"),
+    "has_deletion": Feature(
+        "float32", "sequence token", _MSA, "1 where residues are inserted before the column; boltz2: 0"
+    ),
+    "deletion_value": Feature("float32", "sequence token", _MSA, "π/2 atan(inserted residues / 3); boltz2: 0"),
     "msa_paired": Feature("float32", "sequence token", _MSA, "1 where the row is of one organism"),
     "template_restype": Feature("uint8", "template token", _TEMPLATE, "residue token of the template"),
     "template_frame_rot": Feature(
@@ -162,7 +171,10 @@ FEATURES: dict[str, Feature] = {
     "atom_pad_mask": Feature("float32", "atom", _ATOM, "1 where there is an atom"),
     "atom_resolved_mask": Feature("float32", "atom", _ATOM, "1 where it is resolved"),
     "coords": Feature(
-        "float32", "atom 3", _ATOM, "Å, from the mean of the crop's resolved atoms, zero where unresolved"
+        "float32",
+        "atom 3",
+        _ATOM,
+        "Å, from the mean of the crop's resolved atoms; unresolved: zero, boltz2: minus that mean",
     ),
     "bfactor": Feature("float32", "atom", _ATOM, "Å², zero where unresolved"),
     "copy_coords": Feature("float32", "atom copy 3", _SYMMETRY, "Å, coords in each copy of the atom's chain"),

@@ -69,7 +69,7 @@ def samples_table(entries: list[StoredSample]) -> Table:
     table = make_table(
         "id, tokens, chains, residues, resolved, ligands, MSA rows, Å, released, clusters",
         text="id, released",
-        whole="id",
+        whole="id, released",
         title=f"{len(entries):,} samples, {sum(entry.tokens for entry in entries):,} tokens, "
         f"{len(polymers):,} polymer chains, {len(chains) - len(polymers):,} ligands, "
         f"{len({chain['cluster'] for chain in chains}):,} clusters",
@@ -102,7 +102,7 @@ def chains_table(key: str, structure: Structure, alignments: dict[int, Alignment
     table = make_table(
         "chain, type, entity, copy, residues, resolved, numbers, MSA rows, cluster",
         text="chain, type, cluster",
-        whole="chain, numbers",
+        whole="chain, type, numbers, cluster",
         title=escape(f"{key}: {meta['title'] or ''}"),
         caption=escape(", ".join(filter(None, (meta["method"], resolution, released)))),
     )
