@@ -24,9 +24,9 @@ def on_terminal() -> bool:
 
 
 def make_console(stderr: bool = False) -> Console:
-    """The terminal; in a pipe or a file nothing limits the width, and rich would take 80 columns."""
+    """The terminal; in a pipe or a file nothing limits the width but ``COLUMNS``, and rich would take 80 columns."""
     console = Console(stderr=stderr)
-    if not console.is_terminal:
+    if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _WIDTH_OF_FILES
     return console
 

@@ -27,6 +27,7 @@ ORDER = [
     {"testing"},
     {"gpu_check"},
     {"cli", "__main__"},
+    {"api"},
 ]
 """Within a set, too, no two packages import each other."""
 OF_DATA = ["structures", "alignments", "schema", "features", "stream", "prepare", "inputs", "inspect"]

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from cpfold_train.config.compose import of_run, read_request
-from cpfold_train.config.memory_default import room_of, with_default_memory
 from cpfold_train.errors import ConfigError
 from cpfold_train.plan.command import command_of, write_config
 from cpfold_train.plan.estimate import ASSUMPTIONS, FLOOR
-from cpfold_train.plan.plan import GIB, Plan, plan, plan_prediction, validation_moment
-from cpfold_train.plan.propose import choose_memory, memory_presets, propose
+from cpfold_train.plan.plan import GIB, Plan, plan_prediction, validation_moment
+from cpfold_train.plan.propose import memory_presets, plan_run, propose
 from cpfold_train.plan.report import show_plan, show_proposals, typed_options
 from cpfold_train.simulate.trace import Moment
 
@@ -115,11 +113,8 @@ def run(args: argparse.Namespace) -> None:
             show_proposals(found, request.device, config.crop_size, request.gpus, command)
         return
     with Console(stderr=True).status("planning"):
-        if request.choose:
-            config = replace(config, memory=choose_memory(config, request.grid, request.device))
-        config = with_default_memory(config, request.grid, room_of(config, request.grid, request.device))
-        found = plan(config, request.grid, request.device)
-        validation = validation_moment(config, request.grid, request.device) if config.data.val else None
+        found = plan_run(config, request.grid, request.device, request.choose)
+        validation = validation_moment(found.config, request.grid, request.device) if config.data.val else None
     _show(found, validation, args.json, _command(found, args))
 
 

@@ -84,14 +84,23 @@ def compose(settings: list[str]) -> TrainConfig:
     Raises:
         ConfigError: in the words of ``train.py``.
     """
-    register()
-    try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            config = typed_config(hydra.compose("train", settings))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error)) from None
+    config = compose_run(settings)
     config = replace(config, model=replace(config.model, init_from=None), ckpt_path=None)
     check_bounds(config)
     check_kernels(config)
     check(replace(config, kernels="torch", trainer=replace(config.trainer, accelerator="cpu")))
     return replace(config, trainer=replace(config.trainer, accelerator="cpu"), crop_size=config.largest_crop)
+
+
+def compose_run(settings: list[str]) -> TrainConfig:
+    """The configuration of ``python train.py SETTINGS``, unchecked.
+
+    Raises:
+        ConfigError: a key is not there, or its value has the wrong type.
+    """
+    register()
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return typed_config(hydra.compose("train", settings))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from None

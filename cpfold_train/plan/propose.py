@@ -8,7 +8,15 @@ from dataclasses import replace
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cpfold_train.config.memory_default import Room, attention_bytes_of, keeps_on_host, room_of, tile_elements, z_width
+from cpfold_train.config.memory_default import (
+    Room,
+    attention_bytes_of,
+    keeps_on_host,
+    room_of,
+    tile_elements,
+    with_default_memory,
+    z_width,
+)
 from cpfold_train.config.schema import TrainConfig
 from cpfold_train.devices import find_device
 from cpfold_train.errors import ConfigError
@@ -51,6 +59,23 @@ def choose_memory(config: TrainConfig, grid: Grid, device: str) -> MemoryConfig:
         f"memory=auto finds nothing that fits crop_size={config.crop_size} on cp.grid={grid} of {device}: type "
         + ("parallel.fsdp=true" if fits else "a grid of more ranks or a smaller crop_size")
     )
+
+
+def plan_run(config: TrainConfig, grid: Grid, device: str, choose: bool) -> Plan:
+    """The plan of a run on one grid, with the memory options that the run would have.
+
+    Args:
+        config: of the run.
+        grid: the ranks.
+        device: one of :data:`cpfold_train.devices.DEVICES`, or ``cpu``.
+        choose: vary the memory options; else those of the configuration hold.
+
+    Raises:
+        ConfigError: there is no such device, or nothing that is chosen fits.
+    """
+    if choose:
+        config = replace(config, memory=choose_memory(config, grid, device))
+    return plan(with_default_memory(config, grid, room_of(config, grid, device)), grid, device)
 
 
 def propose(config: TrainConfig, device: str, gpus: int, dp: int, choose: bool) -> list[Plan]:

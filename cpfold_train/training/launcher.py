@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from cpfold_train.config.world import RANK_OF
+from cpfold_train.errors import ConfigError
 from cpfold_train.parallel.rendezvous import open_rendezvous
 from cpfold_train.processes import end_process
 from cpfold_train.training.lightning_loop import ScriptLauncher
@@ -28,11 +29,26 @@ class RankLauncher(ScriptLauncher):
     on SIGTERM would look like one that crashed. Here they get time to tell what they know first.
 
     Lightning looks for a free port, starts the ranks, and listens on the port later, when somebody else may have it.
+
+    In a notebook there is no command to start again for other ranks: a grid of one rank runs in its process.
+
+    Raises:
+        ConfigError: there is no such command, and there are to be other ranks.
     """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._ending = threading.Event()
+        if is_interactive() and self.num_processes > 1:
+            raise ConfigError(
+                f"{self.num_processes} ranks cannot be started from a notebook or an interactive interpreter: "
+                "cpfold_train.api.train starts them as processes of their own; GridStrategy(1, 1) runs in this one"
+            )
+
+    @property
+    def is_interactive_compatible(self) -> bool:
+        """Whether Lightning may use it in a notebook: always, as those of several ranks are refused above."""
+        return True
 
     def launch(self, function: Callable, *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
@@ -56,6 +72,11 @@ class RankLauncher(ScriptLauncher):
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def is_interactive() -> bool:
+    """Whether this is a notebook or an interpreter that somebody types into."""
+    return hasattr(sys, "ps1") or bool(sys.flags.interactive)
 
 
 def _guard(processes: list[subprocess.Popen], ending: threading.Event) -> None:

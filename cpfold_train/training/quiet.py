@@ -11,6 +11,6 @@ def quiet_lightning() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     unneeded = ("LeafSpec", "Total length of `list`", "does not have many workers", "predict returned None")
-    unneeded += ("exists and is not empty",)
+    unneeded += ("exists and is not empty", "smaller than the logging interval")
     for message in unneeded:
         warnings.filterwarnings("ignore", f".*{message}.*")

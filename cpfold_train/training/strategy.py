@@ -59,7 +59,14 @@ class GridStrategy(FaultMixin, OwnLauncher, DDPStrategy):
     kernels: Choice
 
     def __init__(
-        self, rows: int, cols: int, dp: int, timeout: timedelta, algorithm: str, kernels: str, **kwargs: Any
+        self,
+        rows: int,
+        cols: int,
+        dp: int = 1,
+        timeout: timedelta = timedelta(minutes=30),
+        algorithm: str = "auto",
+        kernels: str = "auto",
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             timeout=timeout,
