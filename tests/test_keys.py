@@ -23,6 +23,7 @@ from cpfold_train.testing.parity import randomise
 from cpfold_train.testing.step_case import settings
 from cpfold_train.training.apply import block_bytes, prepare_module
 from cpfold_train.training.ema import MovingAverage
+from cpfold_train.training.module import CoFoldingModule
 from cpfold_train.training.schedule_start import schedule_start
 from tests.complexes import crops
 
@@ -85,13 +86,13 @@ def batch() -> dict[str, Any]:
     return collate([replace(crop, templates=[template])], Grid())
 
 
-def changed(config: Any, key: str, full: str) -> Any:
-    """The configuration with one key twice as large, or as :data:`VALUES` has it."""
+def changed(config: Any, key: str, full: str, to: int | None = None) -> Any:
+    """The configuration with one key as given, or as :data:`VALUES` has it, or twice as large."""
     name, _, rest = key.partition(".")
     value = getattr(config, name)
     if is_dataclass(value):
-        return replace(config, **{name: changed(value, rest, full)})
-    return replace(config, **{name: VALUES.get(full, 2 * value if value else 1)})
+        return replace(config, **{name: changed(value, rest, full, to)})
+    return replace(config, **{name: VALUES.get(full, 2 * value if value else 1) if to is None else to})
 
 
 def shapes(config: TrainConfig) -> dict[str, torch.Size]:
@@ -99,8 +100,8 @@ def shapes(config: TrainConfig) -> dict[str, torch.Size]:
         return {name: p.shape for name, p in prepare_module(config).named_parameters()}
 
 
-def training(config: TrainConfig) -> tuple[list[float], list[int]]:
-    """Losses of a training step that recycles as often as it may, and sizes of what it keeps for the backward pass."""
+def ready(config: TrainConfig) -> CoFoldingModule:
+    """A module with random weights on a world of its own."""
     module = prepare_module(config)
     randomise(module)
     for parameter in module.parameters():
@@ -108,6 +109,12 @@ def training(config: TrainConfig) -> tuple[list[float], list[int]]:
     module.trainer = SimpleNamespace(
         strategy=SimpleNamespace(cp=ContextParallel(Grid(), "cpu", kernels="torch")), global_step=0
     )
+    return module
+
+
+def training(config: TrainConfig) -> tuple[list[float], list[int]]:
+    """Losses of a training step that recycles as often as it may, and sizes of what it keeps for the backward pass."""
+    module = ready(config)
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         found = module.micro_batch(batch(), config.model.recycling_steps)
@@ -144,3 +151,17 @@ def test_a_key_reaches_the_computation(key):
 def test_keys_that_are_no_numbers_are_there():
     known = {f"{group}.{key}" for group in ("model", "memory") for key, *_ in keys_of(getattr(base(), group))}
     assert set(NOT_NUMBERS) <= known
+
+
+NO_BLOCKS = ("msa.msa_blocks", "pairformer.num_blocks", "template.template_blocks")
+NO_LAYERS = ("diffusion.token_transformer_depth", "diffusion.conditioning_transition_layers")
+
+
+@pytest.mark.parametrize("key", [*NO_BLOCKS, *NO_LAYERS])
+def test_a_part_without_blocks_keeps_no_rank_waiting(key):
+    """DistributedDataParallel ends a run for parameters that it waits for and that have no gradient."""
+    module = ready(changed(base(), f"model.{key}", key, to=0))
+    module.micro_batch(batch(), 1)["loss"].backward()
+    without = {name for name, p in module.named_parameters() if p.requires_grad and p.grad is None}
+    assert without <= set(module._ddp_params_and_buffers_to_ignore)
+    assert bool(without) == (key == "msa.msa_blocks")

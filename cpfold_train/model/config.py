@@ -77,9 +77,9 @@ class AtomConfig:
 
     atom_s: int = key(at_least(1), 128)
     atom_z: int = key(at_least(1), 16)
-    atom_encoder_depth: int = key(at_least(0), 3)
+    atom_encoder_depth: int = key(at_least(1), 3)
     atom_encoder_heads: int = key(at_least(1), 4)
-    atom_decoder_depth: int = key(at_least(0), 3)
+    atom_decoder_depth: int = key(at_least(1), 3)
     atom_decoder_heads: int = key(at_least(1), 4)
 
 

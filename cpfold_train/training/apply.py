@@ -80,8 +80,12 @@ def prepare_module(config: TrainConfig) -> CoFoldingModule:
     # 4. LoRA and what is frozen, after the weights: a checkpoint to start from has no LoRA.
     module.trains_confidence = choose_trained(module.model, config.finetune, module.trains_confidence)
     # 5. What has no loss is no business of DistributedDataParallel.
-    if not module.trains_confidence:
-        leave_out(module, "model.confidence_module")
+    without_loss = {
+        "model.confidence_module": not module.trains_confidence,
+        # Nothing comes of its embeddings.
+        "model.trunk.msa_module": config.model.msa.msa_blocks == 0,
+    }
+    leave_out(module, *(part for part, has_none in without_loss.items() if has_none))
     return module
 
 

@@ -23,13 +23,13 @@ from cpfold_train.training.launcher import RankLauncher
 from cpfold_train.training.lightning_loop import OwnLauncher
 
 
-def leave_out(module: LightningModule, part: str) -> None:
-    """Let ``DistributedDataParallel`` have nothing to do with the parameters of a part that has no loss.
+def leave_out(module: LightningModule, *parts: str) -> None:
+    """Let ``DistributedDataParallel`` have nothing to do with the parameters of parts that have no loss.
 
     Its own ``find_unused_parameters`` asks all ranks in each backward pass which parameters had a gradient, and the
     host waits until the GPU has the answer.
     """
-    names = [name for name, _ in module.named_parameters() if name.startswith(f"{part}.")]
+    names = [name for name, _ in module.named_parameters() if name.startswith(tuple(f"{part}." for part in parts))]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
 
