@@ -125,8 +125,7 @@ def make_callbacks(config: TrainConfig, run_dir: Path, again: AutoRestart | None
         callbacks.append(EarlyStop(**dataclasses.asdict(config.early_stop)))
     if config.profile.steps:
         callbacks.append(TraceSteps(run_dir / "profile", *config.profile.steps))
-    if (step := schedule_start(config, run_dir)) is not None:
-        callbacks.append(StartSchedule(step))
+    callbacks.append(StartSchedule(schedule_start(config, run_dir)))
     if config.trainer.enable_progress_bar:
         callbacks.append(TQDMProgressBar(leave=True))
     return callbacks

@@ -108,7 +108,8 @@ class CoFoldingModule(LightningModule):
     def backward(self, loss: Tensor) -> None:
         """The gradient of a step is the mean over its micro-batches. Lightning has divided the loss by
         ``accumulate_grad_batches``, of which the last step of an epoch may have fewer."""
-        super().backward(loss * (self.trainer.accumulate_grad_batches / micro_batches(self.trainer)))
+        there_are = micro_batches(self.trainer, self.trainer.train_dataloader.first)
+        super().backward(loss * (self.trainer.accumulate_grad_batches / there_are))
 
     def _flops(self, batch: Batch, recycling: int) -> float:
         """Operations of a micro-batch on all ranks of a replica, from the global shapes of its features."""
@@ -201,7 +202,7 @@ class CoFoldingModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise ConfigError where the checkpoint is of another model, or other weights are trained than in it, or in
         other groups."""
-        require_same(self._finetune, checkpoint)
+        require_same(self._finetune, checkpoint, self.model)
         require_fit(self.state_dict(), checkpoint["state_dict"])
         averages = any(isinstance(callback, MovingAverage) for callback in self.trainer.callbacks)
         if "current_model_state" in checkpoint and not averages:
