@@ -281,6 +281,18 @@ def test_other_samples_begin_the_next_epoch(other, monkeypatch):
     assert resumed.state_dict()["step"] == 7 + 2 * samples
 
 
+@pytest.mark.parametrize("made", [0, 4, 9])
+def test_a_position_of_an_earlier_version_goes_on(made):
+    """It was kept without what the samples are, and at the end of an epoch as the position after the last one."""
+    common = {"samples_per_epoch": 9, "batch_size": 1}
+    earlier = {"epoch": 0, "position": made, "step": made, "between_steps": True}
+    resumed = loader(**common)
+    resumed.load_state_dict(earlier)
+    whole = loader(**common)
+    assert draws(resumed) + draws(resumed) == (draws(whole) + draws(whole) + draws(whole))[made : 18 + made // 9 * 9]
+    assert resumed.state_dict()["step"] == 18 + made // 9 * 9
+
+
 def test_the_same_samples_elsewhere_go_on(tmp_path):
     """In other tars, under other names, in other crops."""
     for tar in sorted(Path("data/shards").glob("train-*")):

@@ -191,6 +191,31 @@ def test_other_batches_go_on_at_the_sample(start, seven, dp, batch_size, accumul
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("limit", "begins"), [(8, 0), (3, 1), (0.5, 1)])
+def test_another_limit_of_batches(start, seven, limit, begins):
+    """The epoch goes on where the limit leaves something of it, and otherwise the next one begins."""
+    typed = ("cp.grid=1x1", f"trainer.limit_train_batches={limit}", "trainer.max_steps=14", f"ckpt_path={seven}")
+    _, process, found = start(1, *typed)
+    goes_on = "epoch 0 goes on with sample 8 of 9", "no batches of the epoch are left: epoch 1 begins, and 2 of 9"
+    assert goes_on[begins] in process.stderr
+    length = limit if isinstance(limit, int) else int(limit * 9)
+    positions = [(0, 7)] * (not begins) + [(epoch, position) for epoch in range(1, 9) for position in range(length)]
+    assert found == [(8 + at, epoch, epoch, position) for at, (epoch, position) in enumerate(positions[:7])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", ["data.samples_per_epoch=4", "data.train=[data/shards/val-000000.tar]", "seed=7"])
+def test_other_samples_begin_the_next_epoch(start, seven, other):
+    """Whole, and Lightning counts the same epochs."""
+    _, process, found = start(1, "cp.grid=1x1", other, "trainer.max_steps=20", f"ckpt_path={seven}")
+    assert (
+        "others than in the checkpoint: epoch 1 begins, and 2 of 9 samples of epoch 0 are not shown" in process.stderr
+    )
+    length = 4 if "samples_per_epoch" in other else 9
+    assert found == [(8 + at, 1 + at // length, 1 + at // length, at % length) for at in range(13)]
+
+
+@pytest.mark.slow
 def test_a_whole_run_and_two_parts_of_other_shapes(start, seven, tmp_path):
     """Two replicas of one sample and one of two make the same steps, also in the part of an epoch that is left."""
     given = ("trainer.max_steps=12", f"ckpt_path={seven}")
