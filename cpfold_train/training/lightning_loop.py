@@ -141,8 +141,8 @@ def resume_at(trainer: Trainer, epoch: int, position: int) -> None:
     """
     batches, epochs = trainer.fit_loop.epoch_loop.batch_progress, trainer.fit_loop.epoch_progress
     if batches.is_last_batch:
-        # Of the epoch before; Lightning itself goes on with the next one.
-        position = int(trainer.num_training_batches)
+        # The checkpoint is of the end of an epoch, and Lightning itself goes on with the next one.
+        epoch, position = epoch - 1, int(trainer.num_training_batches)
     _move(batches.current, position - batches.current.ready)
     later = epoch - trainer.current_epoch
     for counts in (epochs.total, epochs.current):
