@@ -13,11 +13,14 @@ way the results arrive.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +30,6 @@ from cpfold_train.cli.evaluate import summaries
 from cpfold_train.cli.resume import keys as resume_keys
 from cpfold_train.config.check import check
 from cpfold_train.config.compose import compose_run, read_request
-from cpfold_train.config.composition import run_stamp
 from cpfold_train.config.quoting import hydra_quoted
 from cpfold_train.config.schema import TrainConfig
 from cpfold_train.data.inputs.inputs import find_queries
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from cpfold_train.plan.plan import Plan
 
 PathLike = str | Path
+_ERROR = re.compile(r"(?:^|^usage.*|^\S+ .*: )error: (.*)")
+"""A line that says what is wrong: a command's own, or that of its options."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,7 @@ def train(*settings: str, run_dir: PathLike | None = None) -> Run:
         RunError: the run failed, with the reason.
         KeyboardInterrupt: it was interrupted, and has saved a checkpoint.
     """
-    run_dir = Path("runs", run_stamp()) if run_dir is None else Path(run_dir)
+    run_dir = _new_run_dir() if run_dir is None else Path(run_dir)
     _stream([*train_command(), *settings, f"hydra.run.dir={hydra_quoted(run_dir)}"])
     return Run(run_dir)
 
@@ -246,8 +250,9 @@ def predict(
     """
     given = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
     _command("predict", checkpoint, *given, "--out", out, *_typed(options))
-    ids = options.get("id", [])
-    queries = find_queries(list(map(str, given)), options.get("msa"), [ids] if isinstance(ids, str) else list(ids))
+    msa, ids = options.get("msa"), options.get("id", [])
+    ids = [ids] if isinstance(ids, str) else list(ids)
+    queries = find_queries(list(map(str, given)), msa and Path(msa), ids)
     return [_prediction(Path(out) / query.id, query.id) for query in queries]
 
 
@@ -284,6 +289,13 @@ def _prediction(folder: Path, name: str) -> Prediction:
     return Prediction(name, files, scores, folder / f"{name}.png")
 
 
+def _new_run_dir() -> Path:
+    """``runs/DATE/TIME``, or the next name where that is taken."""
+    plain = Path("runs", time.strftime("%Y-%m-%d/%H-%M-%S"))
+    names = itertools.chain([plain], (plain.with_name(f"{plain.name}-{number}") for number in itertools.count(2)))
+    return next(path for path in names if not path.exists())
+
+
 def _typed(options: Mapping[str, Any]) -> list[str]:
     """Options as a shell has them: ``max_msa_rows=8`` is ``--max-msa-rows 8``, true a flag, a list is repeated."""
     words: list[str] = []
@@ -315,7 +327,8 @@ def _stream(command: list[str]) -> None:
             try:
                 for line in process.stdout:
                     print(line, end="", flush=True)
-                    error = line.removeprefix("error: ").strip() if line.startswith("error: ") else error
+                    if found := _ERROR.search(line):
+                        error = found[1].strip()
                 break
             except KeyboardInterrupt:
                 os.kill(process.pid, signal.SIGINT)
@@ -323,6 +336,6 @@ def _stream(command: list[str]) -> None:
     if code == 128 + signal.SIGINT:
         raise KeyboardInterrupt
     if code == 2:
-        raise ConfigError(error)
+        raise ConfigError(error or "the command was refused: what it printed says why")
     if code:
-        raise RunError(error or f"{command[2]} ended with exit code {code}")
+        raise RunError(error or f"it ended with exit code {code}: what it printed says more")

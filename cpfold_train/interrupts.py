@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from multiprocessing import resource_tracker
 
 import psutil
 
-from cpfold_train.processes import end_process
+from cpfold_train.processes import end_process, say
 
 EXIT_CODE = 128 + signal.SIGINT
 
@@ -70,7 +69,7 @@ def quit_now(sentence: str) -> None:
     """End all that this process has started, and the process itself, after a sentence."""
     children = [str(child.pid) for child in psutil.Process().children(recursive=True)]
     if sentence:
-        print(f"\n{sentence}", file=sys.stderr)
+        say(f"\n{sentence}")
     if children:
         # Once this process is gone: torch would raise an error in its main thread about data workers that end.
         os.posix_spawn("/bin/sh", ["sh", "-c", f"sleep 0.1; kill -KILL {' '.join(children)} 2>/dev/null"], os.environ)

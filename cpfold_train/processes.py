@@ -6,7 +6,14 @@ import multiprocessing
 import os
 import shutil
 import sys
+from contextlib import suppress
 from typing import NoReturn
+
+
+def say(text: str, stream: str = "stderr") -> None:
+    """Print a line at once, where somebody still reads: what a pipe went to may have ended, by the same Ctrl-C."""
+    with suppress(OSError, ValueError):
+        print(text, file=getattr(sys, stream), flush=True)
 
 
 def end_process(code: int) -> NoReturn:
@@ -17,7 +24,8 @@ def end_process(code: int) -> NoReturn:
     its parent's.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with suppress(OSError, ValueError):
+            stream.flush()
     folder = getattr(multiprocessing.current_process(), "_config", {}).get("tempdir")
     if folder and multiprocessing.parent_process() is None:
         shutil.rmtree(folder, ignore_errors=True)

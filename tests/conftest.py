@@ -5,6 +5,8 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 # Triton reads it once, when it is first imported, which Lightning does: it is too late where a test file sets it.
 os.environ["TRITON_INTERPRET"] = "1"
+# What is printed is as wide as a file, whatever the terminal.
+os.environ.pop("COLUMNS", None)
 
 import pytest
 

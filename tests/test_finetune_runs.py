@@ -237,4 +237,4 @@ def test_what_cannot_be_resumed_is_told_in_a_sentence(start, base, tmp_path):
 def test_another_selection_does_not_resume(start, base, tmp_path):
     process = start(1, tmp_path, "cp.grid=1x1", "data.val=[]", f"ckpt_path={base}", "finetune.freeze=[msa_module]")
     assert process.returncode == 2
-    assert re.match("error: ckpt_path .* finetune.freeze: ", process.stderr)
+    assert re.match("error: ckpt_path .* finetune.freeze: ", process.stderr.splitlines()[-1])

@@ -16,7 +16,7 @@ from torch.optim import AdamW
 from cpfold_train.__main__ import main
 from cpfold_train.checkpoints import sharded as sharded_checkpoint
 from cpfold_train.checkpoints.boltz import read_checkpoint
-from cpfold_train.checkpoints.load import load_model
+from cpfold_train.checkpoints.load import AVERAGE, load_model
 from cpfold_train.checkpoints.sharded import INDEX, load_sharded, remove_unfinished, save_sharded
 from cpfold_train.config.check_checkpoint import check_checkpoints, checkpoint_to_resume
 from cpfold_train.data.features.templates import Template, pack_templates
@@ -67,7 +67,7 @@ def test_sharing_parameters_out_does_not_change_the_curve(forked, tmp_path):
     rows = forked(2, tmp_path / "a", *two, "cp.grid=1x2", "parallel.fsdp=true", f"ckpt_path={checkpoint}")
     assert_same_curve(rows, expected, *LOSSES)
     assert rows[-1]["val/loss"]
-    assert sum(x.numel() for x in load_model(file).parameters()) > 0
+    assert sum(x.numel() for x in load_model(file, AVERAGE).parameters()) > 0
     with pytest.raises(ConfigError, match=f"consolidate {checkpoint} OUT.ckpt"):
         read_checkpoint(checkpoint)
 

@@ -25,6 +25,7 @@ from cpfold_train.simulate.work_counter import WorkCounter
 from tests.test_plan import CHOSEN, TINY
 
 MEMORY = MemoryConfig(offload=True, keep_attention=False, recompute_updates=True, chunk_mib=64.0)
+ON_GPU = "trainer.accelerator=gpu"
 CHANGED = ["memory.recompute_updates=true", "memory.offload=true", "memory.keep_attention=false", "memory.chunk_mib=64"]
 
 
@@ -52,8 +53,8 @@ def test_sizes_are_in_units_that_fit(size, text):
 def test_a_plan_is_run_with_its_grid_and_memory_options():
     typed = ["recipe=quickstart", "cp.grid=auto", "gpus=8", "device=h200-141gb", "dp=2", "memory=auto", "data.val=[]"]
     found = planned(Grid(2, 2, 2))
-    assert settings_of(found, typed) == ["recipe=quickstart", "data.val=[]", "cp.grid=2x2", "dp=2", *CHANGED]
-    assert command_of(found, typed).startswith("python train.py recipe=quickstart 'data.val=[]' cp.grid=2x2")
+    assert settings_of(found, typed) == ["recipe=quickstart", "data.val=[]", ON_GPU, "cp.grid=2x2", "dp=2", *CHANGED]
+    assert command_of(found, typed).startswith(f"python train.py recipe=quickstart 'data.val=[]' {ON_GPU} cp.grid=2x2")
     assert command_of(planned(Grid(4, 4)), typed).startswith("torchrun --nnodes 2 --nproc-per-node 8 --node-rank RANK")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -35,10 +36,12 @@ STATE = {"state_dict": {}, "optimizer_states": []}
 
 
 def saved(folder: Path, **steps: int) -> Path:
-    """A run directory with checkpoints of so many steps."""
+    """A run directory with checkpoints of so many steps, written in this order."""
     (folder / "checkpoints").mkdir(parents=True)
-    for name, step in steps.items():
-        torch.save({**STATE, "global_step": step}, folder / "checkpoints" / f"{name.replace('_', '-')}.ckpt")
+    for i, (name, step) in enumerate(steps.items()):
+        path = folder / "checkpoints" / f"{name.replace('_', '-')}.ckpt"
+        torch.save({**STATE, "global_step": step}, path)
+        os.utime(path, (i, i))
     return folder
 
 
@@ -81,7 +84,7 @@ def test_a_plain_configuration_stays():
 
 
 def test_the_newest_complete_checkpoint(tmp_path):
-    run = saved(tmp_path, last=4, best_step_6=6, best_step_2=2)
+    run = saved(tmp_path, best_step_2=2, last=4, best_step_6=6)
     folder = run / "checkpoints"
     assert newest_checkpoint(run) == folder / "best-step-6.ckpt"
     whole = (folder / "best-step-6.ckpt").read_bytes()
@@ -94,6 +97,11 @@ def test_the_newest_complete_checkpoint(tmp_path):
     assert newest_checkpoint(run) == folder / "last.ckpt.new"
     (folder / "last.ckpt.new" / INDEX).unlink()
     assert newest_checkpoint(run) == folder / "last.ckpt"
+
+
+def test_a_course_that_was_left_is_not_gone_on_with(tmp_path):
+    """A run that went back to an earlier checkpoint has later ones of its first course."""
+    assert newest_checkpoint(saved(tmp_path, best_step_50=50, last=40)).name == "last.ckpt"
 
 
 def test_of_equally_many_steps_the_last_is_taken(tmp_path):

@@ -131,7 +131,7 @@ def test_a_new_run_leaves_an_old_one_alone(forked_runs, tmp_path):
     again = forked_runs.run(1, given)
     assert again.returncode == 2
     assert again.stderr.startswith("error: ") and again.stderr.count("\n") == 1
-    assert f"resume='{tmp_path}'" in again.stderr and "another hydra.run.dir" in again.stderr
+    assert f'resume="{tmp_path}"' in again.stderr and "another hydra.run.dir" in again.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert forked_runs.run(1, [*given, "trainer.max_steps=2", "ckpt_path=last"]).returncode == 0
     assert json.loads((tmp_path / "result.json").read_text())["steps"] == 2

@@ -54,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--memory-options",
-        "--levers",
         action="store_true",
         help="a table of what each memory option saves and costs",
     )

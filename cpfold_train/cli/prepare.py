@@ -6,9 +6,9 @@ import argparse
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 from rich.progress import track
@@ -25,6 +25,7 @@ from cpfold_train.data.prepare.templates import find_templates
 from cpfold_train.data.prepare.work import convert_all, members_size, read_members
 from cpfold_train.data.stream.shards import index_path, write_shard
 from cpfold_train.errors import ConfigError, DataError
+from cpfold_train.interrupts import answer_interrupts, leave_interrupts, quit_now
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,11 +101,10 @@ def run(args: argparse.Namespace) -> None:
     work = _work_folder(args.out, args.overwrite)
     options = Options(args.assembly, _limits(args), args.max_msa_depth, args.msa)
     converted = track(convert_all(jobs, options, work, args.workers), "preparing", total=len(jobs), transient=True)
-    try:
-        results = sorted(converted, key=lambda result: result.key)
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on from here", file=sys.stderr)
-        raise SystemExit(130) from None
+    interrupt = partial(quit_now, "interrupted: run the same command again to go on from here")
+    answer_interrupts(interrupt)
+    results = sorted(converted, key=lambda result: result.key)
+    leave_interrupts(interrupt)
     kept = [result for result in results if result.dropped is None]
     clusters = entity_clusters(kept, args.clusters)
     chosen, excluded = split(kept, clusters, val, args.val_after, args.val_fraction)

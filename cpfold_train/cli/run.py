@@ -34,6 +34,7 @@ from cpfold_train.training.reporting.loggers import MetricsCSV, wandb_logger
 from cpfold_train.training.reporting.module_statistics import ModuleStatistics
 from cpfold_train.training.reporting.pictures import Pictures
 from cpfold_train.training.reporting.progress import Bar, Lines
+from cpfold_train.training.reporting.record import WriteRecord
 from cpfold_train.training.reporting.result import Result
 from cpfold_train.training.reporting.start import StartBlock
 from cpfold_train.training.reporting.step_metrics import StepMetrics
@@ -52,7 +53,7 @@ def run(
         config: what the user asked for; ``ckpt_path`` is a path or None.
         world: the ranks.
         run_dir: receives checkpoints, metrics and pictures.
-        record: the configuration as plain containers, for W&B.
+        record: the configuration as plain containers.
         again: what can start the run again after an error, where this process is the one to do so.
 
     Raises:
@@ -77,7 +78,7 @@ def run(
         strategy=strategy,
         devices=world.devices,
         logger=_loggers(config, run_dir, record),
-        callbacks=make_callbacks(config, run_dir, again),
+        callbacks=[*make_callbacks(config, run_dir, again), WriteRecord(record, run_dir)],
         default_root_dir=run_dir,
         # The loader divides the samples itself, over replicas only.
         use_distributed_sampler=False,
@@ -88,12 +89,6 @@ def run(
     try:
         # Checkpoints hold optimizer, loops and loader beside tensors: read only those that you trust.
         trainer.fit(module, data, ckpt_path=config.ckpt_path, weights_only=False)
-    except SystemExit as end:
-        if not isinstance(end.__context__, KeyboardInterrupt):
-            raise
-        raise RunError(
-            f"interrupted: ckpt_path=last with hydra.run.dir={run_dir} goes on from its last checkpoint"
-        ) from None
     except Exception as error:
         sentence = strategy.fault or sentence_on(error, run_dir)
         if sentence is None:
@@ -147,8 +142,7 @@ def make_callbacks(config: TrainConfig, run_dir: Path, again: AutoRestart | None
         callbacks.append(ModelCheckpoint(folder, monitor="val/loss", mode="min", **naming))
     if config.early_stop.monitor:
         callbacks.append(EarlyStop(**dataclasses.asdict(config.early_stop)))
-    if config.trainer.max_time:
-        callbacks.append(MaxTime(config.trainer.max_time))
+    callbacks.append(MaxTime(config.trainer.max_time))
     if config.profile.steps:
         callbacks.append(TraceSteps(run_dir / "profile", *config.profile.steps))
     callbacks.append(StartSchedule(schedule_start(config, run_dir)))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from cpfold_train.config.quoting import hydra_quoted
+from cpfold_train.config.quoting import typed
 from cpfold_train.config.world import is_first_rank, run_dir_of_parent, started_by_slurm, started_by_torchrun
 from cpfold_train.errors import ConfigError, DiskFullError
 from cpfold_train.whole_file import whole_file
@@ -89,8 +89,8 @@ def claimed(run_dir: Path, may_vary: bool, goes_on: bool) -> Iterator[Path]:
     try:
         if not (goes_on or again) and _holds_a_run(run_dir):
             raise ConfigError(
-                f"hydra.run.dir={run_dir} has an earlier run: type resume={hydra_quoted(run_dir)} to go on with it, or "
-                "another hydra.run.dir to start again"
+                f"hydra.run.dir={run_dir} has an earlier run: type {typed('resume', str(run_dir))} to go on with it, "
+                "or another hydra.run.dir to start again"
             )
         yield run_dir
     finally:

@@ -31,13 +31,14 @@ TABLE = "sweep.csv"
 """In the directory of the sweep: a row for each job."""
 
 
-def run_job(train: list[str], overrides: list[str], job_dir: Path) -> float:
+def run_job(train: list[str], overrides: list[str], job_dir: Path, sweep: DictConfig | None = None) -> float:
     """Run one job to its end in processes of its own, its output going where the sweep's goes.
 
     Args:
         train: the command that starts a run.
         overrides: what sets the job apart, as typed.
         job_dir: its run directory.
+        sweep: ``hydra.sweep``; if the sweep is asked to end, what it has done is shown.
 
     Returns:
         What an optimising sweeper minimises: the last validation loss, else the last training loss; infinity for a
@@ -64,12 +65,14 @@ def run_job(train: list[str], overrides: list[str], job_dir: Path) -> float:
     finally:
         signal.signal(signal.SIGTERM, before)
         leave_interrupts(interrupt)
-    if asked:
-        # The job has saved, and there is no next one.
-        sys.exit(128 + asked[0])
     job = {"overrides": overrides, "exit_code": code, "seconds": round(time.time() - started, 1)}
     with whole_file(job_dir / _JOB) as file:
         file.write(json.dumps(job) + "\n")
+    if asked:
+        # The job has saved, and there is no next one.
+        if sweep is not None:
+            show_jobs(sweep)
+        sys.exit(128 + asked[0])
     result = read_result(job_dir)
     losses = (result.get("val/loss"), result.get("train/loss"))
     return next((loss for loss in losses if code == 0 and loss is not None), float("inf"))
@@ -82,24 +85,30 @@ class Summary(Callback):
         if "${run_stamp:" in OmegaConf.to_container(config.hydra.sweep, resolve=False)["dir"]:
             with open_dict(config), read_write(config):
                 config.hydra.sweep.dir = str(_new_folder(Path(config.hydra.sweep.dir)))
-        for job in _jobs(config):
+        for job in _jobs(config.hydra.sweep):
             job.unlink()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        folder = Path(config.hydra.sweep.dir)
-        dirs = sorted((path.parent for path in _jobs(config)), key=lambda path: (len(path.name), str(path)))
-        ended = [json.loads((job_dir / _JOB).read_text()) for job_dir in dirs]
-        jobs = [read_job(job_dir, str(job_dir.relative_to(folder)), job) for job_dir, job in zip(dirs, ended)]
-        console = make_console()
-        console.print(jobs_table(jobs, shown(folder)))
-        if told := best_job(jobs):
-            console.print(told, highlight=False, markup=False)
-        write_jobs(folder / TABLE, jobs)
-        console.print(shown(folder / TABLE), soft_wrap=True, highlight=False, markup=False)
-        failed = sum(job.exit_code != 0 for job in jobs)
-        if failed:
-            print(f"{failed} of {len(jobs)} jobs failed", file=sys.stderr)
+        if show_jobs(config.hydra.sweep):
             sys.exit(1)
+
+
+def show_jobs(sweep: DictConfig) -> int:
+    """Print the table of the jobs that have ended, and write it; returns how many of them failed."""
+    folder = Path(sweep.dir)
+    dirs = sorted((path.parent for path in _jobs(sweep)), key=lambda path: (len(path.name), str(path)))
+    ended = [json.loads((job_dir / _JOB).read_text()) for job_dir in dirs]
+    jobs = [read_job(job_dir, str(job_dir.relative_to(folder)), job) for job_dir, job in zip(dirs, ended)]
+    console = make_console()
+    console.print(jobs_table(jobs, shown(folder)))
+    if told := best_job(jobs):
+        console.print(told, highlight=False, markup=False)
+    write_jobs(folder / TABLE, jobs)
+    console.print(shown(folder / TABLE), soft_wrap=True, highlight=False, markup=False)
+    failed = sum(job.exit_code != 0 for job in jobs)
+    if failed:
+        print(f"{failed} of {len(jobs)} jobs failed", file=sys.stderr)
+    return failed
 
 
 def _new_folder(folder: Path) -> Path:
@@ -112,7 +121,7 @@ def _new_folder(folder: Path) -> Path:
     raise AssertionError
 
 
-def _jobs(config: DictConfig) -> list[Path]:
+def _jobs(sweep: DictConfig) -> list[Path]:
     """What the jobs of a sweep have left: in the sweep's directory, as deep as ``hydra.sweep.subdir`` says."""
-    subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]
-    return list(Path(config.hydra.sweep.dir).glob("/".join(["*"] * len(Path(subdir).parts) + [_JOB])))
+    subdir = OmegaConf.to_container(sweep, resolve=False)["subdir"]
+    return list(Path(sweep.dir).glob("/".join(["*"] * len(Path(subdir).parts) + [_JOB])))

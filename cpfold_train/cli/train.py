@@ -32,6 +32,8 @@ from cpfold_train.config.recorded import (
     damaged_checkpoints,
     differences,
     recorded_beside,
+    recorded_nodes,
+    run_of,
     step_of,
     with_record,
     write_record,
@@ -75,8 +77,8 @@ def main() -> None:
         return
     _use_directory_of_resumed_run()
     # Several machines without torchrun or SLURM are told of each other by these variables.
-    several = any(word.startswith("trainer.num_nodes=") and word != "trainer.num_nodes=1" for word in sys.argv)
-    if not several and (left := ignore_other_launchers()):
+    typed = [word.partition("=")[2] for word in sys.argv if word.startswith("trainer.num_nodes=")]
+    if (typed or [recorded_nodes(sys.argv[1:])])[-1] == "1" and (left := ignore_other_launchers()):
         print(f"note: {IGNORED}: {', '.join(left)}", file=sys.stderr)
     register()
     try:
@@ -96,7 +98,7 @@ def _composed(config: DictConfig) -> float | None:
         if "TORCHELASTIC_RUN_ID" in os.environ or (started_by_slurm() and int(os.environ["SLURM_NTASKS"]) > 1):
             _refuse("each rank would run the whole sweep: type python train.py -m alone, which starts the ranks")
         job_dir = Path(hydra_config.runtime.output_dir)
-        return sweep.run_job(train_command(), list(hydra_config.overrides.task), job_dir)
+        return sweep.run_job(train_command(), list(hydra_config.overrides.task), job_dir, hydra_config.sweep)
     try:
         config = with_record(config, hydra_config.overrides.task)
         start(config, Path(hydra_config.runtime.output_dir), may_vary=_is_named_by_time(hydra_config))
@@ -164,17 +166,18 @@ def start(config: DictConfig, run_dir: Path, may_vary: bool = False) -> None:
 
 
 def _run(typed: TrainConfig, config: DictConfig, world: World, run_dir: Path) -> None:
+    record = OmegaConf.to_container(config, resolve=True)
     if is_first_rank():
         if typed.ckpt_path is None:
             remove_metrics(run_dir)
+            try:
+                write_record(record, run_dir)
+            except OSError as error:
+                raise ConfigError(
+                    f"hydra.run.dir={run_dir} cannot be written ({error.strerror}): type another hydra.run.dir"
+                ) from error
         else:
             _tell_resume(config, typed.ckpt_path)
-        try:
-            write_record(config, run_dir)
-        except OSError as error:
-            raise ConfigError(
-                f"hydra.run.dir={run_dir} cannot be written ({error.strerror}): type another hydra.run.dir"
-            ) from error
         print(f"features: {FEATURES_TOLD[typed.data.features]}", file=sys.stderr)
     again = AutoRestart(run_dir) if starts_ranks(world) else None
     os.environ[RUN_DIR] = str(run_dir)
@@ -182,7 +185,7 @@ def _run(typed: TrainConfig, config: DictConfig, world: World, run_dir: Path) ->
     from cpfold_train.cli.run import run
 
     try:
-        run(typed, world, run_dir, OmegaConf.to_container(config, resolve=True), again)
+        run(typed, world, run_dir, record, again)
     except RunError:
         if again is not None:
             again.after_out_of_memory()
@@ -191,17 +194,24 @@ def _run(typed: TrainConfig, config: DictConfig, world: World, run_dir: Path) ->
 
 def _use_directory_of_resumed_run() -> None:
     """Let Hydra take the directory of ``resume=RUN`` for that of the run, where no other is typed."""
-    given = [word.partition("=")[2] for word in sys.argv[1:] if word.startswith("resume=")]
-    if given and not any(word.startswith("hydra.run.dir=") for word in sys.argv):
-        sys.argv.append(f"hydra.run.dir={given[-1]}")
+    given = [word for word in sys.argv[1:] if word.startswith("resume=")]
+    if not given:
+        return
+    name = given[-1].partition("=")[2]
+    if not name.strip("'\""):
+        _refuse("resume= names no run: type its directory, such as resume=runs/DATE/TIME")
+    if not any(word.startswith("hydra.run.dir=") for word in sys.argv):
+        # Options may follow, after which Hydra takes no more keys.
+        sys.argv.insert(sys.argv.index(given[-1]), f"hydra.run.dir={name}")
 
 
 def _tell_resume(config: DictConfig, ckpt_path: str) -> None:
     """Where the run goes on from, what is passed over, and which keys have other values than there."""
     checkpoint = Path(ckpt_path)
-    for path in damaged_checkpoints(checkpoint.absolute().parents[1]):
+    for path in damaged_checkpoints(run_of(checkpoint)):
         print(f"note: {path} is not complete, and is passed over", file=sys.stderr)
-    print(f"resuming from {checkpoint}, step {step_of(checkpoint)}", file=sys.stderr)
+    step = step_of(checkpoint)
+    print(f"resuming from {checkpoint}{'' if step is None else f', step {step}'}", file=sys.stderr)
     if changed := differences(recorded_beside(ckpt_path) or {}, config):
         print("these keys have other values than its run had:", file=sys.stderr)
         print_whole(make_console(stderr=True), differences_table(changed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 from cpfold_train.checkpoints.boltz import CONSOLIDATE
@@ -49,6 +50,10 @@ def check_checkpoints(ckpt_path: str | None, init_from: str | None, fsdp: bool) 
 
 def _require_file(given: str, path: Path, without: str, after: str) -> None:
     if path.is_file():
+        if not zipfile.is_zipfile(path) and path.stat().st_size:
+            with path.open("rb") as file:
+                if file.read(2) == b"PK":
+                    raise ConfigError(f"{given} is not complete: type the path of another .ckpt file, or {without}")
         return
     if is_sharded_checkpoint(path):
         raise ConfigError(f"{given} was written with parallel.fsdp=true: type {CONSOLIDATE.format(path)}{after}")

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cpfold_train.config.check import check, check_kernels
 from cpfold_train.config.check_bounds import check_bounds
 from cpfold_train.config.composition import explain, register, typed_config
+from cpfold_train.config.recorded import with_record
 from cpfold_train.config.schema import TrainConfig
 from cpfold_train.errors import ConfigError
 from cpfold_train.parallel.grid import Grid, parse_grid
@@ -101,6 +102,6 @@ def compose_run(settings: list[str]) -> TrainConfig:
     register()
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return typed_config(hydra.compose("train", settings))
+            return typed_config(with_record(hydra.compose("train", settings), settings))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from None

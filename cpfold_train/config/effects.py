@@ -15,6 +15,7 @@ _WHERE = "changes where and how it is computed, not what"
 _ROUNDING = "other rounding from the next step on"
 EFFECTS = {
     "model": "must fit the weights of the checkpoint",
+    "model.features": "the default of data.features",
     "model.recycling_steps": _NEXT,
     "model.init_from": "not used: the weights are the checkpoint's",
     "model.init_weights": "not used: the weights are the checkpoint's",

@@ -15,12 +15,15 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cpfold_train.checkpoints.boltz import read_checkpoint
-from cpfold_train.checkpoints.sharded import is_sharded_checkpoint, read_index
+from cpfold_train.checkpoints.sharded import INDEX, is_sharded_checkpoint, read_index
+from cpfold_train.config.quoting import typed as typed_key
 from cpfold_train.config.schema import TrainConfig
 from cpfold_train.errors import ConfigError
 from cpfold_train.reports.record import RESOLVED, flattened
 from cpfold_train.whole_file import whole_file
 
+DECIDE_MEMORY = ("cp.grid", "crop_size", "data.crop_schedule", "kernels", "memory", "model", "trainer.accelerator")
+"""What the options of memory depend on that a run decides by size: with another value they are decided again."""
 NOT_OF_A_RUN = ("resume", "config_from", "ckpt_path")
 """Keys that say where a start goes on from, and nothing of how it trains."""
 
@@ -50,6 +53,8 @@ def with_record(config: DictConfig, typed: Iterable[str]) -> DictConfig:
     both = deepcopy(config)
     OmegaConf.set_struct(both, False)
     _put(both, recorded, OmegaConf.structured(TrainConfig), path)
+    if any(key.startswith(DECIDE_MEMORY) for key in keys):
+        both.memory.offload = both.memory.keep_attention = None
     for key in keys:
         OmegaConf.update(both, key, OmegaConf.select(config, key), merge=False)
     if run_dir is not None and "ckpt_path" not in keys:
@@ -60,8 +65,20 @@ def with_record(config: DictConfig, typed: Iterable[str]) -> DictConfig:
     return both
 
 
+def recorded_nodes(words: Iterable[str]) -> str:
+    """``trainer.num_nodes`` of the record that the words of a command line name; 1 where they name none."""
+    values = dict(word.split("=", 1) for word in words if word.startswith(("resume=", "config_from=")))
+    path = Path(values["resume"].strip("'\""), RESOLVED) if "resume" in values else Path(values.get("config_from", ""))
+    try:
+        return str(OmegaConf.select(_read(path), "trainer.num_nodes", default=1))
+    except ConfigError:
+        # It is told when the configuration is composed.
+        return "1"
+
+
 def newest_checkpoint(run_dir: Path) -> Path:
-    """The checkpoint of a run with the most steps, among those that are complete.
+    """The complete checkpoint of a run that was written last: one with more steps may be of a course that the run has
+    left, for an earlier checkpoint.
 
     Raises:
         ConfigError: there is none.
@@ -69,12 +86,18 @@ def newest_checkpoint(run_dir: Path) -> Path:
     folder = run_dir / "checkpoints"
     found = {path: step for path in sorted(folder.glob("*.ckpt*")) if (step := step_of(path)) is not None}
     if not found:
+        again = typed_key("config_from", str(run_dir / RESOLVED))
         raise ConfigError(
-            f"{run_dir} has no complete checkpoint to go on from: config_from={run_dir / RESOLVED} starts its "
-            "configuration again, in a new directory"
+            f"{run_dir} has no complete checkpoint to go on from: {again} starts its configuration again, in a new "
+            "directory"
         )
-    # Of equal ones the last, which knows where in the epoch the run is after a validation, too.
-    return max(found, key=lambda path: (found[path], path.name.startswith("last")))
+    newest = found[max(found, key=_written)]
+    # Of as many steps, the one that does not depend on what was the best.
+    return max((path for path in found if found[path] == newest), key=lambda path: path.name.startswith("last"))
+
+
+def _written(path: Path) -> int:
+    return (path / INDEX if path.is_dir() else path).stat().st_mtime_ns
 
 
 def damaged_checkpoints(run_dir: Path) -> list[Path]:
@@ -97,22 +120,30 @@ def recorded_beside(ckpt_path: str | None) -> dict[str, Any] | None:
     """The flat configuration of the run that a checkpoint lies in, if it is there."""
     if ckpt_path is None:
         return None
-    path = Path(ckpt_path).absolute().parents[1] / RESOLVED
-    return flattened(OmegaConf.to_container(OmegaConf.load(path), resolve=True)) if path.exists() else None
+    path = run_of(Path(ckpt_path)) / RESOLVED
+    return flattened(OmegaConf.to_container(_read(path), resolve=True)) if path.exists() else None
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The directory of the run that has written a checkpoint, if it is still where that run has put it."""
+    return checkpoint.absolute().parent.parent
 
 
 def differences(recorded: dict[str, Any], config: DictConfig) -> dict[str, tuple[Any, Any]]:
     """Keys whose values a start changes, with the recorded value and that of now."""
     now = flattened(OmegaConf.to_container(config, resolve=True))
-    names = [name for name in dict.fromkeys([*recorded, *now]) if name not in NOT_OF_A_RUN]
+    schema = flattened(OmegaConf.to_container(OmegaConf.structured(TrainConfig)))
+    # A key of the schema that the record does not have is newer than the record.
+    left_out = {*NOT_OF_A_RUN, *(schema.keys() - recorded.keys())}
+    names = [name for name in dict.fromkeys([*recorded, *now]) if name not in left_out]
     pairs = {name: (recorded.get(name, "absent"), now.get(name, "absent")) for name in names}
     return {name: (was, is_now) for name, (was, is_now) in pairs.items() if was != is_now}
 
 
-def write_record(config: DictConfig, run_dir: Path) -> None:
+def write_record(record: dict[str, Any], run_dir: Path) -> None:
     """Write the configuration of a start; that of an earlier start of the run is kept beside it."""
     path = run_dir / RESOLVED
-    text = OmegaConf.to_yaml(config, resolve=True)
+    text = OmegaConf.to_yaml(record)
     if path.exists() and path.read_text() != text:
         numbered = (run_dir / f"resolved.{number}.yaml" for number in count(1))
         shutil.copy2(path, next(kept for kept in numbered if not kept.exists()))

@@ -32,7 +32,9 @@ def settings_of(found: Plan, typed: list[str]) -> list[str]:
     Args:
         typed: what the plan was asked for with.
     """
-    chosen = [f"cp.grid={found.grid}", f"dp={found.grid.dp}", *memory_settings(found.config.memory)]
+    on_gpu = found.device != "cpu" and not any(setting.startswith("trainer.accelerator=") for setting in typed)
+    chosen = ["trainer.accelerator=gpu"] if on_gpu else []
+    chosen += [f"cp.grid={found.grid}", f"dp={found.grid.dp}", *memory_settings(found.config.memory)]
     replaced = {"memory", *(setting.partition("=")[0] for setting in chosen)}
     kept = [x for x in of_run(typed) if (key := x.partition("=")[0]) not in replaced and not key.startswith("memory.")]
     return [*kept, *chosen]
@@ -60,6 +62,8 @@ def write_config(found: Plan, typed: list[str], file: Path) -> str:
     """
     if file.suffix != ".yaml":
         raise ConfigError(f"--write {file} is no configuration for Hydra: type --write {file.with_suffix('.yaml')}")
+    if (CONF / file.name).exists():
+        raise ConfigError(f"--write {file} has the name of a configuration that is there: type another, as my-run.yaml")
     register()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         plain, wanted = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,9 @@ def jobs_table(jobs: Sequence[Job], title: str) -> Table:
 
 def best_job(jobs: Sequence[Job]) -> str:
     """A sentence on the job with the best val/loss; empty where fewer than two have one."""
-    validated = [(job, own) for job, own in zip(jobs, varied(jobs)) if "val/loss" in job.validation]
+    losses = (job.validation.get("val/loss") for job in jobs)
+    pairs = zip(jobs, varied(jobs), losses)
+    validated = [(job, own) for job, own, values in pairs if values is not None and isfinite(values.best)]
     if len(validated) < 2:
         return ""
     job, own = min(validated, key=lambda pair: pair[0].validation["val/loss"].best)

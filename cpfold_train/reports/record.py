@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ def best_run(runs: list[Record], name: str) -> int | None:
     """Which run has the best value of a metric of validation; None where fewer than two have one, or two are equal."""
     sign = -1 if METRICS[name].better == "max" else 1
     found = [run.validation().get(name) for run in runs]
-    values = sorted((sign * values.best, i) for i, values in enumerate(found) if values is not None)
+    finite = ((i, values.best) for i, values in enumerate(found) if values is not None and isfinite(values.best))
+    values = sorted((sign * best, i) for i, best in finite)
     if len(values) < 2 or values[0][0] == values[1][0]:
         return None
     return values[0][1]

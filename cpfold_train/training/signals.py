@@ -12,11 +12,13 @@ from functools import partial
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from cpfold_train.config.check_checkpoint import checkpoint_to_resume
-from cpfold_train.config.quoting import hydra_quoted
+from cpfold_train.config.quoting import typed
 from cpfold_train.config.world import started_by_slurm, started_by_torchrun
 from cpfold_train.faults.restart import AutoRestart
 from cpfold_train.interrupts import answer_interrupts, leave_interrupts, quit_now
 from cpfold_train.parallel.gather import barrier, on_any_rank
+from cpfold_train.processes import say
+from cpfold_train.reports.shell import command, shown
 from cpfold_train.training.lightning_loop import before_each_batch, between_steps, leave_signals_alone
 from cpfold_train.training.save_last import SaveLast
 
@@ -71,7 +73,7 @@ class SaveOnSigterm(Callback):
         self._note(signal.SIGINT)
         if self._speaks:
             told = "interrupted: the run saves after the step at hand and ends; Ctrl-C again ends it at once"
-            print(f"\n{told}", file=sys.stderr, flush=True)
+            say(f"\n{told}")
 
     def _before_batch(self, trainer: Trainer) -> None:
         # Between two batches of one step there is nothing to save: gradients are in no checkpoint.
@@ -84,7 +86,7 @@ class SaveOnSigterm(Callback):
         if trainer.is_global_zero:
             kept = self._worked and not trainer.fast_dev_run
             saved = f"saved {self._last.path} at step {step}" if kept else f"nothing to save at step {step}"
-            print(f"asked to end: {saved}{self._how_to_go_on()}", file=sys.stderr)
+            say(f"asked to end: {saved}{self._how_to_go_on()}")
         if on_any_rank(trainer.strategy.cp, signal.SIGUSR1 in self._asked) and trainer.is_global_zero:
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
         interrupted = on_any_rank(trainer.strategy.cp, signal.SIGINT in self._asked)
@@ -97,5 +99,5 @@ class SaveOnSigterm(Callback):
         if checkpoint_to_resume("last", run_dir) is None:
             return ""
         if started_by_torchrun() or started_by_slurm():
-            return f"; to go on, type the same command with resume={hydra_quoted(run_dir)} instead of its keys"
-        return f"; to go on, type: python -m cpfold_train resume {shlex.quote(str(run_dir))}"
+            return f"; to go on, type the same command with {typed('resume', str(run_dir))} instead of its keys"
+        return f"; to go on, type: {shlex.join(command('resume', shown(run_dir)))}"

@@ -60,7 +60,7 @@ def convert_all(jobs: list[Job], options: Options, folder: Path, workers: int) -
                 running |= {pool.submit(work, job) for job in islice(left, len(done))}
                 for future in done:
                     yield future.result()
-        except (KeyboardInterrupt, GeneratorExit):
+        except GeneratorExit:
             pool.shutdown(cancel_futures=True)
             raise
         except BrokenProcessPool as error:
@@ -72,8 +72,8 @@ def convert_all(jobs: list[Job], options: Options, folder: Path, workers: int) -
 
 
 def start_worker() -> None:
-    """What a worker process begins with: Ctrl-C, which reaches it too, lets it finish its entry; the end of the process
-    that started it, whatever the cause, ends it."""
+    """What a worker process begins with: Ctrl-C, which reaches it too, is left to the process that started it, whose
+    end, whatever the cause, ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -13,6 +13,7 @@ from cpfold_train.config.sources import training_sources, validation_source
 from cpfold_train.reports.ending import Ending, print_ending
 from cpfold_train.tables import make_console
 from cpfold_train.training.early_stop import EarlyStop
+from cpfold_train.training.max_time import MaxTime
 
 
 class EndBlock(Callback):
@@ -34,11 +35,11 @@ class EndBlock(Callback):
         if not trainer.is_global_zero:
             return
         best = next((c.best_model_path for c in trainer.callbacks if isinstance(c, ModelCheckpoint)), "")
-        data = self._config.data
+        data, step = self._config.data, trainer.global_step
         sources = [validation_source(data)] if data.val else training_sources(data)
         ending = Ending(
-            trainer.global_step - self._start,
-            next((c.reason(trainer.global_step) for c in trainer.callbacks if isinstance(c, EarlyStop)), ""),
+            step - self._start,
+            " ".join(filter(None, (c.reason(step) for c in trainer.callbacks if isinstance(c, (EarlyStop, MaxTime))))),
             longer(trainer),
             Path(best) if best else None,
             [pattern for source in sources for pattern in source.shards],
@@ -54,7 +55,7 @@ def longer(trainer: Trainer) -> str:
     if trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch:
         return f"trainer.max_epochs={2 * trainer.max_epochs}"
     timer = next((callback for callback in trainer.callbacks if isinstance(callback, Timer)), None)
-    if timer is not None and timer.time_remaining() <= 0:
+    if timer is not None and timer.time_remaining() is not None and timer.time_remaining() <= 0:
         minutes, seconds = divmod(round(2 * (timer.time_remaining() + timer.time_elapsed())), 60)
         hours, minutes = divmod(minutes, 60)
         return f"trainer.max_time={hours // 24:02d}:{hours % 24:02d}:{minutes:02d}:{seconds:02d}"

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Timer
 from rich.console import Console
 from rich.live import Live
 
+from cpfold_train.processes import say
 from cpfold_train.reports.course import course
 from cpfold_train.reports.metrics_csv import read_metrics
 from cpfold_train.reports.progress import Progress, bar, line
@@ -80,8 +81,8 @@ class ShowProgress(Callback):
             parts.append(progress.step / max(progress.total, 1))
             if (pace := self._pace(trainer.global_step)) is not None:
                 left.append(pace * (progress.total - progress.step))
-        if self._timer is not None:
-            remaining, elapsed = self._timer.time_remaining(), self._timer.time_elapsed()
+        if self._timer is not None and (remaining := self._timer.time_remaining()) is not None:
+            elapsed = self._timer.time_elapsed()
             parts.append(elapsed / max(remaining + elapsed, 1e-9))
             left.append(max(remaining, 0.0))
         progress.part, progress.seconds_left = max(parts, default=None), min(left, default=None)
@@ -98,7 +99,7 @@ class Lines(ShowProgress):
     """A line for each log interval."""
 
     def show_step(self) -> None:
-        print(line(self.progress), flush=True)
+        say(line(self.progress), "stdout")
 
 
 class Bar(ShowProgress):
