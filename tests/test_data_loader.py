@@ -3,8 +3,10 @@
 import itertools
 import json
 import pickle
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 from cpfold_train.data.schema import FEATURES
 from cpfold_train.data.stream.loader import TileLoader
 from cpfold_train.data.stream.sampling import Source
+from cpfold_train.data.stream.transfer import pack
 from cpfold_train.errors import ConfigError, DataError
 from cpfold_train.parallel.grid import Grid
 
@@ -161,7 +164,7 @@ def test_crop_sizes_by_optimizer_step():
     list(stopped)
     list(itertools.islice(iter(stopped), 2))
     state = stopped.state_dict()
-    assert state == {"epoch": 1, "position": 2, "step": 4, "between_steps": True}
+    assert {name: state[name] for name in ("epoch", "position", "step")} == {"epoch": 1, "position": 2, "step": 4}
     resumed = loader(batch_size=1, **schedule)
     resumed.load_state_dict(state)
     assert [batch["crop_size"] for batch in resumed] == expected[7:]
@@ -172,7 +175,10 @@ def test_crop_sizes_by_optimizer_step():
 
 
 def test_a_resume_counts_optimizer_steps_on():
-    """Wherever it stops: each step has a size of its own, and five batches are two full steps and a half."""
+    """Wherever it stops: each step has a size of its own, and five batches are two full steps and a half.
+
+    Where it stops within a step, the step begins again.
+    """
     schedule = {"crop_size": 40, "crop_schedule": {step: 40 + step for step in range(1, 6)}}
     schedule |= {"accumulate": 2, "samples_per_epoch": 5, "batch_size": 1}
     expected = [40, 40, 41, 41, 42, 43, 43, 44, 44, 45]
@@ -183,7 +189,8 @@ def test_a_resume_counts_optimizer_steps_on():
         resumed = loader(**schedule)
         resumed.load_state_dict(stopped.state_dict())
         sizes = [batch["crop_size"] for batch in itertools.chain(iter(resumed), iter(resumed))]
-        assert sizes[: 10 - made] == expected[made:]
+        again = made - made % 5 % 2
+        assert sizes[: 10 - again] == expected[again:]
 
 
 def test_resume_with_other_replicas():
@@ -194,10 +201,107 @@ def test_resume_with_other_replicas():
         resumed.load_state_dict(state)
         parts.append(draws(resumed))
     assert [draw for turn in zip(*parts) for draw in turn] == draws(loader(batch_size=1))[8:]
-    # Six samples are a step and a half of two replicas with two batches each.
-    resumed = loader(Grid(1, 1, 2), batch_size=1, accumulate=2)
-    resumed.load_state_dict(state | {"position": 6})
-    assert resumed.position == 2
+
+
+def positions(loaders, monkeypatch):
+    """Epoch and position of each sample that replicas make, in the order of their batches."""
+    from cpfold_train.data.stream import loader as module
+
+    made = []
+    monkeypatch.setattr(module, "make_batch", lambda _, spec: made.append(spec) or (pack({"n": torch.ones(1)}), []))
+    for _ in zip(*loaders, strict=True):
+        pass
+    return sorted((spec.epoch, position) for spec in made for position in spec.positions)
+
+
+@pytest.mark.parametrize("limit", [1.0, 3])
+@pytest.mark.parametrize(
+    ("replicas", "batch_size", "accumulate"), [(1, 1, 1), (1, 2, 3), (2, 1, 2), (3, 2, 1), (1, 5, 4)]
+)
+def test_every_sample_of_the_epoch_is_shown_once(replicas, batch_size, accumulate, limit, monkeypatch):
+    """Eleven samples, of which a run with steps of two batches of one has made whole steps: others go on with any
+    batches, and only what fills the last batch up is of the next epoch. Steps are whole from there on."""
+    common = {"samples_per_epoch": 11, "num_workers": 0}
+    for made in range(12):
+        stopped = loader(**common, batch_size=1, accumulate=2)
+        stream = iter(stopped)
+        for _ in range(made):
+            next(stream)
+        shown = made if made == 11 else made - made % 2
+        state = stopped.state_dict()
+        assert (state["epoch"], state["position"]) == ((1, 0) if made == 11 else (0, shown))
+        settings = {**common, "batch_size": batch_size, "accumulate": accumulate, "limit": limit}
+        resumed = [loader(Grid(1, 1, replicas, rank), **settings) for rank in range(replicas)]
+        at_once, begins = replicas * batch_size, state["position"]
+        end = min(11, resumed[0].batches * at_once)
+        for each in resumed:
+            each.load_state_dict(state)
+        if begins >= end:
+            assert resumed[0].epoch == 1 and resumed[0].position == 0
+            assert f"no batches of the epoch are left: epoch 1 begins, and {11 - begins} of 11" in resumed[0].told
+            continue
+        goes_on = f"epoch 0 goes on with sample {begins + 1} of 11"
+        assert resumed[0].told == (goes_on if begins else f"epoch {state['epoch']} begins")
+        found = positions(resumed, monkeypatch)
+        batches = -(-(end - begins) // at_once)
+        assert found == [(state["epoch"], position) for position in range(begins, begins + batches * at_once)]
+        steps = -(-batches // accumulate)
+        after = resumed[0].state_dict()
+        assert after | {"order": ""} == {
+            "epoch": state["epoch"] + 1,
+            "position": 0,
+            "step": state["step"] + steps,
+            "samples": 11,
+            "order": "",
+        }
+        assert resumed[0].position == resumed[0].batches
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"samples_per_epoch": 4},
+        {"samples_per_epoch": 12},
+        {"shards": ["tests/data/*.tar"]},
+        {"seed": 6},
+        {"sampling": "weighted"},
+    ],
+)
+def test_other_samples_begin_the_next_epoch(other, monkeypatch):
+    """What is left of the epoch is not defined by them."""
+    common = {"samples_per_epoch": 9, "batch_size": 1}
+    stopped = loader(**common)
+    list(itertools.islice(iter(stopped), 7))
+    resumed = loader(**common | other)
+    resumed.load_state_dict(stopped.state_dict())
+    assert "others than in the checkpoint: epoch 1 begins, and 2 of 9 samples of epoch 0 are not" in resumed.told
+    samples = resumed.batches
+    made = positions([resumed], monkeypatch) + positions([resumed], monkeypatch)
+    assert made == [(epoch, position) for epoch in (1, 2) for position in range(samples)]
+    assert resumed.state_dict()["step"] == 7 + 2 * samples
+
+
+@pytest.mark.parametrize("made", [0, 4, 9])
+def test_a_position_of_an_earlier_version_goes_on(made):
+    """It was kept without what the samples are, and at the end of an epoch as the position after the last one."""
+    common = {"samples_per_epoch": 9, "batch_size": 1}
+    earlier = {"epoch": 0, "position": made, "step": made, "between_steps": True}
+    resumed = loader(**common)
+    resumed.load_state_dict(earlier)
+    whole = loader(**common)
+    assert draws(resumed) + draws(resumed) == (draws(whole) + draws(whole) + draws(whole))[made : 18 + made // 9 * 9]
+    assert resumed.state_dict()["step"] == 18 + made // 9 * 9
+
+
+def test_the_same_samples_elsewhere_go_on(tmp_path):
+    """In other tars, under other names, in other crops."""
+    for tar in sorted(Path("data/shards").glob("train-*")):
+        shutil.copy(tar, tmp_path / tar.name.replace("train", "moved"))
+    stopped = loader()
+    list(itertools.islice(iter(stopped), 7))
+    resumed = loader(shards=[str(tmp_path / "moved-*.tar")], crop_size=40, crop={"spatial": 1.0})
+    resumed.load_state_dict(stopped.state_dict())
+    assert resumed.told == "epoch 0 goes on with sample 15 of 20"
 
 
 def test_epochs():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -271,12 +272,34 @@ def test_where_the_schedule_starts(tmp_path):
     assert start("checkpoint", str(own), str(tmp_path / "a.ckpt")) is None
 
 
-def test_another_selection_cannot_resume():
+def test_another_selection_cannot_resume(model):
     config = FinetuneConfig(freeze=["msa_module"])
     with pytest.raises(ConfigError, match=r"finetune\.freeze: .*model\.init_from"):
-        require_same(config, {"hyper_parameters": {"model": {}}})
-    require_same(config, {"hyper_parameters": {"finetune": vars(config) | {"lora": vars(config.lora)}}})
-    require_same(FinetuneConfig(), {"hyper_parameters": {"model": {}}})
+        require_same(config, {"hyper_parameters": {"model": {}}}, model)
+    require_same(config, {"hyper_parameters": {"finetune": vars(config) | {"lora": vars(config.lora)}}}, model)
+    require_same(FinetuneConfig(), {"hyper_parameters": {"model": {}}}, model)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "refused"),
+    [
+        ({"lr_groups": {"msa_module": 0.5}}, {"lr_groups": {"msa_module": 0.1}}, ""),
+        ({"layer_decay": 0.9}, {"layer_decay": 0.8}, ""),
+        ({"layer_decay": 0.9, "lr_groups": {"s_init": 0.5}}, {"layer_decay": 0.8, "lr_groups": {"s_init": 0.3}}, ""),
+        ({"lr_groups": {"msa_module": 0.5}}, {"lr_groups": {"msa_module": 2.0}}, "finetune.lr_groups"),
+        ({"lr_groups": {"msa_module": 0.5}}, {"lr_groups": {"s_init": 0.5}}, "finetune.lr_groups"),
+        ({"layer_decay": 0.9}, {}, "finetune.layer_decay"),
+        ({}, {"layer_decay": 0.9, "lr_groups": {"s_init": 0.5}}, "finetune.lr_groups and finetune.layer_decay"),
+    ],
+)
+def test_other_factors_resume_in_the_same_groups(model, then, now, refused):
+    """The optimizer's moments belong to weights by their number in the groups."""
+    checkpoint = {"hyper_parameters": {"finetune": asdict(FinetuneConfig(**then))}}
+    if not refused:
+        require_same(FinetuneConfig(**now), checkpoint, model)
+        return
+    with pytest.raises(ConfigError, match=f"other values of {refused} than .*type other factors .*model.init_from"):
+        require_same(FinetuneConfig(**now), checkpoint, model)
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def test_the_schedule_starts_where_it_is_told(start, base, tmp_path):
     assert rates("run", own, start_again, "trainer.max_steps=4") == pytest.approx([1e-4, 2e-4])
 
 
-def test_a_run_without_an_average_goes_on_from_the_weights_under_training(start, base, tmp_path):
+def test_an_average_may_end_and_begin_in_a_resume(start, base, tmp_path):
     given = ("cp.grid=1x1", "data.val=[]", "trainer.max_steps=4", f"ckpt_path={base}")
     rows = {
         decay: rows_of(start(1, tmp_path / decay, *given, f"optim.ema_decay={decay}"), tmp_path / decay)
@@ -204,6 +204,14 @@ def test_a_run_without_an_average_goes_on_from_the_weights_under_training(start,
     }
     losses, expected = ([float(row["train/loss"]) for row in rows[decay]] for decay in ("0", "0.9"))
     assert losses == pytest.approx(expected, rel=1e-12)
+    # One that begins there has had one step, of two micro-batches: these weights.
+    begun = (f"ckpt_path={tmp_path}/0/checkpoints/last.ckpt", "optim.ema_decay=0.9", "trainer.max_steps=5")
+    process = start(1, tmp_path / "begun", *given, *begun, "trainer.accumulate_grad_batches=2")
+    assert process.returncode == 0, process.stderr
+    checkpoint = read(tmp_path / "begun" / "checkpoints" / "last.ckpt")
+    assert checkpoint["averaging_state"]["n_averaged"] == 1
+    for name, weight in checkpoint["current_model_state"].items():
+        assert torch.equal(checkpoint["state_dict"][name].to(weight.dtype), weight)
 
 
 def test_what_cannot_be_resumed_is_told_in_a_sentence(start, base, tmp_path):

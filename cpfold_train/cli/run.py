@@ -151,8 +151,7 @@ def make_callbacks(config: TrainConfig, run_dir: Path, again: AutoRestart | None
         callbacks.append(MaxTime(config.trainer.max_time))
     if config.profile.steps:
         callbacks.append(TraceSteps(run_dir / "profile", *config.profile.steps))
-    if (step := schedule_start(config, run_dir)) is not None:
-        callbacks.append(StartSchedule(step))
+    callbacks.append(StartSchedule(schedule_start(config, run_dir)))
     show_progress = Bar if config.trainer.enable_progress_bar and on_terminal() else Lines
     callbacks.append(show_progress(metrics, run_dir / "metrics.csv"))
     callbacks.append(EndBlock(config, run_dir))

@@ -69,6 +69,6 @@ def batches_of_data(config: TrainConfig, grid: Grid, count: int) -> list[dict[st
     nowhere = Path(os.devnull)
     data = TileData(without_workers, config.crop_size, config.batch_size, accumulate, config.seed, nowhere)
     rank = SimpleNamespace(cp=SimpleNamespace(grid=grid), root_device=torch.device("cpu"))
-    data.trainer = SimpleNamespace(strategy=rank)
+    data.trainer = SimpleNamespace(strategy=rank, limit_train_batches=1.0)
     batches = islice(iter(data.train_dataloader()), count)
     return [{name: batch[name] for name in FEATURES} for batch in batches]

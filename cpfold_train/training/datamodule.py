@@ -48,6 +48,7 @@ class TileData(LightningDataModule):
             shuffle=True,
             samples_per_epoch=self._data.samples_per_epoch,
             crop_schedule=self._data.crop_schedule,
+            limit=self.trainer.limit_train_batches,
             accumulate=self._accumulate,
             augmentation=Augmentation(random_rows=True, **vars(self._data.augmentation)),
         )

@@ -32,6 +32,10 @@ class MovingAverage(Callback):
         """The parameters are where they stay. A checkpoint has been read before, or is read after this."""
         self._average = _copies(pl_module, self._average)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The steps of a checkpoint are in its average, and in none that starts with its weights."""
+        self._latest_step = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -56,12 +60,6 @@ class MovingAverage(Callback):
         for name, parameter in _trainable(pl_module).items():
             own_part(parameter).copy_(self._under_training[name])
         self._under_training = {}
-
-    def state_dict(self) -> dict[str, int]:
-        return {"latest_update_step": self._latest_step}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._latest_step = state_dict["latest_update_step"]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         first_name = {parameter: name for name, parameter in pl_module.named_parameters()}

@@ -12,6 +12,8 @@ from cpfold_train.checkpoints.boltz import boltz_name
 from cpfold_train.config.schema import FinetuneConfig
 from cpfold_train.errors import ConfigError
 from cpfold_train.model.lora import add_adapters
+from cpfold_train.training.learning_rates import learning_rate_factors
+from cpfold_train.training.optim import parameter_groups
 from cpfold_train.training.patterns import matching
 
 
@@ -53,18 +55,41 @@ def choose_trained(model: nn.Module, config: FinetuneConfig, trains_confidence: 
     return trains_confidence and "confidence_module" in trained
 
 
-def require_same(config: FinetuneConfig, checkpoint: dict[str, Any]) -> None:
-    """Raise ConfigError unless a checkpoint to resume from was written with the same settings.
+def require_same(config: FinetuneConfig, checkpoint: dict[str, Any], model: nn.Module) -> None:
+    """Raise ConfigError unless the optimizer of a checkpoint to resume from can go on with these settings.
 
-    Its optimizer has the moments of just those weights, in just those groups.
+    It has the moments of just the weights that were trained, in groups of equal rates, highest first. The rates
+    themselves may change.
+
+    Args:
+        config: the settings of now.
+        checkpoint: with the settings of then.
+        model: a :class:`~cpfold_train.model.cofolding.CoFolding`, with the settings of now.
     """
     now = asdict(config)
-    then = (checkpoint.get("hyper_parameters") or {}).get("finetune", asdict(FinetuneConfig()))
-    if changed := [f"finetune.{key}" for key in now if now[key] != then.get(key)]:
+    then = asdict(FinetuneConfig()) | (checkpoint.get("hyper_parameters") or {}).get("finetune", {})
+    changed = [f"finetune.{key}" for key in now if now[key] != then[key]]
+    if changed and set(changed) <= {"finetune.lr_groups", "finetune.layer_decay"}:
+        groups = [_groups(model, x["layer_decay"], x["lr_groups"] or {}) for x in (now, then)]
+        if groups[0] == groups[1]:
+            return
+        raise ConfigError(
+            f"with other values of {' and '.join(changed)} than in ckpt_path other weights have equal rates, or their "
+            "order is another, and its optimizer cannot go on: type other factors of the same weights in this order, "
+            "or model.init_from with that path instead of ckpt_path, which starts from its weights with a new optimizer"
+        )
+    if changed:
         raise ConfigError(
             f"ckpt_path was written with other values of {' and '.join(changed)}: type the same as there, or "
             "model.init_from with that path instead of ckpt_path, which starts from its weights with a new optimizer"
         )
+
+
+def _groups(model: nn.Module, layer_decay: float, lr_groups: dict[str, float]) -> list[list[str]]:
+    """The optimizer's groups of parameters, by name."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, 1.0, learning_rate_factors(model, layer_decay, lr_groups))
+    return [[names[parameter] for parameter in group["params"]] for group in groups]
 
 
 def require_fit(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:

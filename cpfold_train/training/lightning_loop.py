@@ -25,6 +25,7 @@ USED: dict[type, tuple[str, ...]] = {
         "on_advance_end",
         "reset",
         "done",
+        "_accumulated_batches_reached",
         "_should_accumulate",
         "_should_check_val_fx",
         "_num_ready_batches_reached",
@@ -91,9 +92,20 @@ def leave_signals_alone(trainer: Trainer) -> None:
     _replace(trainer._signal_connector, "register_signal_handlers", _nothing)
 
 
+def count_micro_batches_from(trainer: Trainer, first: Callable[[], int]) -> None:
+    """Let the steps of an epoch begin with this batch of it: Lightning counts from 0, also where an epoch was resumed
+    with other batches."""
+    loop = trainer.fit_loop.epoch_loop
+    _replace(loop, "_accumulated_batches_reached", lambda: _of_step(trainer, first()) == 0)
+
+
+def _of_step(trainer: Trainer, first: int) -> int:
+    return (trainer.fit_loop.epoch_loop.batch_progress.current.ready - first) % trainer.accumulate_grad_batches
+
+
 def between_steps(trainer: Trainer) -> bool:
     """Whether the micro-batches so far are those of whole steps."""
-    return trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches == 0
+    return trainer.fit_loop.epoch_loop._accumulated_batches_reached()
 
 
 def accumulates(trainer: Trainer) -> bool:
@@ -101,11 +113,16 @@ def accumulates(trainer: Trainer) -> bool:
     return trainer.fit_loop.epoch_loop._should_accumulate()
 
 
-def micro_batches(trainer: Trainer) -> int:
-    """Of the step at hand: fewer than ``accumulate_grad_batches`` where the epoch ends before."""
+def micro_batches(trainer: Trainer, first: int) -> int:
+    """Of the step at hand: fewer than ``accumulate_grad_batches`` where the epoch ends before.
+
+    Args:
+        trainer: of the run.
+        first: batch of the epoch from which steps are counted.
+    """
     done = trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1
-    first = done - done % trainer.accumulate_grad_batches
-    return min(trainer.accumulate_grad_batches, int(trainer.num_training_batches) - first)
+    start = done - (done - first) % trainer.accumulate_grad_batches
+    return min(trainer.accumulate_grad_batches, int(trainer.num_training_batches) - start)
 
 
 def ends_within_epoch(trainer: Trainer) -> bool:
@@ -114,12 +131,27 @@ def ends_within_epoch(trainer: Trainer) -> bool:
     return loop.done and not loop._num_ready_batches_reached()
 
 
-def count_batches_from(trainer: Trainer, position: int) -> None:
-    """Let so many batches of the epoch be those that were done: Lightning keeps count of its own."""
-    done = trainer.fit_loop.epoch_loop.batch_progress.current
-    moved = position - done.ready
+def resume_at(trainer: Trainer, epoch: int, position: int) -> None:
+    """Let a run that resumes be at this batch of this epoch: Lightning keeps count of its own.
+
+    Args:
+        trainer: of the run, before its first epoch begins.
+        epoch: the one of the checkpoint, or a later one.
+        position: batches of it that were done.
+    """
+    batches, epochs = trainer.fit_loop.epoch_loop.batch_progress, trainer.fit_loop.epoch_progress
+    if batches.is_last_batch:
+        # Of the epoch before; Lightning itself goes on with the next one.
+        position = int(trainer.num_training_batches)
+    _move(batches.current, position - batches.current.ready)
+    later = epoch - trainer.current_epoch
+    for counts in (epochs.total, epochs.current):
+        _move(counts, later)
+
+
+def _move(counts: _ProcessedTracker, moved: int) -> None:
     for count in _COUNTS:
-        setattr(done, count, getattr(done, count) + moved)
+        setattr(counts, count, getattr(counts, count) + moved)
 
 
 def begin_next_epoch(trainer: Trainer) -> None:

@@ -110,9 +110,10 @@ class CoFoldingModule(LightningModule):
     def backward(self, loss: Tensor) -> None:
         """The gradient of a step is the mean over its micro-batches. Lightning has divided the loss by
         ``accumulate_grad_batches``, of which the last step of an epoch may have fewer."""
+        there_are = micro_batches(self.trainer, self.trainer.train_dataloader.first)
         # The NaN of a step that is skipped for want of memory is no anomaly.
         with torch.autograd.set_detect_anomaly(torch.is_anomaly_enabled() and not self.too_large):
-            super().backward(loss * (self.trainer.accumulate_grad_batches / micro_batches(self.trainer)))
+            super().backward(loss * (self.trainer.accumulate_grad_batches / there_are))
 
     def _flops(self, batch: Batch, recycling: int) -> float:
         """Operations of a micro-batch on all ranks of a replica, from the global shapes of its features."""
@@ -205,7 +206,7 @@ class CoFoldingModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise ConfigError where the checkpoint is of another model, or other weights are trained than in it, or in
         other groups."""
-        require_same(self._finetune, checkpoint)
+        require_same(self._finetune, checkpoint, self.model)
         require_fit(self.state_dict(), checkpoint["state_dict"])
         note = told_features(self._sizes.features, checkpoint, "the checkpoint", "data.features=")
         if note and self.trainer.is_global_zero:

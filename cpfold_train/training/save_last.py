@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,9 @@ from cpfold_train.training.lightning_loop import (
     before_each_batch,
     begin_next_epoch,
     between_steps,
-    count_batches_from,
+    count_micro_batches_from,
     ends_within_epoch,
+    resume_at,
     validate_between_steps,
 )
 
@@ -44,15 +46,19 @@ class SaveLast(Checkpoint):
         before_each_batch(trainer, partial(self._before_batch, trainer))
         around_end_of_batch(trainer, partial(self._end_of_batch, trainer))
         validate_between_steps(trainer)
+        count_micro_batches_from(trainer, lambda: trainer.train_dataloader.first)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved = trainer.global_step
-        if trainer.train_dataloader.resumed:
-            # With other replicas the epoch has other batches.
-            count_batches_from(trainer, trainer.train_dataloader.position)
+        loader = trainer.train_dataloader
+        if loader.resumed:
+            # With other replicas the epoch has other batches, and with other samples another one begins.
+            resume_at(trainer, loader.epoch, loader.position)
+            if trainer.is_global_zero:
+                print(loader.told, file=sys.stderr)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Where the last one was cut short by ``trainer.limit_train_batches`` the loader is still in it.
+        # The loader is still at the end of the last one.
         trainer.train_dataloader.set_epoch(trainer.current_epoch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Where in its schedule of learning rates a run starts."""
+"""Where in its schedule of learning rates a run starts, and whose settings its optimizer has."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from cpfold_train.checkpoints.boltz import read_checkpoint
 from cpfold_train.config.schema import TrainConfig
+
+_SETTINGS = "initial_lr", "factor", "betas", "eps", "weight_decay"
+"""Of a group of parameters: what the configuration says. Everything else is the optimizer's own."""
 
 
 def schedule_start(config: TrainConfig, run_dir: Path) -> int | None:
@@ -33,27 +36,31 @@ def _position_in_schedule(checkpoint: dict[str, Any]) -> int:
 
 
 class StartSchedule(Callback):
-    """Starts the schedule at a given step, with the settings of this run where the optimizer is a checkpoint's.
+    """Has the optimizer and its schedule follow the configuration, also where both come from a checkpoint.
 
-    Adam's moments stay. The scheduler's own count is the position in the schedule, so later checkpoints resume from it.
+    Lightning restores the peak rate, betas, eps and weight decay of then, and takes warm-up and decay of now. Here all
+    of them are those of now, so that what is recorded as the configuration of a run is what its steps are made with.
+    Adam's moments and the position in the schedule are the checkpoint's.
 
     Args:
-        step: from 0 on.
+        step: position in the schedule to start at, from 0 on; None for that of the checkpoint. The scheduler's own
+            count is the position, so later checkpoints resume from it.
     """
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int | None) -> None:
         self._step = step
         self._settings: list[dict[str, Any]] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The optimizer is new; a checkpoint's is loaded after this."""
         (optimizer,) = trainer.optimizers
-        self._settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        self._settings = [{name: group[name] for name in _SETTINGS} for group in optimizer.param_groups]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         (optimizer,), (config,) = trainer.optimizers, trainer.lr_scheduler_configs
         schedule = config.scheduler
-        schedule.last_epoch = self._step
+        if self._step is not None:
+            schedule.last_epoch = self._step
         schedule.base_lrs = [settings["initial_lr"] for settings in self._settings]
         for group, settings, factor in zip(optimizer.param_groups, self._settings, schedule.lr_lambdas):
-            group.update(settings, lr=settings["initial_lr"] * factor(self._step))
+            group.update(settings, lr=settings["initial_lr"] * factor(schedule.last_epoch))

@@ -47,6 +47,25 @@ PackedBatch = tuple[tuple[Tensor, PackedTensors, dict[str, Any]] | None, list[st
 may have."""
 
 
+class StreamPosition(NamedTuple):
+    """Where in the stream a batch is.
+
+    Attributes:
+        epoch: its epoch.
+        batch: its number in the epoch.
+        first: batch that the epoch begins with here: 0, or the one at which a run has resumed.
+        offset: positions by which the epoch's batches lie after those of a whole epoch: 0, or what is left where a run
+            resumes between two of its batches.
+        steps: optimizer steps before the batch ``first``.
+    """
+
+    epoch: int
+    batch: int
+    first: int
+    offset: int
+    steps: int
+
+
 class BatchSpec(NamedTuple):
     """A batch before it is made: its epoch, its positions, and the most tokens of a sample."""
 
@@ -77,7 +96,7 @@ class TileLoader:
         seed: of order, crops and all other draws.
         crop_size: most tokens of a sample.
         crop_schedule: other sizes of crops, each from an optimizer step on.
-        accumulate: batches of an optimizer step, for ``crop_schedule``.
+        accumulate: batches of an optimizer step.
         max_atoms: most atoms of a sample, None for no limit.
         max_msa_rows: most MSA rows of a sample.
         max_templates: most templates of a sample.
@@ -87,6 +106,7 @@ class TileLoader:
         num_workers: processes that prepare batches, 0 for none.
         shuffle: draw other samples and crops in each epoch; without it every epoch is the same.
         samples_per_epoch: positions of an epoch over all replicas; by default the number of samples.
+        limit: batches of an epoch that are made, or the fraction of them, as Lightning's ``limit_train_batches``.
         side: tokens along each side of a tile are padded to a multiple of this.
         buckets: numbers of tokens and MSA rows that samples are padded to; None pads no more than needed.
         max_bad_share: fraction of an epoch's samples that may be unusable before iterating raises DataError.
@@ -96,10 +116,18 @@ class TileLoader:
         start_method: how workers start, ``fork``, ``spawn`` or ``forkserver``; the platform's default if None.
 
     Iterating again begins the next epoch, also where the last one was left early. ``state_dict`` taken between two
-    batches resumes exactly there, also on another grid or with another number of workers or replicas. Workers live on
-    from one epoch to the next and prepare its first batches while the last ones are used.
+    optimizer steps resumes exactly there, also on another grid, and with other workers, replicas, batches or steps: the
+    position is counted in samples. Taken within a step it resumes at the start of the step, whose gradient is in no
+    checkpoint. Workers live on from one epoch to the next and prepare its first batches while the last ones are used.
 
     Attributes:
+        batches: of an epoch that are made.
+        epoch: from 0 on.
+        position: batch of the epoch that comes next. In an epoch that was resumed batches are counted such that the
+            last one has the number that it has in other epochs.
+        first: batch with which the epoch begins here, from which steps are counted.
+        resumed: whether the next iteration goes on within an epoch.
+        told: where a resumed run goes on; empty where none has resumed.
         waited_s: seconds spent waiting for batches since the start.
         quarantined: samples of this replica that could not be used since the start.
     """
@@ -122,6 +150,7 @@ class TileLoader:
         num_workers: int = 0,
         shuffle: bool = True,
         samples_per_epoch: int | None = None,
+        limit: int | float = 1.0,
         side: int = 1,
         buckets: int | None = None,
         max_bad_share: float = 0.05,
@@ -135,61 +164,75 @@ class TileLoader:
         if min(crop_size, max_msa_rows, batch_size, samples) < 1 or num_workers < 0:
             raise ConfigError("crop_size, max_msa_rows, batch_size and samples_per_epoch start at 1, num_workers at 0")
         self.grid, self.batch_size, self.max_bad_share, self.accumulate = grid, batch_size, max_bad_share, accumulate
-        self.batches = -(-samples // (grid.dp * batch_size))
+        self._all_batches = -(-samples // (grid.dp * batch_size))
+        part = limit if isinstance(limit, int) else int(self._all_batches * limit)
+        self.batches = max(1, min(part, self._all_batches))
         self.sizes = {0: crop_size, **(crop_schedule or {})}
         settings = {"max_atoms": max_atoms, "max_msa_rows": max_msa_rows, "max_templates": max_templates}
         settings |= {"augmentation": augmentation, "features": features}
-        max_bad = int(max_bad_share * self.batches * batch_size)
+        max_bad = int(max_bad_share * self._all_batches * batch_size)
         stream = Stream(pools, samples, seed, shuffle)
         self._sample_spec = SampleSpec(stream, grid, settings, max_bad, quarantine, side, buckets)
         self._workers = {"num_workers": num_workers, "pin_memory": pin_memory}
         if num_workers:
             self._workers |= {"multiprocessing_context": start_method, "prefetch_factor": prefetch_factor}
             self._workers["worker_init_fn"] = _obey_own_rank_only
-        self.epoch = 0
-        self.position = 0
-        """Batch of the epoch that comes next."""
-        self.resumed = False
+        self.epoch, self.position, self.first = 0, 0, 0
+        self.resumed, self.told = False, ""
         self.waited_s, self.quarantined = 0.0, 0
-        self._steps_before = 0
-        """Optimizer steps before this epoch."""
+        self._offset, self._steps_before = 0, 0
         self._bad_in_epoch = 0
         self._packed: Iterator[PackedBatch] | None = None
-        self._prepared_for: tuple[int, int, int] | None = None
-        """Epoch, batch and steps before the epoch, of what ``_packed`` gives next."""
+        self._prepared_for: StreamPosition | None = None
+        """What ``_packed`` gives next."""
 
     def __len__(self) -> int:
-        """Batches of an epoch, equal on all replicas."""
-        return self.batches
+        """Batches of an epoch, equal on all replicas, without a limit."""
+        return self._all_batches
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch; no effect while in it, so that a resumed one is not lost."""
         if epoch != self.epoch:
             self._begin(epoch)
 
-    def state_dict(self) -> dict[str, int | bool]:
-        """Epoch, position of the next sample over all replicas, the optimizer steps made so far, and whether the next
-        batch is the first of one."""
-        position = self.position * self.batch_size * self.grid.dp
-        return {
-            "epoch": self.epoch,
-            "position": position,
-            "step": self._steps_before + self.position // self.accumulate,
-            "between_steps": self.position % self.accumulate == 0,
-        }
+    def state_dict(self) -> dict[str, int | str]:
+        """Epoch, samples of it over all replicas that are in whole steps, the optimizer steps made so far, and what
+        tells whether another loader has the same samples in the same order."""
+        order = self._sample_spec.stream.order()
+        common = {"samples": self._sample_spec.stream.samples, "order": order}
+        if self.position == self.batches:
+            return {"epoch": self.epoch + 1, "position": 0, "step": self._steps_at(self.position)} | common
+        within = (self.position - self.first) % self.accumulate
+        position = (self.position - within) * self._samples_at_once + self._offset
+        return {"epoch": self.epoch, "position": position, "step": self._steps_at(self.position - within)} | common
 
-    def load_state_dict(self, state: dict[str, int | bool]) -> None:
+    def load_state_dict(self, state: dict[str, int | str]) -> None:
         """Let the next iteration continue where :meth:`state_dict` was taken; samples before it are not read.
 
-        With other replicas or batches, a position between two optimizer steps may be inside one, which starts over.
+        With other replicas or batches they are made of the samples that are left. Where the samples or their order are
+        others, what is left of the epoch is not defined, and the next one begins; so it does where ``limit`` says that
+        the epoch has ended before.
         """
-        self.epoch = state["epoch"]
-        self.position = min(state["position"] // (self.batch_size * self.grid.dp), self.batches)
-        if state.get("between_steps") and self.position < self.batches:
-            self.position -= self.position % self.accumulate
-        self._steps_before = state["step"] - self.position // self.accumulate
-        self._bad_in_epoch = 0
+        stream, at_once = self._sample_spec.stream, self._samples_at_once
+        position, then = state["position"], state.get("samples", stream.samples)
+        self._begin(state["epoch"])
+        self._steps_before = state["step"]
         self.resumed = True
+        lost = max(0, then - position)
+        begins = f"epoch {self.epoch + 1} begins, and {lost} of {then} samples of epoch {self.epoch} are not shown"
+        left = -(-(min(stream.samples, self.batches * at_once) - position) // at_once)
+        if not position:
+            self.told = f"epoch {self.epoch} begins"
+        elif state.get("order", stream.order()) != stream.order():
+            self.epoch += 1
+            self.told = f"the samples or their order are others than in the checkpoint: {begins}"
+        elif left <= 0:
+            self.epoch += 1
+            self.told = f"no batches of the epoch are left: {begins}"
+        else:
+            self.first = self.position = self.batches - left
+            self._offset = position - self.first * at_once
+            self.told = f"epoch {self.epoch} goes on with sample {position + 1} of {stream.samples}"
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self.position >= self.batches or (self.position and not self.resumed):
@@ -201,13 +244,25 @@ class TileLoader:
             yield batch
 
     def _begin(self, epoch: int) -> None:
-        # Lightning makes a step of what has been accumulated when an epoch ends.
-        self._steps_before += -(-self.position // self.accumulate)
-        self.epoch, self.position, self.resumed, self._bad_in_epoch = epoch, 0, False, 0
+        self._steps_before = self._steps_at(self.position)
+        self.epoch, self.position, self.first, self._offset = epoch, 0, 0, 0
+        self.resumed, self._bad_in_epoch = False, 0
+
+    @property
+    def _samples_at_once(self) -> int:
+        """Samples of a batch, of all replicas."""
+        return self.batch_size * self.grid.dp
+
+    def _steps_at(self, batch: int) -> int:
+        """Optimizer steps before a batch; Lightning makes one of what has been accumulated when an epoch ends."""
+        return self._steps_before - (self.first - batch) // self.accumulate
+
+    def _stream_position(self) -> StreamPosition:
+        return StreamPosition(self.epoch, self.position, self.first, self._offset, self._steps_before)
 
     def _next(self) -> dict[str, Any]:
         began = time.perf_counter()
-        if self._prepared_for != (self.epoch, self.position, self._steps_before):
+        if self._prepared_for != self._stream_position():
             self._packed = self._prepare()
         self._prepared_for = None
         packed, reasons = next(self._packed)
@@ -216,28 +271,21 @@ class TileLoader:
         self._bad_in_epoch += len(reasons)
         if packed is None or self._bad_in_epoch > self._sample_spec.max_bad:
             raise DataError(
-                f"{self._bad_in_epoch} of the {self.batches * self.batch_size} samples of an epoch could not be used, "
-                f"the last because {reasons[-1]}: make the shards again with python -m cpfold_train prepare, or type a "
-                f"larger data.max_bad_share than {self.max_bad_share}"
+                f"{self._bad_in_epoch} of the {self._all_batches * self.batch_size} samples of an epoch could not be "
+                f"used, the last because {reasons[-1]}: make the shards again with python -m cpfold_train prepare, or "
+                f"type a larger data.max_bad_share than {self.max_bad_share}"
             )
-        following = next_batch(self.epoch, self.position, self.batches)
-        steps = self._steps_before + (-(-self.batches // self.accumulate) if following[1] == 0 else 0)
-        self._prepared_for = (*following, steps)
+        if self.position + 1 < self.batches:
+            self._prepared_for = self._stream_position()._replace(batch=self.position + 1)
+        else:
+            self._prepared_for = StreamPosition(self.epoch + 1, 0, 0, 0, self._steps_at(self.batches))
         return unpack(*packed)
 
     def _prepare(self) -> Iterator[PackedBatch]:
         """Start to prepare batches from here on, without an end."""
-        start = (self.epoch, self.position, self._steps_before)
-        batch_specs = partial(
-            _batch_specs,
-            start,
-            self.batches,
-            self.batch_size,
-            self.accumulate,
-            self.sizes,
-            self.grid.dp,
-            self.grid.dp_index,
-        )
+        grid, sizes = self.grid, self.sizes
+        counts = self.batches, self.batch_size, self.accumulate
+        batch_specs = partial(_batch_specs, self._stream_position(), *counts, sizes, grid.dp, grid.dp_index)
         pipeline = wds.DataPipeline(batch_specs, partial(_batches, sample_spec=self._sample_spec))
         return iter(wds.WebLoader(pipeline, batch_size=None, **self._workers))
 
@@ -257,18 +305,13 @@ def _obey_own_rank_only(worker: int) -> None:
     threading.Thread(target=obey, daemon=True, name="sigterm").start()
 
 
-def next_batch(epoch: int, batch: int, batches: int) -> tuple[int, int]:
-    """Epoch and number of the batch after this one."""
-    return (epoch, batch + 1) if batch + 1 < batches else (epoch + 1, 0)
-
-
 def crop_size_at(sizes: Mapping[int, int], step: int) -> int:
     """Most tokens of a sample in an optimizer step. ``sizes`` are those from a step on, the first of them from 0."""
     return sizes[max(start for start in sizes if start <= step)]
 
 
 def _batch_specs(
-    start: tuple[int, int, int],
+    start: StreamPosition,
     batches: int,
     batch_size: int,
     accumulate: int,
@@ -282,12 +325,17 @@ def _batch_specs(
     """
     worker = get_worker_info()
     first, every = (worker.id, worker.num_workers) if worker else (0, 1)
-    first_epoch, first_batch, steps_before = start
-    for number in itertools.count(first_batch + first, every):
+    steps_of_first = -(-(batches - start.first) // accumulate)
+    for number in itertools.count(start.batch + first, every):
         later, batch = divmod(number, batches)
-        step = steps_before + later * -(-batches // accumulate) + batch // accumulate
+        if later:
+            offset = 0
+            step = start.steps + steps_of_first + (later - 1) * -(-batches // accumulate) + batch // accumulate
+        else:
+            offset, step = start.offset, start.steps + (batch - start.first) // accumulate
         own = range(batch * batch_size, (batch + 1) * batch_size)
-        yield BatchSpec(first_epoch + later, [index * dp + dp_index for index in own], crop_size_at(sizes, step))
+        positions = [offset + index * dp + dp_index for index in own]
+        yield BatchSpec(start.epoch + later, positions, crop_size_at(sizes, step))
 
 
 def _batches(batch_specs: Iterable[BatchSpec], sample_spec: SampleSpec) -> Iterator[PackedBatch]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
@@ -155,6 +156,20 @@ class Stream:
     samples: int
     seed: int
     shuffle: bool
+
+    def order(self) -> str:
+        """The same of streams that have the same samples, by id, at the same positions; wherever their shards lie, and
+        into however many the samples are divided."""
+        total = sum(pool.source.weight for pool in self.pools)
+        digest = blake2b(repr((self.samples, self.seed, self.shuffle)).encode(), digest_size=8)
+        for pool in self.pools:
+            digest.update(repr((pool.source.weight / total, pool.source.sampling)).encode())
+            for _, index in pool.shards:
+                digest.update("\n".join([*index["key"].tolist(), ""]).encode())
+            if pool.targets is not None:
+                for column in pool.targets:
+                    digest.update(column.tobytes())
+        return digest.hexdigest()
 
     def draw(self, epoch: int, position: int, attempt: int = 0) -> Draw:
         """What stands at a position. ``attempt`` counts the samples drawn for it before, which could not be used."""
