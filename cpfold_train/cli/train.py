@@ -199,9 +199,10 @@ def _use_directory_of_resumed_run() -> None:
 def _tell_resume(config: DictConfig, ckpt_path: str) -> None:
     """Where the run goes on from, what is passed over, and which keys have other values than there."""
     checkpoint = Path(ckpt_path)
-    for path in damaged_checkpoints(checkpoint.absolute().parents[1]):
-        print(f"note: {path} is not complete, and is passed over", file=sys.stderr)
-    print(f"resuming from {checkpoint}, step {step_of(checkpoint)}", file=sys.stderr)
+    step = step_of(checkpoint)
+    for path in damaged_checkpoints(checkpoint.absolute().parents[1], -1 if step is None else step):
+        print(f"note: {path} is damaged or not complete, and is passed over", file=sys.stderr)
+    print(f"resuming from {checkpoint}, step {step}", file=sys.stderr)
     if changed := differences(recorded_beside(ckpt_path) or {}, config):
         print("these keys have other values than its run had:", file=sys.stderr)
         print_whole(make_console(stderr=True), differences_table(changed))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import zipfile
 from collections.abc import Iterable
+from contextlib import nullcontext
 from copy import deepcopy
 from itertools import count
 from pathlib import Path
@@ -12,11 +12,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 from yaml import YAMLError
 
 from cpfold_train.checkpoints.boltz import read_checkpoint
+from cpfold_train.checkpoints.damage import UNREADABLE, is_undamaged
 from cpfold_train.checkpoints.sharded import is_sharded_checkpoint, read_index
 from cpfold_train.config.schema import TrainConfig
+from cpfold_train.config.world import is_first_rank
 from cpfold_train.errors import ConfigError
 from cpfold_train.reports.record import RESOLVED, flattened
 from cpfold_train.whole_file import whole_file
@@ -61,35 +64,47 @@ def with_record(config: DictConfig, typed: Iterable[str]) -> DictConfig:
 
 
 def newest_checkpoint(run_dir: Path) -> Path:
-    """The checkpoint of a run with the most steps, among those that are complete.
+    """The checkpoint of a run with the most steps, among those that are complete and undamaged.
 
     Raises:
         ConfigError: there is none.
     """
-    folder = run_dir / "checkpoints"
-    found = {path: step for path in sorted(folder.glob("*.ckpt*")) if (step := step_of(path)) is not None}
-    if not found:
+    steps = _steps(run_dir)
+    # Of equal ones the last, which knows where in the epoch the run is after a validation, too.
+    found = sorted(
+        (path for path, step in steps.items() if step is not None),
+        key=lambda path: (steps[path], path.name.startswith("last")),
+        reverse=True,
+    )
+    reading = Console(stderr=True).status(f"reading the newest checkpoint of {run_dir}")
+    with reading if is_first_rank() else nullcontext():
+        newest = next(filter(is_undamaged, found), None)
+    if newest is None:
         raise ConfigError(
             f"{run_dir} has no complete checkpoint to go on from: config_from={run_dir / RESOLVED} starts its "
             "configuration again, in a new directory"
         )
-    # Of equal ones the last, which knows where in the epoch the run is after a validation, too.
-    return max(found, key=lambda path: (found[path], path.name.startswith("last")))
+    return newest
 
 
-def damaged_checkpoints(run_dir: Path) -> list[Path]:
-    """Checkpoints of a run that are not complete, as a full disk or a machine that fails leaves them."""
-    return [path for path in sorted((run_dir / "checkpoints").glob("*.ckpt*")) if step_of(path) is None]
+def damaged_checkpoints(run_dir: Path, step: int = -1) -> list[Path]:
+    """Checkpoints of a run that are not complete, as a full disk or a machine that fails leaves them; and those of a
+    later step that are damaged within."""
+    steps = _steps(run_dir)
+    return [path for path, made in steps.items() if made is None or (made > step and not is_undamaged(path))]
+
+
+def _steps(run_dir: Path) -> dict[Path, int | None]:
+    return {path: step_of(path) for path in sorted((run_dir / "checkpoints").glob("*.ckpt*"))}
 
 
 def step_of(path: Path) -> int | None:
     """Optimizer steps of a checkpoint, a file or that of a run with FSDP; None where it is not complete."""
     try:
         if path.is_dir():
-            return read_index(path)["global_step"] if is_sharded_checkpoint(path) else None
-        # The table of contents is at the end of the file.
-        return read_checkpoint(path)["global_step"] if zipfile.is_zipfile(path) else None
-    except (ConfigError, OSError, KeyError, RuntimeError):
+            return read_index(path)["checkpoint"]["global_step"] if is_sharded_checkpoint(path) else None
+        return read_checkpoint(path)["global_step"]
+    except UNREADABLE:
         return None
 
 
@@ -98,26 +113,51 @@ def recorded_beside(ckpt_path: str | None) -> dict[str, Any] | None:
     if ckpt_path is None:
         return None
     path = Path(ckpt_path).absolute().parents[1] / RESOLVED
-    return flattened(OmegaConf.to_container(OmegaConf.load(path), resolve=True)) if path.exists() else None
+    return _flat(OmegaConf.load(path)) if path.exists() else None
 
 
 def differences(recorded: dict[str, Any], config: DictConfig) -> dict[str, tuple[Any, Any]]:
     """Keys whose values a start changes, with the recorded value and that of now."""
-    now = flattened(OmegaConf.to_container(config, resolve=True))
+    now = _flat(config)
     names = [name for name in dict.fromkeys([*recorded, *now]) if name not in NOT_OF_A_RUN]
     pairs = {name: (recorded.get(name, "absent"), now.get(name, "absent")) for name in names}
     return {name: (was, is_now) for name, (was, is_now) in pairs.items() if was != is_now}
 
 
 def write_record(config: DictConfig, run_dir: Path) -> None:
-    """Write the configuration of a start; that of an earlier start of the run is kept beside it."""
+    """Write the configuration of a start, which holds from any directory; that of an earlier start of the run is kept
+    beside it."""
     path = run_dir / RESOLVED
-    text = OmegaConf.to_yaml(config, resolve=True)
+    text = OmegaConf.to_yaml(_absolute(config), resolve=True)
     if path.exists() and path.read_text() != text:
         numbered = (run_dir / f"resolved.{number}.yaml" for number in count(1))
         shutil.copy2(path, next(kept for kept in numbered if not kept.exists()))
     with whole_file(path) as file:
         file.write(text)
+
+
+def _flat(config: DictConfig) -> dict[str, Any]:
+    return flattened(OmegaConf.to_container(_absolute(config), resolve=True))
+
+
+def _absolute(config: DictConfig) -> DictConfig:
+    """A configuration with absolute paths of what is read from: another start may be typed elsewhere."""
+    config = deepcopy(config)
+    for key in ("data.train", "data.val", "model.init_from"):
+        value = OmegaConf.select(config, key)
+        if value is not None:
+            plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            OmegaConf.update(config, key, _absolute_paths(plain), merge=False)
+    return config
+
+
+def _absolute_paths(value: Any) -> Any:
+    """A path, or paths in a list or under ``shards`` in a data set."""
+    if isinstance(value, list):
+        return [_absolute_paths(entry) for entry in value]
+    if isinstance(value, dict):
+        return value | ({"shards": _absolute_paths(value["shards"])} if "shards" in value else {})
+    return str(Path(value).absolute()) if isinstance(value, str) else value
 
 
 def _read(path: Path) -> DictConfig:
