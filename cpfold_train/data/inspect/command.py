@@ -100,7 +100,7 @@ def chains_table(key: str, structure: Structure, alignments: dict[int, Alignment
     resolution = None if meta["resolution"] is None else f"{meta['resolution']:g} Å"
     released = None if meta["release_date"] is None else f"released {meta['release_date']}"
     table = make_table(
-        "chain, type, entity, copy, residues, resolved, numbers, MSA rows, cluster",
+        "chain, type, entity, copy, residues, resolved, numbers, MSA, cluster",
         text="chain, type, cluster",
         whole="chain, type, numbers, cluster",
         title=escape(f"{key}: {meta['title'] or ''}"),

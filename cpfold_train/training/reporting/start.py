@@ -154,6 +154,8 @@ def _tokens(source: Source) -> np.ndarray:
 
 
 def _sizes(tokens: np.ndarray) -> str:
+    if len(tokens) == 1:
+        return f"1 sample of {tokens[0]:,} tokens"
     return f"{len(tokens):,} samples of {tokens.min():,} to {tokens.max():,} tokens, {tokens.sum():,} in all"
 
 
