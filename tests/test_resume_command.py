@@ -6,13 +6,17 @@ import os
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from cpfold_train.checkpoints.sharded import INDEX
+from cpfold_train.checkpoints.sharded import INDEX, read_index, save_sharded
 from cpfold_train.cli.resume import keys
 from cpfold_train.config.effects import EFFECTS, effect
 from cpfold_train.config.quoting import hydra_quoted
@@ -45,12 +49,27 @@ def saved(folder: Path, **steps: int) -> Path:
     return folder
 
 
+def sharded(path: Path, step: int) -> Path:
+    """A checkpoint of a run with FSDP on one rank; returns the directory of its shards."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        weight = distribute_tensor(torch.full((4096,), 1.5), init_device_mesh("cpu", (1,)), [Shard(0)])
+        save_sharded({**STATE, "state_dict": {"w": weight}, "global_step": step}, path)
+    finally:
+        dist.destroy_process_group()
+    return path / read_index(path)["shards"]
+
+
 @pytest.fixture
 def run_dir(tmp_path) -> Path:
     """Of a run with other values than the defaults."""
     folder = saved(tmp_path / "a run", last=4)
-    write_record(compose("crop_size=48", "optim=af3", "data.crop={spatial: 1.0}", "data.train=[own/*.tar]"), folder)
+    write_record(composed("crop_size=48", "optim=af3", "data.crop={spatial: 1.0}", "data.train=[own/*.tar]"), folder)
     return folder
+
+
+def composed(*typed: str) -> dict[str, Any]:
+    return OmegaConf.to_container(compose(*typed), resolve=True)
 
 
 def resumed(run: Path, *typed: str) -> DictConfig:
@@ -92,8 +111,7 @@ def test_the_newest_complete_checkpoint(tmp_path):
     assert newest_checkpoint(run) == folder / "last.ckpt"
     assert damaged_checkpoints(run) == [folder / "best-step-6.ckpt"]
     # One of a run with FSDP, which was killed as it exchanged the file for it.
-    (folder / "last.ckpt.new").mkdir()
-    torch.save({"global_step": 5}, folder / "last.ckpt.new" / INDEX)
+    sharded(folder / "last.ckpt.new", 5)
     assert newest_checkpoint(run) == folder / "last.ckpt.new"
     (folder / "last.ckpt.new" / INDEX).unlink()
     assert newest_checkpoint(run) == folder / "last.ckpt"
@@ -102,6 +120,74 @@ def test_the_newest_complete_checkpoint(tmp_path):
 def test_a_course_that_was_left_is_not_gone_on_with(tmp_path):
     """A run that went back to an earlier checkpoint has later ones of its first course."""
     assert newest_checkpoint(saved(tmp_path, best_step_50=50, last=40)).name == "last.ckpt"
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_checkpoint_that_a_disk_has_changed_is_passed_over(tmp_path):
+    """One bit of a weight: torch loads it without a word."""
+    run = saved(tmp_path, last=4)
+    newer = run / "checkpoints" / "best-step-6.ckpt"
+    torch.save({**STATE, "state_dict": {"w": torch.full((4096,), 1.5)}, "global_step": 6}, newer)
+    assert newest_checkpoint(run) == newer and damaged_checkpoints(run, 4) == []
+    flip(newer, newer.read_bytes().index(bytes.fromhex("0000c03f") * 64) + 402)
+    changed = torch.load(newer)["state_dict"]["w"]
+    assert changed.isfinite().all() and changed.ne(1.5).sum() == 1
+    assert newest_checkpoint(run) == run / "checkpoints" / "last.ckpt"
+    assert damaged_checkpoints(run, 4) == [newer] and damaged_checkpoints(run, 6) == []
+
+
+@pytest.mark.parametrize("part", ["cut", "gone", "changed", "without its table", "whole"])
+def test_a_damaged_checkpoint_of_fsdp_is_passed_over(tmp_path, part):
+    run = saved(tmp_path, best_step_4=4)
+    last = run / "checkpoints" / "last.ckpt"
+    shards = sharded(last, 6)
+    (file,) = shards.glob("*.distcp")
+    if part == "cut":
+        file.write_bytes(file.read_bytes()[:9000])
+    elif part == "gone":
+        file.unlink()
+    elif part == "changed":
+        flip(file, file.read_bytes().index(bytes.fromhex("0000c03f") * 64) + 402)
+    elif part == "without its table":
+        (shards / ".metadata").unlink()
+    assert newest_checkpoint(run) == (last if part == "whole" else run / "checkpoints" / "best-step-4.ckpt")
+    assert damaged_checkpoints(run, 4) == ([] if part == "whole" else [last])
+
+
+def test_a_record_holds_from_another_directory(tmp_path, monkeypatch):
+    """Paths are those of the directory in which the run was started; what is typed now is of this one."""
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    run = saved(tmp_path / "run", last=4)
+    sets = "data.train=[{shards: [own/*.tar], weight: 0.5}, {shards: 'more/a=b.tar'}]"
+    given = [sets, "data.val=[own/val-*.tar]", "model.init_from=base.ckpt"]
+    write_record(composed(*given), run)
+    monkeypatch.chdir(tmp_path)
+    config = resumed(run, "data.val=[mine/*.tar]")
+    assert config.data.train == [
+        {"shards": [f"{tmp_path}/there/own/*.tar"], "weight": 0.5},
+        {"shards": f"{tmp_path}/there/more/a=b.tar"},
+    ]
+    assert config.data.val == ["mine/*.tar"] and config.model.init_from == f"{tmp_path}/there/base.ckpt"
+    changed = differences(recorded_beside(config.ckpt_path), config)
+    assert changed == {"data.val": ([f"{tmp_path}/there/own/val-*.tar"], [f"{tmp_path}/mine/*.tar"])}
+    monkeypatch.chdir(tmp_path / "there")
+    assert differences(recorded_beside(config.ckpt_path), compose(*given)) == {}, "the same command"
+
+
+def test_a_fork_goes_on_in_the_schedule(tmp_path):
+    """Also of a run that was told to start its schedule at 0; what is typed beside it holds."""
+    run = saved(tmp_path / "run", last=4)
+    write_record(composed("optim.start_step=0"), run)
+    words = keys(run, str(tmp_path / "fork"))
+    assert with_record(compose(*words), words).optim.start_step is None
+    words.append("optim.start_step=0")
+    assert with_record(compose(*words), words).optim.start_step == 0
 
 
 def test_of_equally_many_steps_the_last_is_taken(tmp_path):
@@ -139,9 +225,9 @@ def test_records_that_cannot_be_used_are_told(run_dir, tmp_path):
 
 def test_the_configuration_of_each_start_is_kept(run_dir):
     first = (run_dir / "resolved.yaml").read_text()
-    write_record(compose("crop_size=48"), run_dir)
-    write_record(compose("crop_size=48"), run_dir)
-    write_record(compose("crop_size=64"), run_dir)
+    write_record(composed("crop_size=48"), run_dir)
+    write_record(composed("crop_size=48"), run_dir)
+    write_record(composed("crop_size=64"), run_dir)
     assert sorted(path.name for path in run_dir.glob("resolved*")) == [
         "resolved.1.yaml", "resolved.2.yaml", "resolved.yaml",
     ]  # fmt: skip

@@ -150,7 +150,7 @@ def test_ranks_of_one_command_share_the_other_name(tmp_path):
     for second in range(200):
         taken = tmp_path / "r=1" / time.strftime("%Y-%m-%d/%H-%M-%S", time.localtime(time.time() + second))
         taken.mkdir(parents=True)
-        (taken / "metrics.csv").touch()
+        (taken / "metrics.csv").write_text("step\n1\n")
     command = [sys.executable, str(ROOT / "train.py"), *SMALL, "cp.grid=1x2", "data.val=[]", "trainer.max_steps=1"]
     command += [f"data.train=[{ROOT}/tests/data/*.tar]", "hydra.run.dir='r=1/${run_stamp:}'"]
     # Nor do variables of another launcher change anything.

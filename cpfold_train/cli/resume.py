@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
 def keys(run_dir: Path, fork: str | None) -> list[str]:
     """What is typed after ``train.py`` to go on with a run, or from it in the directory ``fork``; an empty one is named
-    by the time.
+    by the time. A fork is at the run's position in the schedule, wherever that was told to start.
 
     Raises:
         ConfigError: the run has no complete checkpoint to go on from.
@@ -57,4 +57,5 @@ def keys(run_dir: Path, fork: str | None) -> list[str]:
     if fork is None:
         return [f"resume={hydra_quoted(run_dir)}"]
     words = [f"config_from={hydra_quoted(run_dir / RESOLVED)}", f"ckpt_path={hydra_quoted(newest_checkpoint(run_dir))}"]
+    words.append("optim.start_step=null")
     return [*words, *([f"hydra.run.dir={hydra_quoted(fork)}"] if fork else [])]

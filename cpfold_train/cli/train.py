@@ -208,9 +208,9 @@ def _use_directory_of_resumed_run() -> None:
 def _tell_resume(config: DictConfig, ckpt_path: str) -> None:
     """Where the run goes on from, what is passed over, and which keys have other values than there."""
     checkpoint = Path(ckpt_path)
-    for path in damaged_checkpoints(run_of(checkpoint)):
-        print(f"note: {path} is not complete, and is passed over", file=sys.stderr)
     step = step_of(checkpoint)
+    for path in damaged_checkpoints(run_of(checkpoint), -1 if step is None else step):
+        print(f"note: {path} is damaged or not complete, and is passed over", file=sys.stderr)
     print(f"resuming from {checkpoint}{'' if step is None else f', step {step}'}", file=sys.stderr)
     if changed := differences(recorded_beside(ckpt_path) or {}, config):
         print("these keys have other values than its run had:", file=sys.stderr)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import zipfile
 from collections.abc import Iterable
+from contextlib import nullcontext
 from copy import deepcopy
 from itertools import count
 from pathlib import Path
@@ -12,12 +12,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 from yaml import YAMLError
 
 from cpfold_train.checkpoints.boltz import read_checkpoint
+from cpfold_train.checkpoints.damage import UNREADABLE, is_undamaged
 from cpfold_train.checkpoints.sharded import INDEX, is_sharded_checkpoint, read_index
 from cpfold_train.config.quoting import typed as typed_key
 from cpfold_train.config.schema import TrainConfig
+from cpfold_train.config.world import is_first_rank
 from cpfold_train.errors import ConfigError
 from cpfold_train.reports.record import RESOLVED, flattened
 from cpfold_train.whole_file import whole_file
@@ -77,42 +80,50 @@ def recorded_nodes(words: Iterable[str]) -> str:
 
 
 def newest_checkpoint(run_dir: Path) -> Path:
-    """The complete checkpoint of a run that was written last: one with more steps may be of a course that the run has
-    left, for an earlier checkpoint.
+    """The checkpoint of a run that was written last, among those that are complete and undamaged. One with more steps
+    may be of a course that the run has left, for an earlier checkpoint.
 
     Raises:
         ConfigError: there is none.
     """
-    folder = run_dir / "checkpoints"
-    found = {path: step for path in sorted(folder.glob("*.ckpt*")) if (step := step_of(path)) is not None}
-    if not found:
+    steps = {path: step for path, step in _steps(run_dir).items() if step is not None}
+    written = {made: max(_written(path) for path, step in steps.items() if step == made) for made in steps.values()}
+    # Of as many steps the last, which does not depend on what was the best.
+    found = sorted(steps, key=lambda path: (written[steps[path]], path.name.startswith("last")), reverse=True)
+    reading = Console(stderr=True).status(f"reading the newest checkpoint of {run_dir}")
+    with reading if is_first_rank() else nullcontext():
+        newest = next(filter(is_undamaged, found), None)
+    if newest is None:
         again = typed_key("config_from", str(run_dir / RESOLVED))
         raise ConfigError(
             f"{run_dir} has no complete checkpoint to go on from: {again} starts its configuration again, in a new "
             "directory"
         )
-    newest = found[max(found, key=_written)]
-    # Of as many steps, the one that does not depend on what was the best.
-    return max((path for path in found if found[path] == newest), key=lambda path: path.name.startswith("last"))
+    return newest
+
+
+def damaged_checkpoints(run_dir: Path, step: int = -1) -> list[Path]:
+    """Checkpoints of a run that are not complete, as a full disk or a machine that fails leaves them; and those of a
+    later step that are damaged within."""
+    steps = _steps(run_dir)
+    return [path for path, made in steps.items() if made is None or (made > step and not is_undamaged(path))]
 
 
 def _written(path: Path) -> int:
     return (path / INDEX if path.is_dir() else path).stat().st_mtime_ns
 
 
-def damaged_checkpoints(run_dir: Path) -> list[Path]:
-    """Checkpoints of a run that are not complete, as a full disk or a machine that fails leaves them."""
-    return [path for path in sorted((run_dir / "checkpoints").glob("*.ckpt*")) if step_of(path) is None]
+def _steps(run_dir: Path) -> dict[Path, int | None]:
+    return {path: step_of(path) for path in sorted((run_dir / "checkpoints").glob("*.ckpt*"))}
 
 
 def step_of(path: Path) -> int | None:
     """Optimizer steps of a checkpoint, a file or that of a run with FSDP; None where it is not complete."""
     try:
         if path.is_dir():
-            return read_index(path)["global_step"] if is_sharded_checkpoint(path) else None
-        # The table of contents is at the end of the file.
-        return read_checkpoint(path)["global_step"] if zipfile.is_zipfile(path) else None
-    except (ConfigError, OSError, KeyError, RuntimeError):
+            return read_index(path)["checkpoint"]["global_step"] if is_sharded_checkpoint(path) else None
+        return read_checkpoint(path)["global_step"]
+    except UNREADABLE:
         return None
 
 
@@ -121,7 +132,7 @@ def recorded_beside(ckpt_path: str | None) -> dict[str, Any] | None:
     if ckpt_path is None:
         return None
     path = run_of(Path(ckpt_path)) / RESOLVED
-    return flattened(OmegaConf.to_container(_read(path), resolve=True)) if path.exists() else None
+    return _flat(_read(path)) if path.exists() else None
 
 
 def run_of(checkpoint: Path) -> Path:
@@ -131,7 +142,7 @@ def run_of(checkpoint: Path) -> Path:
 
 def differences(recorded: dict[str, Any], config: DictConfig) -> dict[str, tuple[Any, Any]]:
     """Keys whose values a start changes, with the recorded value and that of now."""
-    now = flattened(OmegaConf.to_container(config, resolve=True))
+    now = _flat(config)
     schema = flattened(OmegaConf.to_container(OmegaConf.structured(TrainConfig)))
     # A key of the schema that the record does not have is newer than the record.
     left_out = {*NOT_OF_A_RUN, *(schema.keys() - recorded.keys())}
@@ -141,14 +152,40 @@ def differences(recorded: dict[str, Any], config: DictConfig) -> dict[str, tuple
 
 
 def write_record(record: dict[str, Any], run_dir: Path) -> None:
-    """Write the configuration of a start; that of an earlier start of the run is kept beside it."""
+    """Write the configuration of a start, which holds from any directory; that of an earlier start of the run is kept
+    beside it."""
     path = run_dir / RESOLVED
-    text = OmegaConf.to_yaml(record)
+    text = OmegaConf.to_yaml(_absolute(OmegaConf.create(record)))
     if path.exists() and path.read_text() != text:
         numbered = (run_dir / f"resolved.{number}.yaml" for number in count(1))
         shutil.copy2(path, next(kept for kept in numbered if not kept.exists()))
     with whole_file(path) as file:
         file.write(text)
+
+
+def _flat(config: DictConfig) -> dict[str, Any]:
+    return flattened(OmegaConf.to_container(_absolute(config), resolve=True))
+
+
+def _absolute(config: DictConfig) -> DictConfig:
+    """A configuration with absolute paths of what is read from: another start may be typed elsewhere."""
+    config = deepcopy(config)
+    for key in ("data.train", "data.val", "model.init_from"):
+        value = OmegaConf.select(config, key)
+        if value is not None:
+            plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            OmegaConf.update(config, key, _absolute_paths(plain), merge=False)
+    return config
+
+
+def _absolute_paths(value: Any) -> Any:
+    """A path, or paths in a list or under ``shards`` in a data set."""
+    if isinstance(value, list):
+        return [_absolute_paths(entry) for entry in value]
+    if isinstance(value, dict):
+        return value | ({"shards": _absolute_paths(value["shards"])} if "shards" in value else {})
+    is_local = isinstance(value, str) and "://" not in value
+    return str(Path(value).absolute()) if is_local else value
 
 
 def _read(path: Path) -> DictConfig:
