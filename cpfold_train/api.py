@@ -325,7 +325,7 @@ def _stream(command: list[str]) -> None:
     ) as process:
         while True:
             try:
-                for line in process.stdout:
+                for line in process.stdout or ():
                     print(line, end="", flush=True)
                     if found := _ERROR.search(line):
                         error = found[1].strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import zipfile
@@ -17,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from cpfold_train.checkpoints.sharded import INDEX, read_index, save_sharded
+from cpfold_train.cli import resume as command
 from cpfold_train.cli.resume import keys
 from cpfold_train.config.effects import EFFECTS, effect
 from cpfold_train.config.quoting import hydra_quoted
@@ -260,6 +262,18 @@ def test_names_of_directories_survive(tmp_path, name):
     forked_run = {parsed.key_or_group: parsed.value() for parsed in map(parser.parse_override, keys(run, name))}
     assert forked_run["ckpt_path"] == str(run / "checkpoints" / "last.ckpt")
     assert (forked_run["config_from"], forked_run["hydra.run.dir"]) == (str(run / "resolved.yaml"), name)
+
+
+def test_a_key_after_fork_is_no_directory(monkeypatch):
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda path, words: started.append(words))
+    monkeypatch.setattr(command, "newest_checkpoint", lambda run_dir: run_dir / "last.ckpt")
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    command.run(parser.parse_intermixed_args(["run", "--fork", "trainer.max_steps=9"]))
+    assert started[0][-1] == "trainer.max_steps=9" and not any("hydra.run.dir" in word for word in started[0])
+    with pytest.raises(ConfigError, match="other is no KEY=VALUE"):
+        command.run(parser.parse_intermixed_args(["run", "other"]))
 
 
 @pytest.mark.slow

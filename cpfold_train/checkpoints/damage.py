@@ -14,8 +14,10 @@ from typing import IO
 
 from cpfold_train.checkpoints.sharded import INDEX, read_index
 
-UNREADABLE = OSError, ValueError, LookupError, EOFError, RuntimeError, AttributeError, ImportError
-UNREADABLE += struct.error, zipfile.BadZipFile, pickle.UnpicklingError
+UNREADABLE: tuple[type[Exception], ...] = (
+    *(OSError, ValueError, LookupError, EOFError, RuntimeError, AttributeError, ImportError),
+    *(struct.error, zipfile.BadZipFile, pickle.UnpicklingError),
+)
 """What reading a damaged file may end in."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 
 from cpfold_train.config.quoting import hydra_quoted
@@ -11,6 +12,8 @@ from cpfold_train.config.recorded import newest_checkpoint
 from cpfold_train.errors import ConfigError
 from cpfold_train.paths import train_command
 from cpfold_train.reports.record import RESOLVED
+
+_SETTING = re.compile(r"[a-z_.]+=")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +45,9 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: there is nothing to go on from.
     """
+    if args.fork and _SETTING.match(args.fork):
+        # An option with an optional value takes the word after it.
+        args.fork, args.settings = "", [args.fork, *args.settings]
     if wrong := next((setting for setting in args.settings if "=" not in setting), None):
         raise ConfigError(f"{wrong} is no KEY=VALUE: type one run, and keys such as trainer.max_steps=300")
     os.execv((training := [*train_command(), *keys(args.run, args.fork), *args.settings])[0], training)

@@ -89,7 +89,9 @@ def means(found: Iterable[Change]) -> list[tuple[Change, int, int]]:
     summary = []
     for score in COLUMNS:
         if own := [change for change in both if change.score == score]:
-            mean_of = Change("mean", score, "", mean(c.before for c in own), mean(c.after for c in own))
+            before = mean(change.before for change in own if change.before is not None)
+            after = mean(change.after for change in own if change.after is not None)
+            mean_of = Change("mean", score, "", before, after)
             summary.append((mean_of, sum(change.verdict == "better" for change in own), len(own)))
     return summary
 

@@ -77,9 +77,9 @@ def _changes(rows: list[dict[str, str]]) -> Table:
                 continue
             ends, middle = (found.first, found.last), (f"{found.best:.4f}", str(found.best_step))
         else:
-            if (ends := trend(rows, name)) is None:
+            if (means := trend(rows, name)) is None:
                 continue
-            middle = ("", "")
+            ends, middle = means, ("", "")
         changed = verdict(name, *ends)
         table.add_row(name, f"{ends[0]:.4f}", *middle, f"{ends[1]:.4f}", Text(changed, _COLORS[changed]))
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -75,7 +76,7 @@ def flattened(config: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def changed_keys(runs: list[Record]) -> dict[str, list[Any]]:
+def changed_keys(runs: Sequence[Record]) -> dict[str, list[Any]]:
     """Keys that do not have the same value in all runs, and the value of each; ``absent`` where a run has no such key.
     Runs without a configuration have no part in it."""
     known = [run.keys for run in runs if run.keys]
@@ -84,7 +85,7 @@ def changed_keys(runs: list[Record]) -> dict[str, list[Any]]:
     return {name: [run.keys.get(name, "absent") if run.keys else "unknown" for run in runs] for name in differ}
 
 
-def best_run(runs: list[Record], name: str) -> int | None:
+def best_run(runs: Sequence[Record], name: str) -> int | None:
     """Which run has the best value of a metric of validation; None where fewer than two have one, or two are equal."""
     sign = -1 if METRICS[name].better == "max" else 1
     found = [run.validation().get(name) for run in runs]
