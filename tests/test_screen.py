@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 
 from cpfold_train.cli.start import is_run
+from cpfold_train.config.compose import compose as compose_settings
 from cpfold_train.config.composition import typed_config
 from cpfold_train.data.stream.shards import open_shards
 from cpfold_train.model.cofolding import CoFolding
@@ -28,6 +29,7 @@ from cpfold_train.reports.metrics import VALIDATION
 from cpfold_train.reports.progress import Progress, bar, clock, line
 from cpfold_train.reports.shell import pasted
 from cpfold_train.tables import make_block, on_terminal
+from cpfold_train.training.reporting import ending as reporting_ending
 from cpfold_train.training.reporting import progress as shows
 from cpfold_train.training.reporting.ending import longer
 from cpfold_train.training.reporting.start import (
@@ -353,3 +355,15 @@ def test_a_block_is_whole_in_a_narrow_terminal():
     text = written(block, 80)
     assert all(len(row) <= 80 for row in text.splitlines())
     assert LONG in "".join(row.strip() for row in text.splitlines()).replace("run directory", "")
+
+
+def test_a_start_without_a_step_has_made_none(monkeypatch, tmp_path):
+    """Lightning does not begin to train where the limit was reached before."""
+    endings: list[Ending] = []
+    monkeypatch.setattr(reporting_ending, "print_ending", lambda run_dir, ending, console: endings.append(ending))
+    trainer = SimpleNamespace(is_global_zero=True, callbacks=[], global_step=8, max_steps=8, max_epochs=None)
+    block = reporting_ending.EndBlock(compose_settings(["trainer.max_steps=8"]), tmp_path)
+    block.on_fit_end(trainer, None)
+    block.on_train_start(SimpleNamespace(global_step=6), None)
+    block.on_fit_end(trainer, None)
+    assert [ending.steps_here for ending in endings] == [0, 2]

@@ -35,13 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("shards", nargs="+", metavar="SHARDS", help=".tar files, or quoted globs of them")
     add("--crop", default="384,768,1536,3072", metavar="N,N", help="crop sizes (default: %(default)s)")
     add("--grid", default="1x1,2x2", metavar="RxC,RxC", help="grids; rank 0 is measured (default: %(default)s)")
-    add(
-        "--kind",
-        choices=CROPS,
-        metavar="KIND",
-        default="neighbourhood",
-        help="of the crops: %(choices)s (default: %(default)s)",
-    )
+    kinds = f"{', '.join(CROPS)} crops (default: %(default)s)"
+    add("--kind", choices=CROPS, metavar="KIND", default="neighbourhood", help=kinds)
     add("--max-msa-rows", type=int, default=64, metavar="S", help="most MSA rows of a sample (default: 64)")
     add("--samples", type=int, default=8, metavar="K", help="timed samples, of which the mean counts (default: 8)")
     add("--json", action="store_true", help="print one JSON object instead of a table")

@@ -26,7 +26,8 @@ class EndBlock(Callback):
 
     def __init__(self, config: TrainConfig, run_dir: Path) -> None:
         self._config, self._run_dir = config, run_dir
-        self._start = 0
+        self._start: int | None = None
+        """Step that this start has begun with; None where it made none."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = trainer.global_step
@@ -38,7 +39,7 @@ class EndBlock(Callback):
         data, step = self._config.data, trainer.global_step
         sources = [validation_source(data)] if data.val else training_sources(data)
         ending = Ending(
-            step - self._start,
+            0 if self._start is None else step - self._start,
             " ".join(filter(None, (c.reason(step) for c in trainer.callbacks if isinstance(c, (EarlyStop, MaxTime))))),
             longer(trainer),
             Path(best) if best else None,
