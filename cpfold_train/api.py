@@ -319,9 +319,17 @@ def _stream(command: list[str]) -> None:
     An interrupt goes to the command, which saves what it has and ends.
     """
     error = ""
+    # A notebook says that its output has colors; what is drawn over itself would fill it.
+    env = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "CLICOLOR_FORCE")}
     # A notebook interrupts the whole group of its kernel; the command is to get one signal, not two.
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=env,
+        start_new_session=True,
     ) as process:
         while True:
             try:

@@ -34,7 +34,9 @@ def execute(folder: Path, instead: Mapping[str, str] | None = None) -> nbformat.
     (folder / "docs").mkdir()
     (folder / "data").symlink_to(ROOT / "data")
     os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
-    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder / "docs")}})
+    client = NotebookClient(
+        notebook, timeout=600, coalesce_streams=True, resources={"metadata": {"path": str(folder / "docs")}}
+    )
     return client.execute()
 
 

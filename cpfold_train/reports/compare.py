@@ -150,7 +150,9 @@ def _keys_table(changed: dict[str, list[Any]], runs: int) -> Table:
     for column in table.columns:
         column.overflow = "fold"
     for key, values in changed.items():
-        table.add_row(key, *(Text("null" if value is None else str(value)) for value in values))
+        # Records have absolute paths.
+        told = ("null" if value is None else str(value).replace(f"{Path.cwd()}/", "") for value in values)
+        table.add_row(key, *map(Text, told))
     return table
 
 

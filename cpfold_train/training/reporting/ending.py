@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from cpfold_train.config.schema import TrainConfig
 from cpfold_train.config.sources import training_sources, validation_source
 from cpfold_train.reports.ending import Ending, print_ending
+from cpfold_train.reports.shell import shown
 from cpfold_train.tables import make_console
 from cpfold_train.training.early_stop import EarlyStop
 from cpfold_train.training.max_time import MaxTime
@@ -43,7 +44,7 @@ class EndBlock(Callback):
             " ".join(filter(None, (c.reason(step) for c in trainer.callbacks if isinstance(c, (EarlyStop, MaxTime))))),
             longer(trainer),
             Path(best) if best else None,
-            [pattern for source in sources for pattern in source.shards],
+            [shown(Path(pattern)) for source in sources for pattern in source.shards],
         )
         print_ending(self._run_dir, ending, make_console())
         sys.stdout.flush()
