@@ -9,7 +9,7 @@ from typing import Any
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -52,7 +52,7 @@ def make_table(columns: str, text: str = "", whole: str = "", **settings: Any) -
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), **settings)
     left, unbroken = text.split(", "), whole.split(", ")
     for column in columns.split(", "):
-        justify = "left" if column in left else "right"
+        justify: JustifyMethod = "left" if column in left else "right"
         # What does not fit goes on in the next line: rich would cut it.
         table.add_column(column, justify=justify, overflow="fold", no_wrap=column in unbroken)
     return table

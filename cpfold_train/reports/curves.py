@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -39,10 +39,10 @@ def draw_runs(runs: Mapping[str, list[dict[str, str]]], path: Path) -> None:
     across = min(len(names), _ACROSS)
     down = -(-len(names) // max(across, 1))
     figure = Figure(figsize=(4.5 * max(across, 1), 3.5 * max(down, 1)), layout="constrained")
-    charts = figure.subplots(down, across, squeeze=False).ravel() if names else []
-    for chart in charts[len(names) :]:
+    frames: Sequence[Axes] = figure.subplots(down, across, squeeze=False).ravel().tolist() if names else []
+    for chart in frames[len(names) :]:
         chart.set_axis_off()
-    for chart, name in zip(charts, names):
+    for chart, name in zip(frames, names):
         for label, rows in runs.items():
             _draw_column(chart, rows, name, label)
         chart.set_title(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from rich.console import RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -61,7 +62,7 @@ def bar(progress: Progress, width: int) -> Table:
     text = "  ".join(after)
     grid = Table.grid(padding=(0, 2, 0, 0))
     drawn = width - len(before) - len(text) - 5
-    cells = [Text(before, no_wrap=True)]
+    cells: list[RenderableType] = [Text(before, no_wrap=True)]
     if progress.part is not None and drawn > 0:
         cells.append(ProgressBar(total=1.0, completed=progress.part, width=min(drawn, 40)))
     grid.add_row(*cells, Text(text, no_wrap=True))
