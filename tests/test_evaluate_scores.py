@@ -144,6 +144,12 @@ def test_noise_costs_more_the_louder_it_is(haemoglobin):
         assert getattr(quiet, name) > getattr(loud, name)
 
 
+def test_a_prediction_that_is_torn_apart_is_scored(haemoglobin):
+    """An untrained model spreads its atoms over thousands of Angstrom, with cells of 5 Angstrom for 25 GiB."""
+    spread = score(haemoglobin, moved(haemoglobin, lambda coords, _: 300 * coords))
+    assert spread.rmsd > 1000 and all(pair["fnat"] == 0 for pair in spread.interfaces)
+
+
 def test_atoms_that_one_side_lacks_are_left_out(haemoglobin):
     resolved = haemoglobin.resolved & (np.random.default_rng(1).random(len(haemoglobin.resolved)) < 0.7)
     scores = score(haemoglobin, replace(haemoglobin, resolved=resolved))

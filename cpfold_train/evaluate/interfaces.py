@@ -8,6 +8,7 @@ from typing import Any
 import biotite.structure as struc
 import numpy as np
 
+from cpfold_train.data.features.contacts import cell_list
 from cpfold_train.evaluate.match import Matched
 from cpfold_train.evaluate.superpose import superposed_rmsd, superposition
 
@@ -51,7 +52,7 @@ def _contacts(coords: np.ndarray, residue: np.ndarray, a: np.ndarray, b: np.ndar
     around = a[((coords[a] > low) & (coords[a] < high)).all(axis=1)]
     if not len(around):
         return set()
-    near = struc.CellList(coords[b], cell_size=distance).get_atoms(coords[around], distance)
+    near = cell_list(coords[b], distance).get_atoms(coords[around], distance)
     row, column = np.nonzero(near >= 0)
     pairs = np.stack([residue[around[row]], residue[b[near[row, column]]]], axis=1)
     return set(map(tuple, pairs.tolist()))

@@ -8,6 +8,7 @@ from typing import Any
 import biotite.structure as struc
 import numpy as np
 
+from cpfold_train.data.features.contacts import cell_list
 from cpfold_train.data.structures.structure import Structure
 from cpfold_train.evaluate.interfaces import interface_scores
 from cpfold_train.evaluate.match import Matched, match
@@ -95,7 +96,7 @@ def ligand_rmsds(matched: Matched) -> dict[int, float]:
         low, high = matched.truth[own].min(axis=0) - POCKET, matched.truth[own].max(axis=0) + POCKET
         near = matched.polymer & ((matched.truth > low) & (matched.truth < high)).all(axis=1)
         near = np.flatnonzero(near)
-        cells = struc.CellList(matched.truth[own], cell_size=POCKET)
+        cells = cell_list(matched.truth[own], POCKET)
         near = near[(cells.get_atoms(matched.truth[near], POCKET) >= 0).any(axis=1)] if len(near) else near
         residues = set(zip(matched.chain[near].tolist(), matched.residue[near].tolist()))
         pairs = zip(matched.chain[center].tolist(), matched.residue[center].tolist())

@@ -55,6 +55,20 @@ def clashing_chains(structure: Structure) -> list[int]:
     return sorted(removed)
 
 
+def cell_list(coords: np.ndarray, distance: float) -> CellList:
+    """Cells for neighbours within a distance, however far apart the atoms lie.
+
+    The list has a cell for every part of the box around them: small ones would fill the memory where the box is large,
+    as that of a prediction of an untrained model.
+
+    Args:
+        coords: (A, 3) in Angstrom, A > 0.
+        distance: in Angstrom.
+    """
+    extent = float((coords.max(axis=0) - coords.min(axis=0)).max())
+    return CellList(coords, cell_size=max(distance, extent / _MOST_CELLS))
+
+
 def _resolved(structure: Structure) -> tuple[np.ndarray, np.ndarray]:
     """Chain and coordinates of the resolved atoms."""
     chain = structure.asym_id[structure.atom_token]
@@ -65,9 +79,7 @@ def _neighbours(chain: np.ndarray, coords: np.ndarray, distance: float) -> Itera
     """Pairs of atoms of different chains less than ``distance`` apart, each pair both ways, by blocks of atoms."""
     if not len(coords):
         return
-    # The list has a cell for every part of the box: small ones would fill the memory where the box is large.
-    extent = float((coords.max(axis=0) - coords.min(axis=0)).max())
-    cells = CellList(coords, cell_size=max(distance, extent / _MOST_CELLS))
+    cells = cell_list(coords, distance)
     for start in range(0, len(coords), _BLOCK):
         near = cells.get_atoms(coords[start : start + _BLOCK], distance)
         row, column = np.nonzero(near >= 0)
