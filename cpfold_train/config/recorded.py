@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -20,13 +21,15 @@ from cpfold_train.checkpoints.damage import UNREADABLE, is_undamaged
 from cpfold_train.checkpoints.sharded import INDEX, is_sharded_checkpoint, read_index
 from cpfold_train.config.quoting import typed as typed_key
 from cpfold_train.config.schema import TrainConfig
-from cpfold_train.config.world import is_first_rank
+from cpfold_train.config.world import is_first_rank, started_by_rank_0
 from cpfold_train.errors import ConfigError
 from cpfold_train.reports.record import RESOLVED, flattened
 from cpfold_train.whole_file import whole_file
 
 DECIDE_MEMORY = ("cp.grid", "crop_size", "data.crop_schedule", "kernels", "memory", "model", "trainer.accelerator")
 """What the options of memory depend on that a run decides by size: with another value they are decided again."""
+CHOSEN_CHECKPOINT = "CPFOLD_TRAIN_CHECKPOINT"
+"""Variable of the environment with the checkpoint that ``resume`` has come to, for ranks that this process starts."""
 NOT_OF_A_RUN = ("resume", "config_from", "ckpt_path")
 """Keys that say where a start goes on from, and nothing of how it trains."""
 
@@ -61,7 +64,10 @@ def with_record(config: DictConfig, typed: Iterable[str]) -> DictConfig:
     for key in keys:
         OmegaConf.update(both, key, OmegaConf.select(config, key), merge=False)
     if run_dir is not None and "ckpt_path" not in keys:
-        both.ckpt_path = str(newest_checkpoint(run_dir))
+        # All of it is read: once for the ranks that this process starts, which take its choice.
+        if not started_by_rank_0():
+            os.environ[CHOSEN_CHECKPOINT] = str(newest_checkpoint(run_dir))
+        both.ckpt_path = os.environ[CHOSEN_CHECKPOINT]
     elif "ckpt_path" not in keys:
         both.ckpt_path = None
     both.resume = both.config_from = None
